@@ -1,0 +1,55 @@
+"""What a run leaves in Prefect's page: the plan as a table, what the model said, the release at a glance."""
+
+import re
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from quant.build import Built
+from quant.package import variants_table
+from quant.plan import Plan
+from quant.smoke import Verdict
+
+
+def tell(stage: str, subject: str, result: Any) -> None:
+    """Leave an artifact for a stage whose result is worth a page."""
+    if isinstance(result, Plan):
+        tell_plan(f"{stage}-{subject}", result)
+    elif isinstance(result, Verdict):
+        tell_conversation(f"{stage}-{subject}", result)
+
+
+def tell_plan(key: str, plan: Plan) -> None:
+    """Types of a variant, with the number of tensors and the bytes that each takes."""
+    counts = {name: sum(t.type.name == name for t in plan.tensors) for name in plan.type_bytes()}
+    create_table_artifact(
+        key=_key(key),
+        table=[{"type": n, "tensors": counts[n], "bytes": size} for n, size in plan.type_bytes().items()],
+        description=f"{plan.variant.name}: {plan.bytes:,} bytes, {plan.bits_per_weight:.3f} bits per weight",
+    )
+
+
+def tell_conversation(key: str, verdict: Verdict) -> None:
+    """The scenarios of a smoke test, and every question and answer."""
+    lines = [f"# {verdict.file}: {'passed' if verdict.passed else 'failed'}", ""]
+    lines += [f"- {s.name} ({s.kind}): {'passed' if s.passed else s.detail}" for s in verdict.scenarios]
+    for exchange in verdict.transcript:
+        lines += ["", f"**{exchange.question}**" + (" (thinking)" if exchange.thinking else "")]
+        lines += [f"> {line}" for line in (exchange.reasoning or "").splitlines()]
+        lines += ["", exchange.answer]
+    create_markdown_artifact(key=_key(key), markdown="\n".join(lines))
+
+
+def tell_release(built: Built) -> None:
+    """The table that ends a build."""
+    columns = ("variant", "bytes", "bits per weight", "files", "smoke test")
+    create_table_artifact(
+        key=_key(f"release-{built.release.name}"),
+        table=[dict(zip(columns, row, strict=True)) for row in variants_table(built.release.manifest)],
+        description=f"Release in {built.folder}",
+    )
+
+
+def _key(text: str) -> str:
+    """A key as Prefect allows it: lower case, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

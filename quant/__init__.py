@@ -1,0 +1,16 @@
+"""From a checkpoint on the hub to a tested GGUF release. One module a stage, in the order of :data:`STAGES`."""
+
+STAGES = (
+    "source",
+    "template",
+    "convert",
+    "calibrate",
+    "imatrix",
+    "plan",
+    "quantize",
+    "shard",
+    "smoke",
+    "package",
+    "publish",
+)
+"""The way of a release. ``quant.build`` walks it; every name is a module of this package with a verb of its own."""

@@ -1,0 +1,177 @@
+"""The whole way of a release, stage by stage. The command line and the Prefect flow both walk it.
+
+``do`` is how one stage is run: the command line shows progress around it, the flow makes a Prefect task of it.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from quant import files, toolchain
+from quant import source as sources
+from quant.calibrate import calibrate
+from quant.convert import convert
+from quant.errors import InputError, refuse
+from quant.imatrix import imatrix
+from quant.package import Ingredients, Release, package
+from quant.plan import Plan, plan
+from quant.publish import publish
+from quant.quantize import quantize
+from quant.recipe import Model, Variant, load_model, load_template_patch, load_variant
+from quant.shard import shard
+from quant.smoke import Verdict, smoke
+from quant.source import Checkpoint
+from quant.store import Store
+from quant.template import ChatTemplate, patch
+from quant.toolchain import Toolchain
+
+T = TypeVar("T")
+NEEDED = ("llama-imatrix", "llama-quantize", "llama-gguf-split", "llama-server")
+WORK = ".work"
+"""The store of a build, in the folder of its releases."""
+
+
+class Do(Protocol):
+    """Runs one stage for one subject and gives back what it made."""
+
+    def __call__(self, stage: str, subject: str, work: Callable[[], T]) -> T:
+        """Do the work now."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One release to build: everything that was asked for, checked."""
+
+    model: Model
+    recipe: Path
+    """The file that the model came from; its folder is where relative paths begin."""
+    variants: tuple[Variant, ...]
+    out: Path
+    store: Store
+    tools: Toolchain
+
+    @property
+    def steps(self) -> int:
+        """How many stages will be run; a bar needs to know."""
+        return 7 + 4 * len(self.variants)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A release that stands, and what the way there was."""
+
+    folder: Path
+    release: Release
+    plans: tuple[Plan, ...]
+    verdicts: tuple[Verdict, ...]
+    fresh: bool
+    """False when it stood already and nothing was done."""
+
+
+def prepare(
+    model: str,
+    variants: Sequence[str] = (),
+    *,
+    out: str | Path,
+    work: str | Path | None = None,
+    revision: str | None = None,
+    llama_cpp: str | Path | None = None,
+) -> Job:
+    """A job from what a person says: names or paths of recipes, and folders.
+
+    Raises InputError with everything that is wrong with the recipes, ToolError for tools that are missing or too old.
+    """
+    recipe, path = load_model(model)
+    if revision:
+        recipe = replace(recipe, source=replace(recipe.source, revision=revision))
+    loaded = tuple(load_variant(name) for name in _all_known(variants or recipe.variants))
+    load_patch(recipe)
+    tools = toolchain.find(llama_cpp)
+    tools.require(*NEEDED)
+    out = Path(out).expanduser().resolve()
+    store = Store(Path(work).expanduser().resolve() if work else out / WORK)
+    return Job(recipe, path, loaded, out, Store(store.root / recipe.name), tools)
+
+
+def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
+    """The release that a job describes, from the weights to the folder; what is done already is not done again.
+
+    Raises InputError before anything that cannot be done, CheckFailed after anything that came out wrong.
+    """
+    model, store, tools = job.model, job.store, job.tools
+    began = time.time()
+    with store.alone():
+        checkpoint = do("source", model.name, partial(sources.pull, model.source, job.recipe.parent, store))
+        template = do("template", model.template, partial(patched_template, model, checkpoint))
+        base = do("convert", model.title, partial(convert, checkpoint, template, model, tools, store))
+        text = do("calibrate", model.imatrix.calibration, partial(calibrate, model, template, store))
+        matrix = do("imatrix", model.title, partial(imatrix, base, text, model, tools, store))
+        tensors = base.header.tensors
+        plans = [do("plan", v.name, partial(plan, v, tensors, matrix.unvisited)) for v in job.variants]
+        made = []
+        for p in plans:
+            name = p.variant.name
+            quantized = do("quantize", name, partial(quantize, base, matrix, p, model.title, tools, store))
+            sharded = do("shard", name, partial(shard, quantized, model.title, model.max_shard_size, tools, store))
+            made.append((sharded, do("smoke", name, partial(smoke, sharded, model, tools, store))))
+        whole = Ingredients(model, checkpoint, template, base, text, matrix, tuple(made), str(tools.version))
+        release = do("package", model.title, partial(package, whole, store))
+        published = do("publish", model.title, partial(publish, release, job.out))
+        verdicts = tuple(verdict for _, verdict in made)
+        if published.fresh:
+            _record(job, published.folder, began, verdicts)
+    return Built(published.folder, release, tuple(plans), verdicts, published.fresh)
+
+
+def patched_template(model: Model, checkpoint: Checkpoint) -> ChatTemplate | None:
+    """The checkpoint's chat template as it will be released; raises InputError when the patch does not fit it."""
+    found = checkpoint.chat_template
+    if found is None:
+        if model.template != "none":
+            raise InputError(f"{checkpoint.folder}: expected a chat template to patch ({model.template}), found none")
+        return None
+    text, where = found
+    return patch(text, load_patch(model), where)
+
+
+def load_patch(model: Model) -> Any:
+    """The template patch that a model names, or nothing."""
+    return None if model.template == "none" else load_template_patch(model.template)
+
+
+def _all_known(names: Sequence[str]) -> Sequence[str]:
+    """The same names; raises one InputError with every variant that cannot be loaded, and for one that is named twice."""
+
+    def problems() -> Any:
+        for name in names:
+            try:
+                load_variant(name)
+            except InputError as e:
+                yield from e.problems
+        yield from (
+            f"variant {name!r}: expected once, found twice" for name in {n for n in names if names.count(n) > 1}
+        )
+
+    refuse(problems())
+    return names
+
+
+def _record(job: Job, folder: Path, began: float, verdicts: Sequence[Verdict]) -> None:
+    """What may differ between two runs of the same inputs, in one place beside the release."""
+    record = {
+        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "seconds": round(time.time() - began, 1),
+        "machine": {"system": platform.platform(), "python": platform.python_version()},
+        "paths": {
+            "release": str(folder),
+            "work": str(job.store.root),
+            "recipe": str(job.recipe),
+            "tools": str(job.tools.bin),
+        },
+        "conversations": {v.file: [asdict(e) for e in v.transcript] for v in verdicts},
+    }
+    files.write_text(folder.with_name(folder.name + ".run.json"), files.pretty(record))

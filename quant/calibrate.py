@@ -1,0 +1,51 @@
+"""Render the calibration set with the model's own, patched chat template: the text that the imatrix is computed on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from calibration import documents
+from calibration.documents import Document
+from quant import files
+from quant.files import Receipt
+from quant.recipe import Model
+from quant.store import Store
+from quant.template import ChatTemplate, render
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """What the model reads while its activations are measured."""
+
+    path: Path
+    receipt: Receipt
+    name: str
+    """Of the set."""
+    documents: int
+
+
+def calibrate(model: Model, template: ChatTemplate | None, store: Store) -> CalibrationText:
+    """The model's calibration set as one text, special tokens written out."""
+    name = model.imatrix.calibration
+    sources = documents.set_files(name)
+    inputs = {
+        "set": {p.name: files.digest(p) for p in sources},
+        "template": template.sha256 if template else None,
+    }
+    count = len(documents.load(name))
+    done = store.once("calibrate", inputs, lambda partial: _write(name, template, partial))
+    return CalibrationText(done.path("calibration.txt"), done.receipt("calibration.txt"), Path(name).stem, count)
+
+
+def as_read(document: Document, template: ChatTemplate | None) -> str:
+    """One document as the model reads it; without a template, its messages as plain paragraphs."""
+    if template is None:
+        return "\n\n".join(str(m.get("content") or "") for m in document.messages)
+    return render(
+        template.text, list(document.messages), tools=list(document.tools) or None, enable_thinking=document.thinking
+    )
+
+
+def _write(name: str, template: ChatTemplate | None, partial: Path) -> dict[str, int]:
+    texts = [as_read(document, template) for document in documents.load(name)]
+    files.write_text(partial / "calibration.txt", "\n".join(texts) + "\n")
+    return {"documents": len(texts), "characters": sum(map(len, texts))}

@@ -1,0 +1,39 @@
+"""The command ``quant``: the only part that prints and that chooses exit codes."""
+
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from quant.cli import progress
+from quant.cli.commands import quant
+from quant.errors import QuantError
+
+
+def main() -> NoReturn:
+    """Run a command and leave with its code: 0 done, 1 a check failed, 2 wrong input, 3 interrupted."""
+    signal.signal(signal.SIGTERM, _interrupted)
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        quant.main(standalone_mode=False)
+    except click.exceptions.Exit as e:
+        return e.exit_code
+    except click.ClickException as e:
+        e.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        progress.say("interrupted; run the same command again to continue")
+        return 3
+    except QuantError as e:
+        for problem in e.problems:
+            progress.say(f"error: {problem}")
+        return e.exit_code
+    return 0
+
+
+def _interrupted(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt

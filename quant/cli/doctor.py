@@ -1,0 +1,75 @@
+"""Look at the machine: which tools and libraries the work needs, and which of them are here."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from quant import toolchain
+from quant.errors import ToolError
+from quant.toolchain import TOOLS, Toolchain
+
+LIBRARIES = ("gguf", "torch", "transformers", "safetensors", "huggingface-hub", "datasets", "prefect")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the work needs."""
+
+    ok: bool
+    what: str
+    version: str
+    where: str
+    """Its path, or the command that brings it."""
+
+    @property
+    def row(self) -> tuple[str, str, str, str]:
+        """As a row of a table."""
+        return "ok" if self.ok else "MISSING", self.what, self.version, self.where
+
+
+def examine(llama_cpp: Path | None = None) -> tuple[Finding, ...]:
+    """Everything that is needed, found or not; raises ToolError only for a named folder that does not exist."""
+    return (*_tools(toolchain.find(llama_cpp)), _converter(), *_libraries(), _compiler())
+
+
+def _tools(tools: Toolchain) -> Iterator[Finding]:
+    try:
+        version, sound = str(tools.version), True
+    except ToolError as e:
+        version, sound = "unknown", False
+        if (tools.bin / "llama-server").exists():
+            yield Finding(False, "llama.cpp", "", str(e))
+    for tool in TOOLS:
+        here = (tools.bin / tool).exists()
+        yield Finding(
+            here and sound, tool, version if here else "", str(tools.bin / tool) if here else toolchain.BRING_TOOLS
+        )
+
+
+def _converter() -> Finding:
+    spec = find_spec("conversion")
+    where = str(Path(spec.origin).parent) if spec and spec.origin else toolchain.BRING_TOOLS
+    return Finding(spec is not None, "llama.cpp's converter", _version("llama-cpp-python"), where)
+
+
+def _libraries() -> Iterator[Finding]:
+    yield Finding(sys.version_info >= (3, 11), "python", sys.version.split()[0], sys.executable)
+    for name in LIBRARIES:
+        version = _version(name)
+        yield Finding(bool(version), name, version, "a Python package" if version else f"uv add {name}")
+
+
+def _compiler() -> Finding:
+    path = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    return Finding(path is not None, "a C++ compiler", "", path or "apt-get install g++ (it builds llama.cpp once)")
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,72 @@
+"""Show how a build goes: a bar on a terminal, a plain line a stage elsewhere. All of it on standard error."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+T = TypeVar("T")
+
+
+def say(line: str) -> None:
+    """One line on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Lines:
+    """Counts stages and says a line when each is done: for logs, where a bar would be noise."""
+
+    total: int
+    done: int = field(default=0, init=False)
+
+    def __call__(self, stage: str, subject: str, work: Callable[[], T]) -> T:
+        """Do one stage and say how long it took."""
+        began = time.monotonic()
+        result = work()
+        self.done += 1
+        say(
+            f"[{self.done:>{len(str(self.total))}}/{self.total}] {stage:<9} {subject}  {time.monotonic() - began:.1f} s"
+        )
+        return result
+
+
+@dataclass
+class Bar:
+    """The same as a bar with the stage that is in work."""
+
+    progress: Progress
+    total: int
+
+    def __post_init__(self) -> None:
+        self.task = self.progress.add_task("", total=self.total)
+
+    def __call__(self, stage: str, subject: str, work: Callable[[], T]) -> T:
+        """Do one stage with its name beside the bar."""
+        self.progress.update(self.task, description=f"{stage} {subject}")
+        result = work()
+        self.progress.advance(self.task)
+        return result
+
+
+@contextmanager
+def shown(total: int) -> Iterator[Lines | Bar]:
+    """What to run stages with, on this terminal or without one."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Lines(total)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield Bar(progress, total)

@@ -1,0 +1,160 @@
+"""Lay out a release: folders and names, model card, Ollama files, checksums, and the manifest, which is written last.
+
+Everything here is the same for the same inputs. What may differ between two runs (times, paths, the machine, what the
+model said) goes into the run's record beside the release, never into it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quant import card, files
+from quant.calibrate import CalibrationText
+from quant.convert import Base
+from quant.files import Receipt
+from quant.imatrix import ImportanceMatrix
+from quant.recipe import Model
+from quant.shard import Sharded
+from quant.smoke import Verdict
+from quant.source import Checkpoint
+from quant.store import Store
+from quant.template import ChatTemplate
+
+MANIFEST = "manifest.json"
+CHECKSUMS = "SHA256SUMS"
+FORMAT = "gguf-foundry release 1"
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """Everything that went into a release, stage by stage."""
+
+    model: Model
+    checkpoint: Checkpoint
+    template: ChatTemplate | None
+    base: Base
+    text: CalibrationText
+    matrix: ImportanceMatrix
+    variants: tuple[tuple[Sharded, Verdict], ...]
+    llama_cpp: str
+
+
+@dataclass(frozen=True)
+class Release:
+    """A finished release folder."""
+
+    folder: Path
+    name: str
+    manifest: Mapping[str, Any]
+    receipts: tuple[Receipt, ...]
+
+
+def package(made: Ingredients, store: Store) -> Release:
+    """The release as a folder in the store; large files are second names of the stages' files."""
+    manifest = _manifest(made)
+    done = store.once("package", manifest, lambda partial: _lay_out(made, manifest, partial))
+    return Release(done.folder, made.model.title, manifest, done.receipts)
+
+
+def place(sharded: Sharded) -> dict[str, Path]:
+    """Where each file of a variant goes in a release: single files at the root, shards in a folder of their own."""
+    folder = f"{sharded.name}/" if len(sharded.paths) > 1 else ""
+    return {f"{folder}{path.name}": path for path in sharded.paths}
+
+
+def ollama_params(model: Model) -> dict[str, Any]:
+    """``params`` as Ollama reads it from a hub repo; everything said, because its own defaults have changed before."""
+    return asdict(model.sampling) | {"num_ctx": model.ollama.num_ctx, "stop": list(model.ollama.stop)}
+
+
+def modelfile(model: Model, file: str) -> str:
+    """A Modelfile for one unsplit file."""
+    params = ollama_params(model)
+    stops = params.pop("stop")
+    lines = [f"FROM ./{file}", *(f"PARAMETER {key} {value}" for key, value in params.items())]
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    if model.ollama.system:
+        lines.append(f'SYSTEM """{model.ollama.system}"""')
+    return "\n".join(lines) + "\n"
+
+
+def _lay_out(made: Ingredients, manifest: Mapping[str, Any], partial: Path) -> dict[str, Any]:
+    for sharded, _ in made.variants:
+        for name, path in place(sharded).items():
+            files.share(path, partial / name)
+    files.share(made.matrix.path, partial / made.matrix.path.name)
+    files.write_text(partial / "README.md", card.card(made.model, manifest))
+    files.write_text(partial / "params", files.pretty(ollama_params(made.model)))
+    if made.model.ollama.system:
+        files.write_text(partial / "system", made.model.ollama.system)
+    if made.template:
+        files.write_text(partial / "chat_template.jinja", made.template.text)
+    single = next((s.paths[0].name for s, _ in made.variants if not s.quantized.plan.variant.split), None)
+    if single:
+        files.write_text(partial / "Modelfile", modelfile(made.model, single))
+    _write_lists(partial, manifest)
+    return {"variants": len(made.variants)}
+
+
+def _write_lists(partial: Path, manifest: Mapping[str, Any]) -> None:
+    """SHA256SUMS of everything before it, then the manifest, whose presence means that all is there."""
+    known = {f["path"]: f["sha256"] for v in manifest["variants"] for f in v["files"]}
+    paths = sorted(p for p in partial.rglob("*") if p.is_file())
+    names = {p.relative_to(partial).as_posix(): p for p in paths}
+    sums = {name: known.get(name) or files.digest(path) for name, path in names.items()}
+    files.write_text(partial / CHECKSUMS, "".join(f"{sha}  {name}\n" for name, sha in sums.items()))
+    files.write_text(partial / MANIFEST, files.pretty(manifest))
+
+
+def _manifest(made: Ingredients) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "model": made.model.name,
+        "recipe": asdict(made.model),
+        "source": {**made.checkpoint.origin, "files": [asdict(r) for r in made.checkpoint.receipts]},
+        "llama.cpp": made.llama_cpp,
+        "chat_template": {"original_sha256": made.template.original_sha256, "sha256": made.template.sha256}
+        if made.template
+        else None,
+        "calibration": {"set": made.text.name, "documents": made.text.documents, "sha256": made.text.receipt.sha256},
+        "imatrix": asdict(made.matrix.receipt),
+        "base": asdict(made.base.receipt),
+        "parameters": made.base.header.elements,
+        "variants": [_variant(sharded, verdict) for sharded, verdict in made.variants],
+    }
+
+
+def _variant(sharded: Sharded, verdict: Verdict) -> dict[str, Any]:
+    plan = sharded.quantized.plan
+    placed = {path: name for name, path in place(sharded).items()}
+    return {
+        "name": plan.variant.name,
+        "summary": plan.variant.summary,
+        "bytes": sharded.bytes,
+        "bpw": round(plan.bits_per_weight, 3),
+        "bytes_by_type": plan.type_bytes(),
+        "rules": [asdict(rule) for rule in plan.variant.rules],
+        "files": [
+            {"path": placed[path], "sha256": r.sha256, "bytes": r.bytes}
+            for path, r in zip(sharded.paths, sharded.receipts, strict=True)
+        ],
+        "tensors": {
+            t.tensor.name: {"type": t.type.name, "sha256": sharded.tensor_digests[t.tensor.name]} for t in plan.tensors
+        },
+        "smoke": [{"name": s.name, "kind": s.kind, "passed": s.passed} for s in verdict.scenarios],
+    }
+
+
+def variants_table(manifest: Mapping[str, Any]) -> Sequence[Sequence[str]]:
+    """The release at a glance: variant, bytes, bits per weight, files, smoke verdict."""
+    return [
+        (v["name"], f"{v['bytes']:,}", f"{v['bpw']:.2f}", str(len(v["files"])), smoke_words(v["smoke"]))
+        for v in manifest["variants"]
+    ]
+
+
+def smoke_words(scenarios: Sequence[Mapping[str, Any]]) -> str:
+    """A verdict in a few words."""
+    failed = [s for s in scenarios if not s["passed"]]
+    return "passed" if not failed else f"passed; off: {', '.join(s['name'] for s in failed)}"

@@ -1,0 +1,144 @@
+"""Decide which type every tensor of every variant gets. Pure: specs and rules in, a plan out, nothing is opened.
+
+The first rule that matches a tensor decides. Tensors that llama-quantize never touches keep what they are.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from quant.errors import refuse
+from quant.ggml_types import TYPES, GGMLType
+from quant.header import TensorSpec, padded
+from quant.recipe import Variant
+
+KEPT = re.compile(
+    r".*_norm\.weight|.*ffn_gate_inp\.weight|.*ffn_gate_tid2eid\.weight|.*(altup|laurel|per_layer_model_proj).*"
+    r"|position_embd\.weight|token_types\.weight|.*ssm_conv1d.*|.*shortconv\.conv\.weight|.*indexer\.[kq]_proj\.weight"
+    r"|.*time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)\.weight|.*attn_rel_b\.weight"
+    r"|.*(\.position_embd|sam\.pos_embd|sam\.neck\.|sam\.net_|\.rel_pos|\.patch_embd|\.patch_merger).*"
+)
+"""Matrices that stay as they are, beside everything that is one-dimensional or no ``weight``.
+
+From llama.cpp's ``tensor_allows_quantization`` (src/llama-quant.cpp); a test asks llama-quantize itself.
+"""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What one tensor will be."""
+
+    tensor: TensorSpec
+    """As it is in the BF16 file."""
+    type: GGMLType
+    rule: int | None
+    """Index of the rule that decided; none for a tensor that keeps its type."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of its data, without padding."""
+        return self.type.bytes(self.tensor.elements)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A variant of one model, tensor by tensor."""
+
+    variant: Variant
+    tensors: tuple[Planned, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data section, padding included."""
+        return sum(padded(t.bytes) for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all weights of the model."""
+        return 8 * sum(t.bytes for t in self.tensors) / sum(t.tensor.elements for t in self.tensors)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the converted file itself."""
+        return not self.variant.rules
+
+    def types(self) -> dict[str, str]:
+        """Type by tensor, in the order of the file."""
+        return {t.tensor.name: t.type.name for t in self.tensors}
+
+    def type_bytes(self) -> dict[str, int]:
+        """Bytes by type, the largest first."""
+        total: Counter[str] = Counter()
+        for t in self.tensors:
+            total[t.type.name] += t.bytes
+        return dict(total.most_common())
+
+    def json(self) -> dict[str, Any]:
+        """The plan as plain JSON."""
+        return {
+            "name": self.variant.name,
+            "bytes": self.bytes,
+            "bpw": round(self.bits_per_weight, 4),
+            "tensors": [
+                {"name": t.tensor.name, "type": t.type.name, "shape": list(t.tensor.shape), "bytes": t.bytes}
+                for t in self.tensors
+            ],
+        }
+
+
+def plan(variant: Variant, tensors: Collection[TensorSpec], covered: Collection[str]) -> Plan:
+    """The types of one variant for a model's tensors; ``covered`` are those that the imatrix has data for.
+
+    Raises InputError with everything that keeps the variant from being built for this model.
+    """
+    refuse(problems(variant, tensors, covered))
+    return Plan(variant, tuple(_planned(variant, t) for t in tensors))
+
+
+def problems(variant: Variant, tensors: Collection[TensorSpec], covered: Collection[str]) -> Iterator[str]:
+    """Every reason why the variant cannot be built for these tensors; nothing means that it can."""
+    where = f"variant {variant.name}"
+    if not variant.rules:
+        return
+    deciding = {t.name: decide(variant, t) for t in tensors if quantizable(t)}
+    used = set(deciding.values())
+    for n, rule in enumerate(variant.rules):
+        if n not in used and not rule.optional:
+            yield f"{where}: rules[{n}] ({rule.tensors!r}) decides no tensor of this model; mend it or say `optional = true`"
+    for t in tensors:
+        decided = deciding.get(t.name)
+        if decided is not None:
+            yield from _type_problems(f"{where}: rules[{decided}]", t, TYPES[variant.rules[decided].type], covered)
+        elif t.name in deciding:
+            yield f"{where}: tensor {t.name}: expected a rule that matches it, found none"
+
+
+def quantizable(tensor: TensorSpec) -> bool:
+    """Whether llama-quantize would change a tensor's type."""
+    matrix = sum(n > 1 for n in tensor.shape) >= 2 or (len(tensor.shape) > 1 and tensor.shape[1] > 1)
+    return matrix and tensor.name.endswith("weight") and not KEPT.fullmatch(tensor.name)
+
+
+def decide(variant: Variant, tensor: TensorSpec) -> int | None:
+    """The index of the first rule that matches."""
+    return next((n for n, rule in enumerate(variant.rules) if rule.matches(tensor.name)), None)
+
+
+def _planned(variant: Variant, tensor: TensorSpec) -> Planned:
+    rule = decide(variant, tensor) if variant.rules and quantizable(tensor) else None
+    return Planned(tensor, tensor.type if rule is None else TYPES[variant.rules[rule].type], rule)
+
+
+def _type_problems(where: str, tensor: TensorSpec, ggml_type: GGMLType, covered: Collection[str]) -> Iterator[str]:
+    if not ggml_type.fits(tensor.shape[0]):
+        yield (
+            f"{where}: tensor {tensor.name}: expected a row that is a multiple of {ggml_type.block} for {ggml_type.name},"
+            f" found {tensor.shape[0]}"
+        )
+    if ggml_type.needs_imatrix and tensor.name not in covered:
+        yield (
+            f"{where}: tensor {tensor.name}: {ggml_type.name} needs imatrix data, found none for this tensor;"
+            " give it a type that needs none"
+        )

@@ -1,0 +1,53 @@
+"""Publish a release to a folder: every byte compared with the manifest first, then one rename."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quant import files
+from quant.errors import CheckFailed, InputError, disk_errors
+from quant.package import MANIFEST, Release
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a release stands for others to take."""
+
+    folder: Path
+    fresh: bool
+    """False when it stood there already."""
+
+
+def publish(release: Release, out: Path) -> Published:
+    """The release as ``OUT/<name>``. One that stands there already is left alone.
+
+    Raises CheckFailed when a file is no longer what was packaged, InputError when something else is in the way.
+    """
+    target = out / release.name
+    if is_published(release, target):
+        return Published(target, fresh=False)
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise InputError(f"{target}: expected a release or nothing, found something else; name another folder")
+    with disk_errors(out):
+        partial = target.with_name(target.name + files.PARTIAL)
+        files.remove(partial)
+        for receipt in release.receipts:
+            files.share(release.folder / receipt.path, partial / receipt.path)
+        if wrong := [r.path for r in release.receipts if files.receipt(partial / r.path, partial) != r]:
+            files.remove(partial)
+            raise CheckFailed(*(f"{target / name}: its bytes are not those that were packaged" for name in wrong))
+        older = target.with_name(target.name + ".replaced")
+        files.remove(older)
+        if target.exists():
+            target.rename(older)
+        files.settle(partial, target)
+        files.remove(older)
+    return Published(target, fresh=True)
+
+
+def is_published(release: Release, target: Path) -> bool:
+    """Whether that release stands there: the same manifest, and every file in its full length."""
+    try:
+        same = (target / MANIFEST).read_bytes() == (release.folder / MANIFEST).read_bytes()
+        return same and all((target / r.path).stat().st_size == r.bytes for r in release.receipts)
+    except OSError:
+        return False

@@ -1,0 +1,278 @@
+"""Recipes: what a person writes in ``recipes/`` to say which model to release, in which variants, with which template.
+
+A recipe is TOML. Keys that are not known are refused with their nearest neighbour, and all problems of a file are told
+at once. Relative paths in a recipe are relative to that recipe.
+"""
+
+import dataclasses
+import json
+import re
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from quant.errors import InputError, nearest, refuse
+from quant.ggml_types import FILE_TYPES, TYPES
+
+_HERE = Path(__file__).parent
+RECIPES = next(p for p in (_HERE / "recipes", _HERE.parent / "recipes") if (p / "models").is_dir())
+"""Beside the code in an installed wheel, beside the package in a clone."""
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+REPO = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}")
+SIZE = re.compile(r"[1-9]\d*[MG]")
+"""As llama-gguf-split reads a size: M is 10^6 bytes, G is 10^9."""
+
+
+T = TypeVar("T")
+
+
+class _Strict:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Rule(_Strict):
+    """One line of a variant: tensors whose whole name matches are stored as this type."""
+
+    tensors: str
+    """A regular expression for the whole name."""
+    type: str
+    why: str
+    optional: bool = False
+    """It may match nothing: a rule for a kind of layer that some models lack."""
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule speaks of that tensor."""
+        return re.fullmatch(self.tensors, name) is not None
+
+
+@dataclass(frozen=True)
+class Variant(_Strict):
+    """recipes/variants/NAME.toml: ordered rules, of which the first that matches decides."""
+
+    name: str
+    summary: str
+    """Who should take this file, in a sentence for the model card."""
+    file_type: str
+    """``general.file_type``, which loaders show as the file's quantisation."""
+    rules: tuple[Rule, ...] = ()
+    """None at all: the converted file itself."""
+    split: bool = True
+    """False: one file whatever its size, because Ollama cannot pull shards."""
+    smoke_quality: typing.Literal["required", "reported"] = "required"
+    """Whether an answer off the topic stops the release, or is only told."""
+
+
+@dataclass(frozen=True)
+class Source(_Strict):
+    """Where a model's weights come from: a repo of the hub at a commit, or a folder."""
+
+    repo: str | None = None
+    revision: str | None = None
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
+class Sampling(_Strict):
+    """The settings that the model's authors advise."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
+class Ollama(_Strict):
+    """What a release tells Ollama beside the sampling."""
+
+    num_ctx: int
+    """Tokens of context; moderate, because the KV cache is taken from the same memory."""
+    stop: tuple[str, ...]
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Card(_Strict):
+    """What the model card says and no number tells."""
+
+    license: str
+    languages: tuple[str, ...]
+    base_model: str | None = None
+    """The hub repo that this is a quantisation of."""
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Turn(_Strict):
+    """One thing to say to a model, and what its answer must hold."""
+
+    say: str
+    expect: str
+    """A regular expression that is searched in the answer, upper and lower case alike."""
+
+
+@dataclass(frozen=True)
+class Imatrix(_Strict):
+    """How the importance matrix is computed."""
+
+    calibration: str = "embedded"
+    context: int = 512
+    """Tokens in a chunk."""
+    chunks: int | None = None
+    """At most so many; all of the text when not given."""
+
+
+@dataclass(frozen=True)
+class Model(_Strict):
+    """recipes/models/NAME.toml: one model and how its release is made."""
+
+    name: str
+    title: str
+    """Begins the name of every file."""
+    source: Source
+    template: str
+    """recipes/templates/NAME.toml, or ``none``."""
+    variants: tuple[str, ...]
+    sampling: Sampling
+    ollama: Ollama
+    card: Card
+    smoke: tuple[Turn, ...]
+    """The conversation that every file must hold, turn by turn."""
+    max_shard_size: str = "50G"
+    pre_tokenizer: str | None = None
+    """llama.cpp's name for the pre-tokenizer, where the converter does not know its hash."""
+    imatrix: Imatrix = field(default_factory=Imatrix)
+    max_answer: int = 1024
+    """Tokens that one answer of the smoke test may take."""
+
+
+@dataclass(frozen=True)
+class Replacement(_Strict):
+    """One exact change of a chat template."""
+
+    why: str
+    """The failure that it mends."""
+    find: str
+    """Must occur exactly once."""
+    replace: str
+
+
+@dataclass(frozen=True)
+class TemplatePatch(_Strict):
+    """recipes/templates/NAME.toml: what has to change in a family's chat template, and why."""
+
+    name: str
+    summary: str
+    replacements: tuple[Replacement, ...]
+
+
+def load_model(name: str) -> tuple[Model, Path]:
+    """A model by its name in recipes/models or by a path, and the file it came from. Raises InputError."""
+    path = _find("models", name)
+    model = _load(path, Model)
+    refuse(_model_problems(model, path))
+    return model, path
+
+
+def load_variant(name: str) -> Variant:
+    """A variant by its name in recipes/variants or by a path. Raises InputError."""
+    path = _find("variants", name)
+    variant = _load(path, Variant)
+    refuse(_variant_problems(variant, path))
+    return variant
+
+
+def load_template_patch(name: str) -> TemplatePatch:
+    """A template patch by its name in recipes/templates or by a path. Raises InputError."""
+    return _load(_find("templates", name), TemplatePatch)
+
+
+def known(kind: str) -> list[str]:
+    """The names of the project's own recipes of a kind: models, variants or templates."""
+    return sorted(p.stem for p in (RECIPES / kind).glob("*.toml"))
+
+
+def shard_bytes(size: str) -> int:
+    """``50G`` as bytes."""
+    return int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]]
+
+
+def _find(kind: str, name: str) -> Path:
+    if name.endswith(".toml"):
+        return Path(name)
+    if name not in known(kind):
+        raise InputError(f"{kind.removesuffix('s')} {name!r} is not known: {nearest(name, known(kind))}")
+    return RECIPES / kind / f"{name}.toml"
+
+
+def _load(path: Path, noun: type[T]) -> T:
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: not TOML: {e}") from e
+    try:
+        # Through JSON, because only there strict types and tuples go together.
+        return TypeAdapter(noun).validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as e:
+        raise InputError(*(f"{path}: {_say(error, noun)}" for error in e.errors())) from e
+
+
+def _say(error: Any, noun: type) -> str:
+    """One problem of a recipe: the field as a person writes it, and what is wrong there."""
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{where}: unknown key; {nearest(str(error['loc'][-1]), _keys(noun, error['loc'][:-1]))}"
+    if error["type"] == "missing":
+        return f"{where}: missing; every {noun.__name__} recipe says it"
+    return f"{where}: {error['msg'].removeprefix('Input ')}, found {error['input']!r}"
+
+
+def _keys(noun: Any, loc: tuple[str | int, ...]) -> list[str]:
+    """The keys that a recipe may have at a place."""
+    for part in loc:
+        hint = typing.get_type_hints(noun).get(str(part))
+        noun = next((a for a in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(a)), noun)
+    return [f.name for f in dataclasses.fields(noun)]
+
+
+def _model_problems(model: Model, path: Path) -> typing.Iterator[str]:
+    source = model.source
+    if (source.repo is None) == (source.folder is None):
+        yield f"{path}: source: expected one of repo and folder, found {'both' if source.repo else 'neither'}"
+    if source.repo and not REPO.fullmatch(source.repo):
+        yield f"{path}: source.repo: expected OWNER/NAME, found {source.repo!r}"
+    if not re.fullmatch(r"[\w][\w.-]*", model.title):
+        yield f"{path}: title: expected letters, digits, '.', '_' and '-', found {model.title!r}"
+    if not SIZE.fullmatch(model.max_shard_size):
+        yield f"{path}: max_shard_size: expected a size like 50G or 500M, found {model.max_shard_size!r}"
+    if not model.smoke:
+        yield f"{path}: smoke: expected at least one turn, found none"
+    for n, turn in enumerate(model.smoke):
+        yield from _pattern_problems(turn.expect, f"{path}: smoke[{n}].expect")
+
+
+def _variant_problems(variant: Variant, path: Path) -> typing.Iterator[str]:
+    if variant.file_type not in FILE_TYPES:
+        yield f"{path}: file_type: {variant.file_type!r} is not known: {nearest(variant.file_type, FILE_TYPES)}"
+    for n, rule in enumerate(variant.rules):
+        if rule.type not in TYPES:
+            yield f"{path}: rules[{n}].type: {rule.type!r} is not one of ggml's: {nearest(rule.type, TYPES)}"
+        elif rule.type.startswith("TQ"):
+            yield f"{path}: rules[{n}].type: {rule.type} ruins weights that were not trained ternary; IQ1_S is as small"
+        yield from _pattern_problems(rule.tensors, f"{path}: rules[{n}].tensors")
+
+
+def _pattern_problems(pattern: str, where: str) -> typing.Iterator[str]:
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        yield f"{where}: expected a regular expression, found {pattern!r} ({e})"

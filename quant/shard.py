@@ -1,0 +1,114 @@
+"""Cut a file into shards with llama-gguf-split, and put shards together again; both are verified tensor by tensor.
+
+The tool checks none of its reads and writes, so nothing is believed because it returned 0: every tensor's sha256 before
+is compared with the one after.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quant import files
+from quant.errors import CheckFailed, InputError, disk_errors
+from quant.files import Receipt
+from quant.header import read_header, read_headers
+from quant.quantize import Quantized
+from quant.recipe import shard_bytes
+from quant.store import Store
+from quant.toolchain import Toolchain
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """One variant as it is published: one file, or shards of which llama.cpp is given the first."""
+
+    quantized: Quantized
+    paths: tuple[Path, ...]
+    receipts: tuple[Receipt, ...]
+    tensor_digests: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """The variant's name."""
+        return self.quantized.plan.variant.name
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(r.bytes for r in self.receipts)
+
+
+def shard(quantized: Quantized, title: str, max_size: str, tools: Toolchain, store: Store) -> Sharded:
+    """The file in shards of at most ``max_size``, or as it is when it fits one or its variant must not be split.
+
+    Raises CheckFailed with every tensor whose bytes changed on the way.
+    """
+    variant = quantized.plan.variant
+    split = variant.split and quantized.receipt.bytes > shard_bytes(max_size)
+    inputs = {
+        "file": quantized.receipt.sha256,
+        "name": f"{title}-{variant.name}",
+        "max_size": max_size if split else None,
+        "llama.cpp": str(tools.version),
+    }
+    done = store.once("shard", inputs, lambda partial: _shard(quantized.path, inputs, tools, partial))
+    receipts = tuple(r for r in done.receipts if r.path.endswith(".gguf"))
+    return Sharded(quantized, tuple(done.path(r.path) for r in receipts), receipts, done.facts["tensors"])
+
+
+def merge(first: Path, out: Path, tools: Toolchain) -> Receipt:
+    """All shards beside ``first`` as one file at ``out``, with every tensor as it was.
+
+    Raises InputError for shards that are missing or do not belong together, CheckFailed when a tensor changed.
+    """
+    headers = read_headers(first)
+    if len(headers) == 1:
+        raise InputError(f"{first}: expected the first shard of a split (…-00001-of-0000N.gguf), found a whole file")
+    if out.exists():
+        raise InputError(f"{out}: exists already; name another file or take it away")
+    expected = _digests([h.path for h in headers])
+    partial = out.with_name(out.name + files.PARTIAL)
+    log = out.with_name(out.name + ".log")
+    with disk_errors(partial):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.remove(partial)
+        try:
+            tools.run("llama-gguf-split", ["--merge", first.resolve(), partial.resolve()], cwd=out.parent, log=log)
+            if wrong := list(changed(expected, read_header(partial).tensor_digests(), partial)):
+                raise CheckFailed(*wrong)
+            files.flush_file(partial)
+            partial.replace(out)
+        finally:
+            files.remove(partial)
+            files.remove(log)
+        files.flush_folder(out.parent)
+    return files.receipt(out, out.parent)
+
+
+def changed(before: Mapping[str, str], after: Mapping[str, str], where: Path) -> Iterator[str]:
+    """Every tensor whose bytes are not what they were."""
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            yield f"{where}: tensor {name}: expected sha256 {before.get(name)}, found {after.get(name)}"
+
+
+def _shard(path: Path, inputs: Mapping[str, Any], tools: Toolchain, partial: Path) -> dict[str, Any]:
+    expected = read_header(path).tensor_digests()
+    if inputs["max_size"] is None:
+        files.share(path, partial / f"{inputs['name']}.gguf")
+        return {"tensors": expected}
+    tools.run(
+        "llama-gguf-split",
+        ["--split", "--split-max-size", inputs["max_size"], path, inputs["name"]],
+        cwd=partial, log=partial / "log",
+    )  # fmt: skip
+    written = sorted(partial.glob("*.gguf"))
+    read_headers(written[0])  # all shards are there and count alike
+    if wrong := list(changed(expected, _digests(written), partial)):
+        raise CheckFailed(*wrong)
+    return {"tensors": expected}
+
+
+def _digests(paths: Sequence[Path]) -> dict[str, str]:
+    return {name: sha for path in paths for name, sha in read_header(path).tensor_digests().items()}

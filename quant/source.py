@@ -1,0 +1,221 @@
+"""Pull a checkpoint: a commit of the hub, or a folder; every file is verified before anything reads it.
+
+The only module that downloads weights. A commit is named by its 40 letters, because a branch may move between two files.
+"""
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quant import files
+from quant.errors import CheckFailed, InputError, refuse
+from quant.files import Receipt
+from quant.recipe import COMMIT, REPO, Source
+from quant.store import Store
+
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "merges.txt", "vocab.txt", "LICENSE*")
+"""What a conversion can need; weights in other formats can carry code and are never pulled."""
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as its authors published it."""
+
+    folder: Path
+    origin: Mapping[str, str]
+    """The repo and commit, or that it was a folder; never a path."""
+    receipts: tuple[Receipt, ...]
+    """Every file that the conversion may read."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return dict(json.loads((self.folder / "config.json").read_text()))
+
+    @property
+    def chat_template(self) -> tuple[str, str] | None:
+        """The template and the file that it is in; the key in tokenizer_config.json wins, as it does in the converter."""
+        config = self.folder / "tokenizer_config.json"
+        if config.exists() and isinstance(text := json.loads(config.read_text()).get("chat_template"), str):
+            return text, f"{config}: chat_template"
+        path = self.folder / "chat_template.jinja"
+        return (path.read_text(), str(path)) if path.exists() else None
+
+
+def pull(source: Source, beside: Path, store: Store) -> Checkpoint:
+    """The checkpoint that a model names; relative folders are looked for in the folder ``beside``.
+
+    Raises InputError with everything that is wrong with it, CheckFailed when what came is not what the hub has.
+    """
+    if source.folder is not None:
+        folder = (beside / source.folder).resolve()
+        refuse(checkpoint_problems(folder))
+        return Checkpoint(folder, {"folder": folder.name}, digests(folder, store))
+    repo, revision = str(source.repo), source.revision or "main"
+    refuse(_pin_problems(repo, revision))
+    origin = {"repo": repo, "revision": revision}
+    done = store.once("source", origin, lambda partial: _download(repo, revision, partial), keep_partial=True)
+    folder = done.folder / "checkpoint"
+    refuse(checkpoint_problems(folder))
+    receipts = tuple(
+        Receipt(r.path.removeprefix("checkpoint/"), r.sha256, r.bytes)
+        for r in done.receipts
+        if r.path.startswith("checkpoint/")
+    )
+    return Checkpoint(folder, origin, receipts)
+
+
+def checkpoint_problems(folder: Path) -> Iterator[str]:
+    """Every reason why this folder cannot be converted; nothing means that it can."""
+    if not folder.is_dir():
+        yield f"{folder}: expected a folder with a checkpoint, found {'a file' if folder.exists() else 'nothing'}"
+        return
+    yield from _config_problems(folder / "config.json")
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        yield f"{folder}: expected a tokenizer ({' or '.join(TOKENIZERS)}), found none"
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        others = sorted(p.name for ending in ("*.bin", "*.pt", "*.pth") for p in folder.glob(ending))
+        found = f"only {others[0]}, which can run code when it is loaded" if others else "none"
+        yield f"{folder}: expected weights in *.safetensors, found {found}; convert them with safetensors first"
+    for path in weights:
+        yield from safetensors_problems(path)
+    yield from _index_problems(folder / "model.safetensors.index.json")
+
+
+def safetensors_problems(path: Path) -> Iterator[str]:
+    """What is wrong with one safetensors file: its length against its own header, then the library's checks."""
+    from safetensors import SafetensorError, safe_open  # numpy comes with it: not for commands that read no weights
+
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        head = f.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        raw = f.read(length) if 2 <= length <= size - 8 else b""
+    if not raw:
+        yield f"{path}: expected a safetensors header, found a file of {size} bytes without a whole one"
+        return
+    try:
+        header = json.loads(raw)
+        expected = 8 + length + max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        yield f"{path}: expected a safetensors header, found something else ({e!r})"
+        return
+    if size != expected:
+        last = max(
+            (n for n in header if n != "__metadata__"), key=lambda n: header[n]["data_offsets"][1], default="none"
+        )
+        yield f"{path}: expected {expected} bytes (the last tensor is {last}), found {size}; fetch the file again"
+        return
+    try:
+        with safe_open(path, framework="numpy") as f:
+            f.keys()
+    except SafetensorError as e:
+        yield f"{path}: not a sound safetensors file: {e}"
+
+
+def digests(folder: Path, store: Store) -> tuple[Receipt, ...]:
+    """A receipt for every file of a checkpoint's folder.
+
+    A digest is remembered with the file's length, inode and both of its times, and used again while all of them stand:
+    hashing 700 GB on every start would cost minutes. The change time cannot be set back by copying or touching.
+    """
+    path = store.root / "digests.json"
+    try:
+        memory: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        memory = {}
+    wanted = sorted({p for pattern in WANTED for p in folder.glob(pattern) if p.is_file()})
+    fresh = {str(p): _remembered(p, memory.get(str(p))) for p in wanted}
+    if any(memory.get(name) != entry for name, entry in fresh.items()):
+        files.write_text(path, files.pretty(memory | fresh))
+    return tuple(Receipt(p.name, fresh[str(p)]["sha256"], p.stat().st_size) for p in wanted)
+
+
+def _remembered(path: Path, entry: Any) -> dict[str, Any]:
+    stat = path.stat()
+    state = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    if isinstance(entry, dict) and entry.get("state") == state:
+        return entry
+    return {"state": state, "sha256": files.digest(path)}
+
+
+def _config_problems(path: Path) -> Iterator[str]:
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        yield f"{path}: missing; expected the configuration of a Hugging Face checkpoint"
+        return
+    except (OSError, ValueError) as e:
+        yield f"{path}: expected JSON, found something else ({e})"
+        return
+    if not isinstance(config, dict) or not config.get("architectures"):
+        yield f"{path}: architectures: expected the name of the model's class, found none"
+    elif config.get("auto_map"):
+        yield f"{path}: auto_map: expected a model that transformers knows, found one that brings code of its own"
+
+
+def _index_problems(path: Path) -> Iterator[str]:
+    """An index may only name safetensors files that lie beside it."""
+    if not path.exists():
+        return
+    try:
+        names = set(json.loads(path.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as e:
+        yield f"{path}: weight_map: expected a map from tensors to files, found something else ({e!r})"
+        return
+    for name in sorted(map(str, names)):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            yield f"{path}: weight_map: expected the name of a safetensors file beside it, found {name!r}"
+        elif not (path.parent / name).exists():
+            yield f"{path.parent / name}: missing; {path.name} says that it holds tensors"
+
+
+def _pin_problems(repo: str, revision: str) -> Iterator[str]:
+    if not REPO.fullmatch(repo):
+        yield f"source.repo: expected OWNER/NAME, found {repo!r}"
+    if not COMMIT.fullmatch(revision):
+        yield f"source.revision: expected a commit of {repo} (40 letters of hex), found {revision!r}; name one with --revision"
+
+
+def _download(repo: str, revision: str, partial: Path) -> dict[str, Any]:
+    """Fetch what is wanted of one commit, continuing what an interrupted run left, and compare it with the hub's list."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    folder = partial / "checkpoint"
+    try:
+        snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=list(WANTED))
+        listing = list(HfApi().list_repo_tree(repo, revision=revision, recursive=True))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        if isinstance(e, OSError) and e.errno is not None:
+            raise
+        raise InputError(f"{repo}@{revision}: cannot be pulled: {_first_line(e)}") from e
+    files.remove(folder / ".cache")
+    wrong = list(_differences(folder, {entry.path: entry for entry in listing}))
+    if wrong:
+        for path, _ in wrong:
+            files.remove(folder / path)  # the next run fetches it again
+        raise CheckFailed(*(f"{repo}@{revision}: {message}; run again to fetch it again" for _, message in wrong))
+    return dict(sorted({"files": len(list(folder.iterdir()))}.items()))
+
+
+def _differences(folder: Path, listing: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Files whose length, or whose sha256 where the hub tells it, is not the hub's."""
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        entry = listing.get(name)
+        if entry is None:
+            yield name, f"{name}: not in the hub's list"
+        elif path.stat().st_size != entry.size:
+            yield name, f"{name}: expected {entry.size} bytes, found {path.stat().st_size}"
+        elif entry.lfs and (found := files.digest(path)) != entry.lfs.sha256:
+            yield name, f"{name}: expected sha256 {entry.lfs.sha256}, found {found}"
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]

@@ -1,0 +1,132 @@
+"""Where finished work is kept: ``ROOT/<stage>/<key>/``, and a run that finds its key there does nothing.
+
+The key is the sha256 of one canonical JSON of everything that went in: digests and settings, never paths, times or
+hosts. A stage works in ``<key>.partial``; when it is done, ``receipt.json`` is written there, all of it is flushed, and
+the folder gets its final name in one rename. So a folder under a final name is complete, after any crash.
+"""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from quant import files
+from quant.errors import InputError, disk_errors
+from quant.files import Receipt
+
+RECEIPT = "receipt.json"
+KEY_LETTERS = 24
+"""96 bits of the sha256 name a folder; the receipt holds all inputs and is compared with them."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """One finished piece of work."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+    """What the stage has to say about it, as plain JSON."""
+    receipts: tuple[Receipt, ...]
+    fresh: bool
+    """False when it was found and not made."""
+
+    def path(self, name: str) -> Path:
+        """Where one of its files lies."""
+        return self.folder / name
+
+    def receipt(self, name: str) -> Receipt:
+        """What was written under that name."""
+        return next(r for r in self.receipts if r.path == name)
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of finished work."""
+
+    root: Path
+
+    def once(
+        self,
+        stage: str,
+        inputs: Mapping[str, Any],
+        make: Callable[[Path], Mapping[str, Any]],
+        *,
+        keep_partial: bool = False,
+    ) -> Done:
+        """The work of ``make`` for these inputs, done now or found done.
+
+        ``make`` gets an empty folder (with ``keep_partial``: what an interrupted run left), fills it, and returns its
+        facts. Raises whatever ``make`` raises; then nothing stands under the final name.
+        """
+        final = self.root / stage / key(inputs)
+        if found := _read(final, inputs):
+            return found
+        partial = final.with_name(final.name + files.PARTIAL)
+        with disk_errors(partial):
+            files.remove(final)  # a receipt that does not fit its files: the work is done again
+            if not keep_partial:
+                files.remove(partial)
+            partial.mkdir(parents=True, exist_ok=True)
+            facts = make(partial)
+            receipts = [files.receipt(p, partial) for p in sorted(partial.rglob("*")) if _is_output(p)]
+            record = {"inputs": inputs, "facts": facts, "files": [asdict(r) for r in receipts]}
+            files.write_text(partial / RECEIPT, files.pretty(record))
+            files.settle(partial, final)
+        return Done(final, facts, tuple(receipts), fresh=True)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder for this process; the kernel lets go of it however the process ends.
+
+        Raises InputError that names the holder when another run has it.
+        """
+        with disk_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.root / "lock")
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                holder = self._holder().read_text() if self._holder().exists() else "another process"
+                raise InputError(
+                    f"{self.root}: in use by {holder.strip()}; wait for it, or take another folder"
+                ) from None
+        try:
+            files.write_text(self._holder(), f"process {os.getpid()} on {socket.gethostname()}\n")
+            yield
+        finally:
+            self._holder().unlink(missing_ok=True)
+            lock.release()
+
+    def _holder(self) -> Path:
+        return self.root / "held-by"
+
+
+def key(inputs: Mapping[str, Any]) -> str:
+    """The name of everything that these inputs can produce: equal inputs, equal key, and nothing else counts."""
+    return hashlib.sha256(files.canonical(inputs).encode()).hexdigest()[:KEY_LETTERS]
+
+
+def _is_output(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _read(folder: Path, inputs: Mapping[str, Any]) -> Done | None:
+    """What stands there, if its receipt fits the inputs and every file has the length that was written.
+
+    Lengths always, digests not: a digest is compared before anything is published.
+    """
+    try:
+        record = json.loads((folder / RECEIPT).read_text())
+        receipts = tuple(Receipt(**r) for r in record["files"])
+        same = files.canonical(record["inputs"]) == files.canonical(inputs)
+        whole = all((folder / r.path).stat().st_size == r.bytes for r in receipts)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Done(folder, record["facts"], receipts, fresh=False) if same and whole else None

@@ -1,0 +1,90 @@
+"""Patch a chat template by exact replacements, and render conversations with one.
+
+Pure: text in, text out. Every anchor of a patch must occur exactly once, so a template that its authors have changed
+stops the work instead of being patched half.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from quant.errors import InputError, refuse
+from quant.recipe import TemplatePatch
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template as it goes into the files, and what it was before."""
+
+    text: str
+    original_sha256: str
+
+    @property
+    def sha256(self) -> str:
+        """Of the text, in UTF-8, as it stands."""
+        return _sha256(self.text)
+
+
+def patch(text: str, by: TemplatePatch | None, where: str) -> ChatTemplate:
+    """The template with every replacement made; ``where`` names it in errors.
+
+    A replacement that stands already (its result occurs once, its anchor does not) is left alone, so patching twice
+    is patching once. Raises InputError with every anchor that does not occur exactly once.
+    """
+    problems, patched = [], text
+    for n, change in enumerate(by.replacements if by else ()):
+        # TOML's literal strings begin with a newline that it drops and end with one that it keeps: both are lines.
+        found, done = patched.count(change.find), patched.count(change.replace)
+        if done == 1 and found == change.replace.count(change.find):
+            continue
+        if found != 1:
+            first_line = change.find.strip().splitlines()[0]
+            problems.append(
+                f"{where}: replacement {n + 1} of {by.name if by else ''}: expected its anchor once, found it"
+                f" {found} times: {first_line}; the template was changed upstream, so compare it and mend the patch"
+            )
+            continue
+        patched = patched.replace(change.find, change.replace)
+    refuse(problems)
+    return ChatTemplate(patched, _sha256(text))
+
+
+def render(
+    template: str,
+    messages: list[dict[str, Any]],
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    **variables: Any,
+) -> str:
+    """What the model reads for a conversation, by the rules of transformers' ``apply_chat_template``.
+
+    Raises InputError when the template refuses the conversation.
+    """
+    try:
+        return _environment().from_string(template).render(
+            messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
+        )  # fmt: skip
+    except (TemplateError, TypeError, AttributeError) as e:
+        raise InputError(f"chat template: cannot render the conversation: {e}") from e
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as transformers sets it up: blocks trimmed, sandboxed, `tojson` without HTML escapes."""
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    env.filters["tojson"] = lambda value, **kw: json.dumps(value, **{"ensure_ascii": False, **kw})
+    env.globals["raise_exception"] = _raise
+    return env
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
