@@ -1,0 +1,34 @@
+"""Fixtures that many tests share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from quant.toolchain import TOOLS, Toolchain
+
+VERSION = "version: 0.5.0-dev (build 1, commit 0c1e570)"
+
+
+@pytest.fixture
+def fake_tools(tmp_path: Path) -> Callable[..., Toolchain]:
+    """A folder of llama.cpp's tools as small shell scripts: ``fake_tools(llama_quantize="exit 3", version="…")``.
+
+    Tools that are not given succeed and say nothing; ``missing`` names those that are not there.
+    """
+
+    def make(version: str = VERSION, missing: tuple[str, ...] = (), **scripts: str) -> Toolchain:
+        folder = tmp_path / "fake-bin"
+        folder.mkdir(exist_ok=True)
+        for tool in TOOLS:
+            if tool in missing:
+                continue
+            body = scripts.get(tool.replace("-", "_"), "exit 0")
+            if tool == "llama-server" and "llama_server" not in scripts:
+                body = f"echo '{version}'"
+            path = folder / tool
+            path.write_text(f"#!/bin/sh\n{body}\n")
+            path.chmod(0o755)
+        return Toolchain(folder)
+
+    return make
