@@ -5,16 +5,16 @@
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from quant import files, toolchain
 from quant import source as sources
 from quant.calibrate import calibrate
-from quant.convert import convert
+from quant.convert import convert, words
 from quant.errors import InputError, refuse
 from quant.imatrix import imatrix
 from quant.package import Ingredients, Release, package
@@ -89,7 +89,8 @@ def prepare(
     if revision:
         recipe = replace(recipe, source=replace(recipe.source, revision=revision))
     loaded = tuple(load_variant(name) for name in _all_known(variants or recipe.variants))
-    load_patch(recipe)
+    if recipe.template != "none":
+        load_template_patch(recipe.template)
     tools = toolchain.find(llama_cpp)
     tools.require(*NEEDED)
     out = Path(out).expanduser().resolve()
@@ -106,8 +107,8 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
     began = time.time()
     with store.alone():
         checkpoint = do("source", model.name, partial(sources.pull, model.source, job.recipe.parent, store))
-        template = do("template", model.template, partial(patched_template, model, checkpoint))
-        base = do("convert", model.title, partial(convert, checkpoint, template, model, tools, store))
+        template = do("template", model.template, partial(patched_template, model.template, checkpoint))
+        base = do("convert", model.title, partial(convert, checkpoint, template, words(model), tools, store))
         text = do("calibrate", model.imatrix.calibration, partial(calibrate, model, template, store))
         matrix = do("imatrix", model.title, partial(imatrix, base, text, model, tools, store))
         tensors = base.header.tensors
@@ -127,26 +128,25 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
     return Built(published.folder, release, tuple(plans), verdicts, published.fresh)
 
 
-def patched_template(model: Model, checkpoint: Checkpoint) -> ChatTemplate | None:
-    """The checkpoint's chat template as it will be released; raises InputError when the patch does not fit it."""
+def patched_template(name: str, checkpoint: Checkpoint) -> ChatTemplate | None:
+    """The checkpoint's chat template with the patch of that name; ``none`` leaves it as it is.
+
+    Raises InputError when the patch does not fit the template, or there is none to patch.
+    """
+    by = None if name == "none" else load_template_patch(name)
     found = checkpoint.chat_template
     if found is None:
-        if model.template != "none":
-            raise InputError(f"{checkpoint.folder}: expected a chat template to patch ({model.template}), found none")
+        if by is not None:
+            raise InputError(f"{checkpoint.folder}: expected a chat template to patch ({name}), found none")
         return None
     text, where = found
-    return patch(text, load_patch(model), where)
-
-
-def load_patch(model: Model) -> Any:
-    """The template patch that a model names, or nothing."""
-    return None if model.template == "none" else load_template_patch(model.template)
+    return patch(text, by, where)
 
 
 def _all_known(names: Sequence[str]) -> Sequence[str]:
     """The same names; raises one InputError with every variant that cannot be loaded, and for one that is named twice."""
 
-    def problems() -> Any:
+    def problems() -> Iterator[str]:
         for name in names:
             try:
                 load_variant(name)

@@ -32,7 +32,7 @@ def calibrate(model: Model, template: ChatTemplate | None, store: Store) -> Cali
         "template": template.sha256 if template else None,
     }
     count = len(documents.load(name))
-    done = store.once("calibrate", inputs, lambda partial: _write(name, template, partial))
+    done = store.once("calibrate", inputs, lambda partial: write(name, template, partial / "calibration.txt"))
     return CalibrationText(done.path("calibration.txt"), done.receipt("calibration.txt"), Path(name).stem, count)
 
 
@@ -45,7 +45,8 @@ def as_read(document: Document, template: ChatTemplate | None) -> str:
     )
 
 
-def _write(name: str, template: ChatTemplate | None, partial: Path) -> dict[str, int]:
+def write(name: str, template: ChatTemplate | None, out: Path) -> dict[str, int]:
+    """Write a set, rendered, as one text."""
     texts = [as_read(document, template) for document in documents.load(name)]
-    files.write_text(partial / "calibration.txt", "\n".join(texts) + "\n")
+    files.write_text(out, "\n".join(texts) + "\n")
     return {"documents": len(texts), "characters": sum(map(len, texts))}

@@ -36,46 +36,67 @@ class Base:
         return read_header(self.path)
 
 
+@dataclass(frozen=True)
+class Words:
+    """What a file says of its model, instead of what the converter would guess from a folder's name."""
+
+    title: str
+    metadata: Mapping[str, Any]
+    """Keys of GGUF and their values."""
+    front_matter: str = ""
+    """YAML from which the converter takes licence, languages and base model."""
+    pre_tokenizer: str | None = None
+    """llama.cpp's name of the pre-tokenizer, where the converter does not know its hash."""
+
+
+def words(model: Model) -> Words:
+    """What the files of a model's release say of it."""
+    from huggingface_hub import ModelCardData
+
+    sampling, card = model.sampling, model.card
+    metadata = {
+        "general.name": model.title,
+        "general.basename": model.title,
+        "general.sampling.temp": sampling.temperature,
+        "general.sampling.top_p": sampling.top_p,
+        "general.sampling.top_k": sampling.top_k,
+        "general.sampling.min_p": sampling.min_p,
+        "general.sampling.penalty_repeat": sampling.repeat_penalty,
+    } | ({"general.description": card.description} if card.description else {})
+    data = ModelCardData(license=card.license, language=list(card.languages), base_model=card.base_model)
+    return Words(model.title, metadata, data.to_yaml(), model.pre_tokenizer)
+
+
 def convert(
-    checkpoint: Checkpoint, template: ChatTemplate | None, model: Model, tools: toolchain.Toolchain, store: Store
+    checkpoint: Checkpoint, template: ChatTemplate | None, words: Words, tools: toolchain.Toolchain, store: Store
 ) -> Base:
     """The checkpoint as one BF16 GGUF. Raises ToolError with the converter's last words when it gives up."""
     inputs = {
         "checkpoint": [asdict(r) for r in checkpoint.receipts],
         "template": template.sha256 if template else None,
-        "metadata": _metadata(model),
-        "card": _card(model),
-        "title": model.title,
-        "pre_tokenizer": model.pre_tokenizer,
+        "words": asdict(words),
         "llama.cpp": str(tools.version),
     }
-    name = f"{model.title}-BF16.gguf"
-    done = store.once("convert", inputs, lambda partial: _convert(checkpoint, template, model, partial, name))
+    name = f"{words.title}-BF16.gguf"
+    done = store.once("convert", inputs, lambda partial: write_base(checkpoint, template, words, partial / name))
     return Base(done.path(name), done.receipt(name))
 
 
-def _convert(
-    checkpoint: Checkpoint, template: ChatTemplate | None, model: Model, partial: Path, name: str
-) -> dict[str, Any]:
-    folder = _lay_out(checkpoint, template, model, partial / "hf" / model.title)
-    files.write_text(partial / "metadata.json", files.pretty(_metadata(model)))
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "quant.converter",
-        folder,
-        partial / name,
-        partial / "metadata.json",
-    ]
-    if model.pre_tokenizer:
-        command.append(model.pre_tokenizer)
-    toolchain.run(command, cwd=partial, log=partial / "log", env=_quiet_environment())
-    header = read_header(partial / name)
-    files.remove(partial / "hf")
+def write_base(checkpoint: Checkpoint, template: ChatTemplate | None, words: Words, out: Path) -> dict[str, Any]:
+    """Write the BF16 GGUF at ``out``; the folder that it is in belongs to this work. Returns what the file holds."""
+    folder = _lay_out(checkpoint, template, words, out.parent / "hf" / words.title)
+    metadata = out.parent / "metadata.json"
+    files.write_text(metadata, files.pretty(words.metadata))
+    command: list[str | Path] = [sys.executable, "-m", "quant.converter", folder, out, metadata]
+    if words.pre_tokenizer:
+        command.append(words.pre_tokenizer)
+    toolchain.run(command, cwd=out.parent, log=out.parent / "log", env=_quiet_environment(), name="the converter")
+    files.remove(out.parent / "hf")
+    header = read_header(out)
     return {"architecture": header.architecture, "tensors": len(header.tensors), "parameters": header.elements}
 
 
-def _lay_out(checkpoint: Checkpoint, template: ChatTemplate | None, model: Model, folder: Path) -> Path:
+def _lay_out(checkpoint: Checkpoint, template: ChatTemplate | None, words: Words, folder: Path) -> Path:
     """A folder that shows the converter the checkpoint with the patched template, under a name that may be published."""
     folder.mkdir(parents=True)
     for receipt in checkpoint.receipts:
@@ -88,34 +109,9 @@ def _lay_out(checkpoint: Checkpoint, template: ChatTemplate | None, model: Model
         files.write_text(folder / "tokenizer_config.json", files.pretty(settings))
     if template:
         files.write_text(folder / "chat_template.jinja", template.text)
-    files.write_text(folder / "README.md", _card(model))
+    if words.front_matter:
+        files.write_text(folder / "README.md", f"---\n{words.front_matter}\n---\n")
     return folder
-
-
-def _card(model: Model) -> str:
-    """Front matter from which the converter takes licence, languages and base model."""
-    from huggingface_hub import ModelCardData
-
-    data = ModelCardData(
-        license=model.card.license, language=list(model.card.languages), base_model=model.card.base_model
-    )
-    return f"---\n{data.to_yaml()}\n---\n"
-
-
-def _metadata(model: Model) -> Mapping[str, Any]:
-    """What the file says of the model, instead of what the converter would guess from a folder's name."""
-    sampling = model.sampling
-    said = {
-        "general.name": model.title,
-        "general.basename": model.title,
-        "general.description": model.card.description or None,
-        "general.sampling.temp": sampling.temperature,
-        "general.sampling.top_p": sampling.top_p,
-        "general.sampling.top_k": sampling.top_k,
-        "general.sampling.min_p": sampling.min_p,
-        "general.sampling.penalty_repeat": sampling.repeat_penalty,
-    }
-    return {key: value for key, value in said.items() if value is not None}
 
 
 def _quiet_environment() -> dict[str, str]:

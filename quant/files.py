@@ -98,6 +98,25 @@ flush_folder = flush_file
 """A folder is flushed like a file: its entries are its bytes."""
 
 
+@contextmanager
+def scratch(final: Path) -> Iterator[Path]:
+    """An empty folder beside a file that is being made by others; it is gone afterwards, whatever happened."""
+    folder = final.resolve().with_name(final.name + PARTIAL)
+    remove(folder)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
+def adopt(made: Path, final: Path) -> None:
+    """Give a finished file its final name, once its bytes are on the disk."""
+    flush_file(made)
+    made.replace(final)
+    flush_folder(final.parent)
+
+
 def share(source: Path, target: Path) -> None:
     """Make ``target`` hold the bytes of ``source``: a second name where the file system allows it, else a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def shard_paths(first: Path) -> tuple[Path, ...]:
 def read_headers(first: Path) -> tuple[Header, ...]:
     """The heads of all files of a model; raises InputError for each shard that is missing or does not belong."""
     paths = shard_paths(first)
-    if missing := [p for p in paths if not p.is_file()]:
+    if len(paths) > 1 and (missing := [p for p in paths if not p.is_file()]):
         raise InputError(*(f"{p}: missing; expected {len(paths)} shards beside {first.name}" for p in missing))
     headers = tuple(read_header(p) for p in paths)
     if len(headers) > 1:

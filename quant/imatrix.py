@@ -12,10 +12,10 @@ from typing import Any
 from quant import files
 from quant.calibrate import CalibrationText
 from quant.convert import Base
-from quant.errors import CheckFailed
+from quant.errors import CheckFailed, InputError
 from quant.files import Receipt
 from quant.header import read_header
-from quant.recipe import Model
+from quant.recipe import Imatrix, Model
 from quant.store import Store
 from quant.toolchain import Toolchain
 
@@ -47,8 +47,33 @@ def imatrix(base: Base, text: CalibrationText, model: Model, tools: Toolchain, s
         "llama.cpp": str(tools.version),
     }
     name = f"imatrix_{model.title}.gguf"
-    done = store.once("imatrix", inputs, lambda partial: _compute(base, text, model, tools, partial, name))
+    settings = model.imatrix
+    done = store.once("imatrix", inputs, lambda partial: compute(base.path, text.path, settings, tools, partial / name))
     return ImportanceMatrix(done.path(name), done.receipt(name), done.facts["unvisited"])
+
+
+def compute(base: Path, text: Path, settings: Imatrix, tools: Toolchain, out: Path) -> dict[str, Any]:
+    """Write the importance matrix of a GGUF over a text at ``out``, whose folder belongs to this work."""
+    # The name of the text is written into the file, so it is called by a name that may be published.
+    files.share(text, out.parent / "calibration.txt")
+    chunks = ["--chunks", str(settings.chunks)] if settings.chunks else []
+    tools.run(
+        "llama-imatrix",
+        ["-m", base, "-f", "calibration.txt", "-o", out.name, "--parse-special", "--no-ppl", "-c", str(settings.context),
+         "-b", str(BATCH_TOKENS), "-ub", str(BATCH_TOKENS), *chunks],
+        cwd=out.parent, log=out.parent / "log",
+    )  # fmt: skip
+    files.remove(out.parent / "calibration.txt")
+    if not (unvisited := unvisited_experts(out)):
+        raise CheckFailed(f"{out.name}: expected data for the model's matrices, found none; is the text too short?")
+    return {"matrices": len(unvisited), "unvisited": unvisited}
+
+
+def read(path: Path) -> ImportanceMatrix:
+    """An importance matrix that was computed before. Raises InputError for a file that holds none."""
+    if not (unvisited := unvisited_experts(path)):
+        raise InputError(f"{path}: expected an importance matrix (tensors NAME.counts), found none")
+    return ImportanceMatrix(path, files.receipt(path, path.parent), unvisited)
 
 
 def unvisited_experts(path: Path) -> dict[str, int]:
@@ -62,23 +87,3 @@ def unvisited_experts(path: Path) -> dict[str, int]:
             counts = np.fromfile(path, "<f4", tensor.elements, offset=header.data_start + tensor.offset)
             unvisited[tensor.name.removesuffix(".counts")] = int((counts == 0).sum())
     return dict(sorted(unvisited.items()))
-
-
-def _compute(
-    base: Base, text: CalibrationText, model: Model, tools: Toolchain, partial: Path, name: str
-) -> dict[str, Any]:
-    # The name of the text is written into the file, so it is called by a name that may be published.
-    files.share(text.path, partial / text.path.name)
-    chunks = ["--chunks", str(model.imatrix.chunks)] if model.imatrix.chunks else []
-    tools.run(
-        "llama-imatrix",
-        ["-m", base.path, "-f", text.path.name, "-o", name, "--parse-special", "--no-ppl", "-c", str(model.imatrix.context),
-         "-b", str(BATCH_TOKENS), "-ub", str(BATCH_TOKENS), *chunks],
-        cwd=partial, log=partial / "log",
-    )  # fmt: skip
-    files.remove(partial / text.path.name)
-    if not (unvisited := unvisited_experts(partial / name)):
-        raise CheckFailed(
-            f"{name}: expected data for the model's matrices, found none; is the calibration text too short?"
-        )
-    return {"matrices": len(unvisited), "unvisited": unvisited}

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,32 @@ def quantize(base: Base, matrix: ImportanceMatrix, plan: Plan, title: str, tools
     }
     name = f"{title}-{plan.variant.name}.gguf"
     done = store.once(
-        "quantize", inputs | {"name": name}, lambda partial: _run(base, matrix, plan, tools, partial, name)
+        "quantize",
+        inputs | {"name": name},
+        lambda partial: write_variant(base.path, matrix.path, plan, tools, partial / name),
     )
     return Quantized(plan, done.path(name), done.receipt(name))
+
+
+def write_variant(
+    base: Path, matrix: Path, plan: Plan, tools: Toolchain, out: Path, jobs: int | None = None
+) -> dict[str, Any]:
+    """Write the planned variant at ``out``, whose folder belongs to this work."""
+    _check_room(out.parent, plan.bytes)
+    chosen = {t.tensor.name: t.type.name for t in plan.tensors if t.rule is not None}
+    files.write_text(out.parent / "types.txt", type_file(chosen))
+    # Its path is published in the file, so the matrix is called by a name and not by a path of this machine.
+    files.share(matrix, out.parent / "imatrix.gguf")
+    tools.run(
+        "llama-quantize",
+        ["--imatrix", "imatrix.gguf", "--tensor-type-file", "types.txt", base, out.name, plan.variant.file_type,
+         str(jobs or os.cpu_count() or 1)],
+        cwd=out.parent, log=out.parent / "log",
+    )  # fmt: skip
+    files.remove(out.parent / "imatrix.gguf")
+    if wrong := list(differences(plan, read_header(out))):
+        raise CheckFailed(*wrong)
+    return {"file_type": plan.variant.file_type, "bytes_by_type": plan.type_bytes()}
 
 
 def type_file(types: Mapping[str, str]) -> str:
@@ -70,26 +93,6 @@ def differences(plan: Plan, header: Header) -> Iterator[str]:
             yield f"{header.path}: tensor {name}: expected {expected.get(name)}, found {found.get(name)}"
     if not found.keys() ^ expected.keys() and (size := header.path.stat().st_size) != header.data_start + plan.bytes:
         yield f"{header.path}: expected {header.data_start + plan.bytes} bytes, found {size}"
-
-
-def _run(
-    base: Base, matrix: ImportanceMatrix, plan: Plan, tools: Toolchain, partial: Path, name: str
-) -> dict[str, Any]:
-    _check_room(partial, plan.bytes)
-    chosen = {t.tensor.name: t.type.name for t in plan.tensors if t.rule is not None}
-    files.write_text(partial / "types.txt", type_file(chosen))
-    # Its path is published in the file, so the matrix is called by a name and not by a path of this machine.
-    files.share(matrix.path, partial / matrix.path.name)
-    tools.run(
-        "llama-quantize",
-        ["--imatrix", matrix.path.name, "--tensor-type-file", "types.txt", base.path, name, plan.variant.file_type,
-         str(os.cpu_count() or 1)],
-        cwd=partial, log=partial / "log",
-    )  # fmt: skip
-    files.remove(partial / matrix.path.name)
-    if wrong := list(differences(plan, read_header(partial / name))):
-        raise CheckFailed(*wrong)
-    return {"types": asdict(plan)["variant"]["file_type"], "bytes_by_type": plan.type_bytes()}
 
 
 def _check_room(folder: Path, planned_bytes: int) -> None:

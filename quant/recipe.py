@@ -194,6 +194,20 @@ def load_template_patch(name: str) -> TemplatePatch:
     return _load(_find("templates", name), TemplatePatch)
 
 
+def variant_of_types(path: Path) -> Variant:
+    """A variant from lines ``REGEX=type``, each for whole names, the first that matches deciding. Raises InputError."""
+    rules = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if text := line.split("#")[0].strip():
+            pattern, _, ggml_type = text.rpartition("=")
+            rules.append(
+                Rule(pattern.removeprefix("^").removesuffix("$"), ggml_type.upper(), f"line {number}", optional=True)
+            )
+    variant = Variant(name=path.stem, summary="", file_type="Q8_0", rules=tuple(_spelt(rules)))
+    refuse(_variant_problems(variant, path))
+    return variant
+
+
 def known(kind: str) -> list[str]:
     """The names of the project's own recipes of a kind: models, variants or templates."""
     return sorted(p.stem for p in (RECIPES / kind).glob("*.toml"))
@@ -202,6 +216,12 @@ def known(kind: str) -> list[str]:
 def shard_bytes(size: str) -> int:
     """``50G`` as bytes."""
     return int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]]
+
+
+def _spelt(rules: typing.Iterable[Rule]) -> typing.Iterator[Rule]:
+    """Types as ggml spells them: tools take q4_k for Q4_K."""
+    names = {name.upper(): name for name in TYPES}
+    return (dataclasses.replace(rule, type=names.get(rule.type, rule.type)) for rule in rules)
 
 
 def _find(kind: str, name: str) -> Path:

@@ -45,16 +45,40 @@ def shard(quantized: Quantized, title: str, max_size: str, tools: Toolchain, sto
     Raises CheckFailed with every tensor whose bytes changed on the way.
     """
     variant = quantized.plan.variant
-    split = variant.split and quantized.receipt.bytes > shard_bytes(max_size)
+    cut = variant.split and quantized.receipt.bytes > shard_bytes(max_size)
+    stem = f"{title}-{variant.name}"
     inputs = {
         "file": quantized.receipt.sha256,
-        "name": f"{title}-{variant.name}",
-        "max_size": max_size if split else None,
+        "stem": stem,
+        "max_size": max_size if cut else None,
         "llama.cpp": str(tools.version),
     }
-    done = store.once("shard", inputs, lambda partial: _shard(quantized.path, inputs, tools, partial))
+    done = store.once(
+        "shard", inputs, lambda partial: split(quantized.path, max_size if cut else None, tools, partial / stem)
+    )
     receipts = tuple(r for r in done.receipts if r.path.endswith(".gguf"))
     return Sharded(quantized, tuple(done.path(r.path) for r in receipts), receipts, done.facts["tensors"])
+
+
+def split(path: Path, max_size: str | None, tools: Toolchain, stem: Path) -> dict[str, Any]:
+    """Write shards of at most ``max_size`` as ``STEM-0000N-of-0000M.gguf``, or the one file STEM.gguf when none is given.
+
+    The folder belongs to this work. Raises CheckFailed with every tensor whose bytes changed.
+    """
+    expected = read_header(path).tensor_digests()
+    if max_size is None:
+        files.share(path, stem.with_name(f"{stem.name}.gguf"))
+        return {"tensors": expected}
+    tools.run(
+        "llama-gguf-split",
+        ["--split", "--split-max-size", max_size, path, stem.name],
+        cwd=stem.parent, log=stem.parent / "log",
+    )  # fmt: skip
+    written = sorted(stem.parent.glob("*.gguf"))
+    read_headers(written[0])  # all shards are there and count alike
+    if wrong := list(changed(expected, _digests(written), stem.parent)):
+        raise CheckFailed(*wrong)
+    return {"tensors": expected}
 
 
 def merge(first: Path, out: Path, tools: Toolchain) -> Receipt:
@@ -91,23 +115,6 @@ def changed(before: Mapping[str, str], after: Mapping[str, str], where: Path) ->
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
             yield f"{where}: tensor {name}: expected sha256 {before.get(name)}, found {after.get(name)}"
-
-
-def _shard(path: Path, inputs: Mapping[str, Any], tools: Toolchain, partial: Path) -> dict[str, Any]:
-    expected = read_header(path).tensor_digests()
-    if inputs["max_size"] is None:
-        files.share(path, partial / f"{inputs['name']}.gguf")
-        return {"tensors": expected}
-    tools.run(
-        "llama-gguf-split",
-        ["--split", "--split-max-size", inputs["max_size"], path, inputs["name"]],
-        cwd=partial, log=partial / "log",
-    )  # fmt: skip
-    written = sorted(partial.glob("*.gguf"))
-    read_headers(written[0])  # all shards are there and count alike
-    if wrong := list(changed(expected, _digests(written), partial)):
-        raise CheckFailed(*wrong)
-    return {"tensors": expected}
 
 
 def _digests(paths: Sequence[Path]) -> dict[str, str]:

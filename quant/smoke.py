@@ -21,8 +21,8 @@ from quant.header import read_headers
 from quant.recipe import Model, Turn
 from quant.shard import Sharded
 from quant.store import Store
-from quant.template import render
 from quant.talk import Exchange, Talk, off_topic, protocol_faults
+from quant.template import render
 from quant.toolchain import Toolchain
 
 START_SECONDS = 60

@@ -6,6 +6,7 @@ The only module that downloads weights. A commit is named by its 40 letters, bec
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from quant.store import Store
 
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "merges.txt", "vocab.txt", "LICENSE*")
 """What a conversion can need; weights in other formats can carry code and are never pulled."""
+DIGESTS = "digests.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -52,9 +54,7 @@ def pull(source: Source, beside: Path, store: Store) -> Checkpoint:
     Raises InputError with everything that is wrong with it, CheckFailed when what came is not what the hub has.
     """
     if source.folder is not None:
-        folder = (beside / source.folder).resolve()
-        refuse(checkpoint_problems(folder))
-        return Checkpoint(folder, {"folder": folder.name}, digests(folder, store))
+        return take((beside / source.folder).resolve(), store)
     repo, revision = str(source.repo), source.revision or "main"
     refuse(_pin_problems(repo, revision))
     origin = {"repo": repo, "revision": revision}
@@ -67,6 +67,12 @@ def pull(source: Source, beside: Path, store: Store) -> Checkpoint:
         if r.path.startswith("checkpoint/")
     )
     return Checkpoint(folder, origin, receipts)
+
+
+def take(folder: Path, store: Store | None = None) -> Checkpoint:
+    """The checkpoint in a folder, verified; digests are remembered in the store. Raises InputError with every problem."""
+    refuse(checkpoint_problems(folder))
+    return Checkpoint(folder, {"folder": folder.name}, digests(folder, store))
 
 
 def checkpoint_problems(folder: Path) -> Iterator[str]:
@@ -118,21 +124,20 @@ def safetensors_problems(path: Path) -> Iterator[str]:
         yield f"{path}: not a sound safetensors file: {e}"
 
 
-def digests(folder: Path, store: Store) -> tuple[Receipt, ...]:
+def digests(folder: Path, store: Store | None) -> tuple[Receipt, ...]:
     """A receipt for every file of a checkpoint's folder.
 
     A digest is remembered with the file's length, inode and both of its times, and used again while all of them stand:
     hashing 700 GB on every start would cost minutes. The change time cannot be set back by copying or touching.
     """
-    path = store.root / "digests.json"
-    try:
-        memory: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        memory = {}
+    memory: dict[str, Any] = {}
+    if store:
+        with suppress(OSError, ValueError):
+            memory = json.loads((store.root / DIGESTS).read_text())
     wanted = sorted({p for pattern in WANTED for p in folder.glob(pattern) if p.is_file()})
     fresh = {str(p): _remembered(p, memory.get(str(p))) for p in wanted}
-    if any(memory.get(name) != entry for name, entry in fresh.items()):
-        files.write_text(path, files.pretty(memory | fresh))
+    if store and any(memory.get(name) != entry for name, entry in fresh.items()):
+        files.write_text(store.root / DIGESTS, files.pretty(memory | fresh))
     return tuple(Receipt(p.name, fresh[str(p)]["sha256"], p.stat().st_size) for p in wanted)
 
 

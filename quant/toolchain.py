@@ -122,7 +122,9 @@ def find(folder: str | Path | None = None) -> Toolchain:
     return Toolchain(next((p for p in places if (p / "llama-quantize").exists()), places[0]))
 
 
-def run(command: Sequence[str | Path], *, cwd: Path, log: Path, env: dict[str, str] | None = None) -> None:
+def run(
+    command: Sequence[str | Path], *, cwd: Path, log: Path, env: dict[str, str] | None = None, name: str | None = None
+) -> None:
     """Run one program to its end; raises ToolError that quotes its last words when it does not end well."""
     with _logged(command, log) as out:
         process = subprocess.Popen(
@@ -134,7 +136,7 @@ def run(command: Sequence[str | Path], *, cwd: Path, log: Path, env: dict[str, s
         finally:
             _stop(process)
     if code:
-        raise ToolError(f"{Path(command[0]).name} {_how_it_ended(code)}; its last words:\n{last_words(log)}")
+        raise ToolError(f"{name or Path(command[0]).name} {_how_it_ended(code)}; its last words:\n{last_words(log)}")
 
 
 def last_words(log: Path) -> str:
@@ -186,7 +188,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _how_it_ended(code: int) -> str:
     if code < 0:
         name = signal.Signals(-code).name
-        return f"was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        reason = {"SIGKILL": " (out of memory?)", "SIGXFSZ": " (a file grew too large)"}.get(name, "")
+        return f"was ended by {name}{reason}"
     return f"exited with {code}"
 
 

@@ -6,9 +6,12 @@ from typing import Any, NoReturn
 
 import click
 
-from quant.cli import progress
-from quant.cli.commands import quant
+from quant.cli import look, progress, release, stages
+from quant.cli.options import quant
 from quant.errors import QuantError
+
+__all__ = ["look", "main", "release", "stages"]
+"""Importing the modules of commands is what makes the commands known."""
 
 
 def main() -> NoReturn:

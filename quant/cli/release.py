@@ -1,0 +1,71 @@
+"""The commands that make whole releases. A command imports what it needs when it runs, so `quant --help` stays quick."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from quant.cli import progress, tables
+from quant.cli.options import FOLDER, quant, tools_option, variants_option, work_option
+
+
+@quant.command()
+@click.option("--out", "-o", type=FOLDER, default=Path("release"), show_default=True, help="Where the release goes.")
+@variants_option
+@work_option
+@tools_option
+def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Path | None) -> None:
+    """The whole way, on the tiny model that the project ships: a few minutes, no download."""
+    _build("tiny-glm", variants, out, work, None, llama_cpp)
+
+
+@quant.command()
+@click.argument("model")
+@click.option("--out", "-o", type=FOLDER, required=True, help="Where the release goes.")
+@click.option("--revision", metavar="COMMIT", help="The commit of the hub repo, if the recipe does not pin it.")
+@variants_option
+@work_option
+@tools_option
+def build(
+    model: str, out: Path, revision: str | None, variants: tuple[str, ...], work: Path | None, llama_cpp: Path | None
+) -> None:
+    """Build the release of MODEL: a name of recipes/models, or a path to such a file."""
+    _build(model, variants, out, work, revision, llama_cpp)
+
+
+@quant.command()
+@click.argument("model")
+@click.option("--revision", metavar="COMMIT", help="The commit of the hub repo, if the recipe does not pin it.")
+@click.option("--work", type=FOLDER, envvar="QUANT_WORK", default=Path("release/.work"), show_default=True)
+def pull(model: str, revision: str | None, work: Path) -> None:
+    """Fetch and verify the checkpoint of MODEL; prints its folder."""
+    from quant import source
+    from quant.recipe import load_model
+    from quant.store import Store
+
+    recipe, path = load_model(model)
+    wanted = replace(recipe.source, revision=revision or recipe.source.revision)
+    store = Store(work.expanduser().resolve() / recipe.name)
+    with store.alone():
+        checkpoint = source.pull(wanted, path.parent, store)
+    progress.say(f"{len(checkpoint.receipts)} files, {sum(r.bytes for r in checkpoint.receipts):,} bytes, all verified")
+    click.echo(checkpoint.folder)
+
+
+def _build(
+    model: str, variants: tuple[str, ...], out: Path, work: Path | None, revision: str | None, llama_cpp: Path | None
+) -> None:
+    from quant import build as builds
+    from quant.package import variants_table
+
+    began = time.monotonic()
+    job = builds.prepare(model, variants, out=out, work=work, revision=revision, llama_cpp=llama_cpp)
+    with progress.shown(job.steps) as do:
+        built = builds.build(job, do)
+    tables.show(("variant", ">bytes", ">bits/weight", ">files", "smoke test"), variants_table(built.release.manifest))
+    click.echo(f"{built.folder}")
+    if built.fresh:
+        progress.say(f"done in {time.monotonic() - began:.0f} s")
+    else:
+        progress.say("nothing to do: this release stands already, made of the same inputs")

@@ -1,0 +1,169 @@
+"""The commands that do one stage on files that are already there."""
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from quant.cli import progress, tables
+from quant.cli.options import FILE, FOLDER, json_option, one_line, quant, tools_option, variants_option
+
+
+@quant.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--out", "-o", type=FILE, required=True, help="The GGUF to write.")
+@click.option("--model", help="Whose recipe says template patch and metadata.  [none: converted as it is]")
+@click.option("--pre", help="llama.cpp's name of the pre-tokenizer, where the converter does not know it (glm4).")
+def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None) -> None:
+    """Convert the checkpoint in a folder to one BF16 GGUF."""
+    from quant import files, source
+    from quant.build import patched_template
+    from quant.convert import Words, words, write_base
+    from quant.recipe import load_model
+
+    recipe = load_model(model)[0] if model else None
+    said = words(recipe) if recipe else Words(out.stem.removesuffix("-BF16"), {})
+    found = source.take(checkpoint.resolve())
+    template = patched_template(recipe.template if recipe else "none", found)
+    with files.scratch(absent(out)) as folder:
+        facts = write_base(found, template, replace(said, pre_tokenizer=pre or said.pre_tokenizer), folder / out.name)
+        files.adopt(folder / out.name, out)
+    progress.say(f"{out}: {facts['tensors']} tensors, {facts['parameters']:,} weights")
+
+
+@quant.command()
+@click.argument("base", type=FILE)
+@click.option("--out", "-o", type=FILE, required=True, help="The importance matrix to write.")
+@click.option("--calibration", default="embedded", show_default=True, metavar="SET", help="A set's name or path.")
+@click.option("--context", type=click.IntRange(32), default=512, show_default=True, help="Tokens in a chunk.")
+@tools_option
+def imatrix(base: Path, out: Path, calibration: str, context: int, llama_cpp: Path | None) -> None:
+    """Compute the importance matrix of BASE, a BF16 GGUF, over a calibration set in the model's own chat format."""
+    from quant import calibrate, files, toolchain
+    from quant.header import read_header
+    from quant.imatrix import compute
+    from quant.recipe import Imatrix
+    from quant.template import patch
+
+    text = read_header(base).metadata.get("tokenizer.chat_template")
+    template = patch(text, None, str(base)) if text else None
+    with files.scratch(absent(out)) as folder:
+        calibrate.write(calibration, template, folder / "set.txt")
+        tools = toolchain.find(llama_cpp)
+        facts = compute(base.resolve(), folder / "set.txt", Imatrix(context=context), tools, folder / out.name)
+        files.adopt(folder / out.name, out)
+    blind = {name: n for name, n in facts["unvisited"].items() if n}
+    progress.say(
+        f"{out}: {facts['matrices']} matrices; experts without data: {sum(blind.values())} in {len(blind)} of them"
+    )
+
+
+@quant.command()
+@click.argument("base", type=FILE)
+@click.option("--imatrix", "matrix", type=FILE, required=True, help="Its importance matrix.")
+@click.option("--out", "-o", type=FOLDER, required=True, help="The folder for the files.")
+@click.option("--tensor-types", type=FILE, help="Lines `REGEX=type` for whole names, first match wins; instead of -v.")
+@click.option("--jobs", type=click.IntRange(1), help="Threads.  [one a core]")
+@variants_option
+@tools_option
+def quantize(
+    base: Path, matrix: Path, out: Path, tensor_types: Path | None, jobs: int | None, variants: tuple[str, ...],
+    llama_cpp: Path | None,
+) -> None:  # fmt: skip
+    """Quantise BASE, a BF16 GGUF, into variants: names of recipes/variants or paths to such files."""
+    from quant import files, toolchain
+    from quant import imatrix as matrices
+    from quant.header import read_header
+    from quant.plan import plan
+    from quant.quantize import write_variant
+    from quant.recipe import load_variant, variant_of_types
+
+    chosen = [variant_of_types(tensor_types)] if tensor_types else [load_variant(v) for v in variants]
+    if not chosen or (tensor_types and variants):
+        raise click.UsageError("expected --variant or --tensor-types, and not both")
+    tensors, covered = read_header(base).tensors, matrices.read(matrix).unvisited
+    plans = [plan(v, tensors, covered) for v in chosen]
+    tools = toolchain.find(llama_cpp)
+    for p in plans:
+        target = absent(out / f"{base.stem.removesuffix('-BF16')}-{p.variant.name}.gguf")
+        with files.scratch(target) as folder:
+            write_variant(base.resolve(), matrix.resolve(), p, tools, folder / target.name, jobs)
+            files.adopt(folder / target.name, target)
+        progress.say(f"{target}: {target.stat().st_size:,} bytes, {p.bits_per_weight:.2f} bits per weight")
+
+
+@quant.command()
+@click.argument("gguf", type=FILE)
+@click.option("--out", "-o", type=FOLDER, required=True, help="The folder for the shards.")
+@click.option(
+    "--max-size", default="50G", show_default=True, help="The largest shard: 50G is 50 * 10^9 bytes, 500M ..."
+)
+@tools_option
+def shard(gguf: Path, out: Path, max_size: str, llama_cpp: Path | None) -> None:
+    """Cut GGUF into shards, and compare every tensor with what it was."""
+    from quant import files, toolchain
+    from quant.recipe import SIZE
+    from quant.shard import split
+
+    if not SIZE.fullmatch(max_size):
+        raise click.UsageError(f"--max-size: expected a size like 50G or 500M, found {max_size!r}")
+    with files.scratch(out / gguf.stem) as folder:
+        split(gguf.resolve(), max_size, toolchain.find(llama_cpp), folder / gguf.stem)
+        for made in sorted(folder.glob("*.gguf")):
+            files.adopt(made, absent(out / made.name))
+            progress.say(str(out / made.name))
+
+
+@quant.command()
+@click.argument("first_shard", type=FILE)
+@click.argument("out", type=FILE)
+@tools_option
+def merge(first_shard: Path, out: Path, llama_cpp: Path | None) -> None:
+    """Put the shards beside FIRST_SHARD together as OUT, for programs that take one file (Ollama)."""
+    from quant import shard, toolchain
+
+    receipt = shard.merge(first_shard, out, toolchain.find(llama_cpp))
+    progress.say(f"{out}: {receipt.bytes:,} bytes, every tensor as it was, sha256 {receipt.sha256}")
+
+
+@quant.command()
+@click.argument("path", type=FILE)
+@click.option("--model", default="tiny-glm", show_default=True, help="Whose conversation to hold.")
+@click.option("--port", type=click.IntRange(1, 65535), help="A loopback port.  [a free one]")
+@json_option
+@tools_option
+def smoke(path: Path, model: str, port: int | None, as_json: bool, llama_cpp: Path | None) -> None:
+    """Talk to a GGUF (or the first shard of one) over several turns; exit 1 when it may not be published."""
+    from quant import toolchain
+    from quant.recipe import load_model
+    from quant.smoke import try_file
+
+    recipe, _ = load_model(model)
+    with tempfile.TemporaryDirectory(prefix="quant-smoke-") as folder:
+        verdict = try_file(
+            path.resolve(),
+            recipe.smoke,
+            toolchain.find(llama_cpp),
+            Path(folder),
+            max_answer=recipe.max_answer,
+            port=port,
+        )
+    if as_json:
+        click.echo(json.dumps(verdict.json(), ensure_ascii=False))
+    else:
+        for exchange in verdict.transcript:
+            click.echo(f"{'+' if exchange.thinking else '-'} {exchange.question}\n    {one_line(exchange.answer)}")
+        tables.show(
+            ("scenario", "kind", "verdict"),
+            [(s.name, s.kind, "passed" if s.passed else f"FAILED: {s.detail}") for s in verdict.scenarios],
+        )
+    raise SystemExit(0 if verdict.passed else 1)
+
+
+def absent(path: Path) -> Path:
+    """The path, if nothing stands there: these commands never overwrite."""
+    if path.exists():
+        raise click.UsageError(f"{path}: exists already; name another file or take it away")
+    return path
