@@ -8,6 +8,7 @@ the file and the field. Weights are never read here.
 import hashlib
 import math
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,12 +22,17 @@ from quant.ggml_types import BY_ID, GGMLType
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT = 32
 MAX_DIMS = 4
+MAX_NAME_BYTES = 63
+"""A tensor's name, as ggml keeps it (GGML_MAX_NAME with the final zero)."""
+HEAD_BYTES = 2**27
+"""No head is longer: the largest vocabularies take 20 MB, and a count in a huge file could ask for all memory."""
 CHUNK_BYTES = 16 * 2**20
 """One read while hashing a tensor."""
 
 #         id   struct
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
+UINT32, STRING, ARRAY = 4, 8, 9
+FIRST_SHARD = re.compile(r"(.*-)00001-of-([0-9]{5})")
 
 
 @dataclass(frozen=True)
@@ -101,10 +107,10 @@ def read_header(path: Path) -> Header:
 
 def shard_paths(first: Path) -> tuple[Path, ...]:
     """All files of a model: the shards of a split when its first shard is named, else the one file."""
-    stem, mark, count = first.stem.rpartition("-of-")
-    if not mark or not stem.endswith("-00001") or not count.isdigit():
+    match = FIRST_SHARD.fullmatch(first.stem)
+    if not match or not int(match[2]):
         return (first,)
-    return tuple(first.with_name(f"{stem[:-5]}{n:05d}-of-{count}.gguf") for n in range(1, int(count) + 1))
+    return tuple(first.with_name(f"{match[1]}{n:05d}-of-{match[2]}.gguf") for n in range(1, int(match[2]) + 1))
 
 
 def read_headers(first: Path) -> tuple[Header, ...]:
@@ -138,6 +144,7 @@ class _Reader:
 
     def __init__(self, f: BinaryIO, path: Path) -> None:
         self.f, self.path, self.size = f, path, os.fstat(f.fileno()).st_size
+        self.head_end = min(self.size, HEAD_BYTES)
 
     def header(self) -> Header:
         if (magic := self.take(4, "magic")) != MAGIC:
@@ -147,13 +154,16 @@ class _Reader:
         n_tensors, n_keys = self.count(24, "tensor count"), self.count(12, "key count")
         metadata: dict[str, Any] = {}
         for _ in range(n_keys):
-            key = self.string("a key")
+            if not (key := self.string("a key")):
+                self.fail("a key", "a name", "nothing")
             if key in metadata:
                 self.fail(f"key {key!r}", "once", "twice")
-            metadata[key] = self.value(self.number("I", key), key)
+            if (kind := self.number("I", key)) != UINT32 and key == "general.alignment":
+                self.fail(key, "a 32-bit number", f"type {kind}")
+            metadata[key] = self.value(kind, key)
         tensors = tuple(self.tensor() for _ in range(n_tensors))
         alignment = metadata.get("general.alignment", ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+        if alignment < 8 or alignment & (alignment - 1):
             self.fail("general.alignment", "a power of two from 8", alignment)
         start = padded(self.f.tell(), alignment)
         self.check_layout(tensors, start, alignment)
@@ -174,6 +184,8 @@ class _Reader:
 
     def tensor(self) -> TensorSpec:
         name = self.string("a tensor name")
+        if len(name.encode()) > MAX_NAME_BYTES:
+            self.fail(f"tensor name {name}", f"at most {MAX_NAME_BYTES} bytes", len(name.encode()))
         if not 1 <= (dims := self.number("I", f"dimensions of {name}")) <= MAX_DIMS:
             self.fail(f"dimensions of {name}", f"1 to {MAX_DIMS}", dims)
         shape = tuple(self.number("Q", f"shape of {name}") for _ in range(dims))
@@ -208,10 +220,11 @@ class _Reader:
             self.fail(f"element type of {key}", "a scalar or a string", kind)
 
     def count(self, least_bytes: int, what: str) -> int:
-        """A count of things of at least so many bytes each, which the rest of the file must be able to hold."""
+        """A count of things of at least so many bytes each, which the rest of the head must be able to hold."""
         n: int = self.number("Q", what)
-        if n * least_bytes > self.size - self.f.tell():
-            self.fail(what, f"at most {(self.size - self.f.tell()) // least_bytes}", n)
+        room = max(self.head_end - self.f.tell(), 0)
+        if n * least_bytes > room:
+            self.fail(what, f"at most {room // least_bytes}", n)
         return n
 
     def number(self, code: str, what: str) -> Any:

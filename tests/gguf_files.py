@@ -69,6 +69,19 @@ def array(kind: int, count: int, raw: bytes) -> bytes:
     return struct.pack("<IQ", kind, count) + raw
 
 
+def _encoded(value: Any) -> tuple[int, bytes]:
+    if isinstance(value, bool):
+        return BOOL, struct.pack("<?", value)
+    if isinstance(value, int):
+        return UINT32, struct.pack("<I", value)
+    if isinstance(value, float):
+        return FLOAT32, struct.pack("<f", value)
+    if isinstance(value, str):
+        return STRING, text(value)
+    kinds, raws = zip(*map(_encoded, value), strict=True)
+    return ARRAY, array(kinds[0], len(value), b"".join(raws))
+
+
 LLAMA = (
     key("general.architecture", "llama"),
     key("general.name", "tiny"),
@@ -118,16 +131,3 @@ def _or(given: int | None, computed: int) -> int:
 
 def _pad(data: bytes, alignment: int) -> bytes:
     return data + bytes(-len(data) % alignment)
-
-
-def _encoded(value: Any) -> tuple[int, bytes]:
-    if isinstance(value, bool):
-        return BOOL, struct.pack("<?", value)
-    if isinstance(value, int):
-        return UINT32, struct.pack("<I", value)
-    if isinstance(value, float):
-        return FLOAT32, struct.pack("<f", value)
-    if isinstance(value, str):
-        return STRING, text(value)
-    kinds, raws = zip(*map(_encoded, value), strict=True)
-    return ARRAY, array(kinds[0], len(value), b"".join(raws))
