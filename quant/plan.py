@@ -12,7 +12,7 @@ from typing import Any
 from quant.errors import refuse
 from quant.ggml_types import TYPES, GGMLType
 from quant.header import TensorSpec, padded
-from quant.recipe import Variant
+from quant.recipe import Rule, Variant
 
 KEPT = re.compile(
     r".*_norm\.weight|.*ffn_gate_inp\.weight|.*ffn_gate_tid2eid\.weight|.*(altup|laurel|per_layer_model_proj).*"
@@ -24,6 +24,8 @@ KEPT = re.compile(
 
 From llama.cpp's ``tensor_allows_quantization`` (src/llama-quant.cpp); a test asks llama-quantize itself.
 """
+
+BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -88,30 +90,34 @@ class Plan:
         }
 
 
-def plan(variant: Variant, tensors: Collection[TensorSpec], covered: Collection[str]) -> Plan:
-    """The types of one variant for a model's tensors; ``covered`` are those that the imatrix has data for.
+def plan(variant: Variant, tensors: Collection[TensorSpec], covered: Collection[str] | None = None) -> Plan:
+    """The types of one variant for a model's tensors.
+
+    ``covered`` are the tensors that the imatrix has data for; before there is one, those that it can have data for.
 
     Raises InputError with everything that keeps the variant from being built for this model.
     """
     refuse(problems(variant, tensors, covered))
-    return Plan(variant, tuple(_planned(variant, t) for t in tensors))
+    deciding = decisions(variant, tensors) if variant.rules else {}
+    return Plan(variant, tuple(_planned(variant, t, deciding.get(t.name)) for t in tensors))
 
 
-def problems(variant: Variant, tensors: Collection[TensorSpec], covered: Collection[str]) -> Iterator[str]:
+def problems(variant: Variant, tensors: Collection[TensorSpec], covered: Collection[str] | None) -> Iterator[str]:
     """Every reason why the variant cannot be built for these tensors; nothing means that it can."""
     where = f"variant {variant.name}"
     if not variant.rules:
         return
-    deciding = {t.name: decide(variant, t) for t in tensors if quantizable(t)}
-    used = set(deciding.values())
+    covered = coverable(tensors) if covered is None else covered
+    deciding = decisions(variant, tensors)
+    used, moe = set(deciding.values()), is_moe(tensors)
     for n, rule in enumerate(variant.rules):
-        if n not in used and not rule.optional:
+        if n not in used and not rule.optional and rule.only in (None, "moe" if moe else "dense"):
             yield f"{where}: rules[{n}] ({rule.tensors!r}) decides no tensor of this model; mend it or say `optional = true`"
     for t in tensors:
         decided = deciding.get(t.name)
         if decided is not None:
-            yield from _type_problems(f"{where}: rules[{decided}]", t, TYPES[variant.rules[decided].type], covered)
-        elif t.name in deciding:
+            yield from _type_problems(f"{where}: rules[{decided}]", t, variant.rules[decided], covered)
+        elif quantizable(t):
             yield f"{where}: tensor {t.name}: expected a rule that matches it, found none"
 
 
@@ -121,21 +127,53 @@ def quantizable(tensor: TensorSpec) -> bool:
     return matrix and tensor.name.endswith("weight") and not KEPT.fullmatch(tensor.name)
 
 
-def decide(variant: Variant, tensor: TensorSpec) -> int | None:
-    """The index of the first rule that matches."""
-    return next((n for n, rule in enumerate(variant.rules) if rule.matches(tensor.name)), None)
+def is_moe(tensors: Collection[TensorSpec]) -> bool:
+    """Whether the model has experts."""
+    return any("_exps." in t.name for t in tensors)
 
 
-def _planned(variant: Variant, tensor: TensorSpec) -> Planned:
-    rule = decide(variant, tensor) if variant.rules and quantizable(tensor) else None
-    return Planned(tensor, tensor.type if rule is None else TYPES[variant.rules[rule].type], rule)
+def depths(tensors: Collection[TensorSpec]) -> dict[str, float]:
+    """Where in the trunk each tensor's block lies: 0 for the first block, below 1 for the last, 1 and more behind it.
+
+    Blocks with ``nextn`` tensors predict further tokens (MTP); they are no part of the trunk.
+    """
+    blocks = {t.name: int(m[1]) for t in tensors if (m := BLOCK.match(t.name))}
+    ahead = {blocks[name] for name in blocks if ".nextn." in name}
+    trunk = len(set(blocks.values()) - ahead)
+    return {name: n / trunk for name, n in blocks.items()}
 
 
-def _type_problems(where: str, tensor: TensorSpec, ggml_type: GGMLType, covered: Collection[str]) -> Iterator[str]:
+def coverable(tensors: Collection[TensorSpec]) -> set[str]:
+    """The tensors that an imatrix can have data for: those of the trunk's blocks."""
+    return {name for name, depth in depths(tensors).items() if depth < 1}
+
+
+def decisions(variant: Variant, tensors: Collection[TensorSpec]) -> dict[str, int | None]:
+    """For every tensor that can be quantised, the index of the first rule that speaks of it, or none."""
+    at, moe = depths(tensors), is_moe(tensors)
+    return {
+        t.name: next((n for n, rule in enumerate(variant.rules) if rule.matches(t.name, at.get(t.name), moe)), None)
+        for t in tensors
+        if quantizable(t)
+    }
+
+
+def type_of(rule: Rule, tensor: TensorSpec) -> GGMLType:
+    """What a rule makes of a tensor: its type, or its type for narrow rows."""
+    wanted = TYPES[rule.type]
+    return wanted if wanted.fits(tensor.shape[0]) or rule.narrow is None else TYPES[rule.narrow]
+
+
+def _planned(variant: Variant, tensor: TensorSpec, rule: int | None) -> Planned:
+    return Planned(tensor, tensor.type if rule is None else type_of(variant.rules[rule], tensor), rule)
+
+
+def _type_problems(where: str, tensor: TensorSpec, rule: Rule, covered: Collection[str]) -> Iterator[str]:
+    ggml_type = type_of(rule, tensor)
     if not ggml_type.fits(tensor.shape[0]):
         yield (
             f"{where}: tensor {tensor.name}: expected a row that is a multiple of {ggml_type.block} for {ggml_type.name},"
-            f" found {tensor.shape[0]}"
+            f" found {tensor.shape[0]}; give the rule a `narrow` type"
         )
     if ggml_type.needs_imatrix and tensor.name not in covered:
         yield (

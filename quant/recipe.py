@@ -45,9 +45,19 @@ class Rule(_Strict):
     why: str
     optional: bool = False
     """It may match nothing: a rule for a kind of layer that some models lack."""
+    only: typing.Literal["moe", "dense"] | None = None
+    """For models with experts, or for models without."""
+    depth: tuple[float, float] | None = None
+    """Only blocks from and up to (not at) these shares of the trunk; an MTP block, behind the trunk, is at 1."""
+    narrow: str | None = None
+    """The type for rows that do not fill the blocks of ``type``."""
 
-    def matches(self, name: str) -> bool:
-        """Whether the rule speaks of that tensor."""
+    def matches(self, name: str, depth: float | None, moe: bool) -> bool:
+        """Whether the rule speaks of that tensor: its name, where its block lies, and the kind of its model."""
+        if self.only and self.only != ("moe" if moe else "dense"):
+            return False
+        if self.depth and (depth is None or not self.depth[0] <= depth < self.depth[1]):
+            return False
         return re.fullmatch(self.tensors, name) is not None
 
 
@@ -286,7 +296,11 @@ def _variant_problems(variant: Variant, path: Path) -> typing.Iterator[str]:
     for n, rule in enumerate(variant.rules):
         if rule.type not in TYPES:
             yield f"{path}: rules[{n}].type: {rule.type!r} is not one of ggml's: {nearest(rule.type, TYPES)}"
-        elif rule.type.startswith("TQ"):
+        if rule.narrow is not None and rule.narrow not in TYPES:
+            yield f"{path}: rules[{n}].narrow: {rule.narrow!r} is not one of ggml's: {nearest(rule.narrow, TYPES)}"
+        if rule.depth is not None and not 0 <= rule.depth[0] < rule.depth[1]:
+            yield f"{path}: rules[{n}].depth: expected two shares, the smaller first, found {list(rule.depth)}"
+        if rule.type.startswith("TQ"):
             yield f"{path}: rules[{n}].type: {rule.type} ruins weights that were not trained ternary; IQ1_S is as small"
         yield from _pattern_problems(rule.tensors, f"{path}: rules[{n}].tensors")
 
