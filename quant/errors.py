@@ -3,7 +3,8 @@
 QuantError
 ├── InputError      2   a file, a field, the call or the machine is not as the work needs it
 │   └── ToolError   2   a native tool is missing, too old, or gave up; its last words are quoted
-└── CheckFailed     1   what was made is not what was planned, or does not talk
+├── CheckFailed     1   what was made is not what was planned, or does not talk
+└── Unreachable     1   the hub does not answer, or not to the end; the same command continues
 
 The library raises, the command line prints: one line a problem, no traceback. A run that is stopped from outside ends
 with 3, and the same command continues it.
@@ -38,6 +39,10 @@ class ToolError(InputError):
 
 class CheckFailed(QuantError):  # noqa: N818 - it reads as what happened
     """A finished piece of work is not what it had to be."""
+
+
+class Unreachable(QuantError):  # noqa: N818 - it reads as what happened
+    """The hub does not answer, or not to the end: nothing is wrong here, and it may be over in a while."""
 
 
 def refuse(problems: Iterable[str]) -> None:

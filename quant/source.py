@@ -3,16 +3,20 @@
 The only module that downloads weights. A commit is named by its 40 letters, because a branch may move between two files.
 """
 
+import hashlib
 import json
+import re
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from quant import files
-from quant.errors import CheckFailed, InputError, refuse
+from quant.errors import CheckFailed, InputError, Unreachable, refuse
 from quant.files import Receipt
 from quant.recipe import COMMIT, REPO, Source
 from quant.store import Store
@@ -51,7 +55,8 @@ class Checkpoint:
 def pull(source: Source, beside: Path, store: Store) -> Checkpoint:
     """The checkpoint that a model names; relative folders are looked for in the folder ``beside``.
 
-    Raises InputError with everything that is wrong with it, CheckFailed when what came is not what the hub has.
+    Raises InputError with everything that is wrong with it, CheckFailed when what came is not what the hub has,
+    Unreachable when the hub does not answer.
     """
     if source.folder is not None:
         return take((beside / source.folder).resolve(), store)
@@ -170,7 +175,7 @@ def _index_problems(path: Path) -> Iterator[str]:
         return
     try:
         names = set(json.loads(path.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         yield f"{path}: weight_map: expected a map from tensors to files, found something else ({e!r})"
         return
     for name in sorted(map(str, names)):
@@ -189,38 +194,91 @@ def _pin_problems(repo: str, revision: str) -> Iterator[str]:
 
 def _download(repo: str, revision: str, partial: Path) -> dict[str, Any]:
     """Fetch what is wanted of one commit, continuing what an interrupted run left, and compare it with the hub's list."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # in a log they are noise
     folder = partial / "checkpoint"
-    try:
-        snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=list(WANTED))
-        listing = list(HfApi().list_repo_tree(repo, revision=revision, recursive=True))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        if isinstance(e, OSError) and e.errno is not None:
-            raise
-        raise InputError(f"{repo}@{revision}: cannot be pulled: {_first_line(e)}") from e
+    for orphan in folder.glob(".cache/**/*.incomplete"):
+        orphan.unlink()  # the client begins an unfinished file anew, under another name
+    with _hub_errors(repo, revision):
+        listing = _listing(repo, revision)
+        refuse(_listing_problems(f"{repo}@{revision}", listing))
+        wanted = {path: entry for path, entry in listing.items() if any(fnmatch(path, p) for p in WANTED)}
+        snapshot_download(
+            repo, revision=revision, local_dir=folder, allow_patterns=list(WANTED), ignore_patterns=["*/*"]
+        )
     files.remove(folder / ".cache")
-    wrong = list(_differences(folder, {entry.path: entry for entry in listing}))
+    wrong = list(_differences(folder, wanted))
     if wrong:
         for path, _ in wrong:
-            files.remove(folder / path)  # the next run fetches it again
+            files.remove(folder / path)
         raise CheckFailed(*(f"{repo}@{revision}: {message}; run again to fetch it again" for _, message in wrong))
-    return dict(sorted({"files": len(list(folder.iterdir()))}.items()))
+    return {"files": len(wanted)}
 
 
-def _differences(folder: Path, listing: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Files whose length, or whose sha256 where the hub tells it, is not the hub's."""
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        entry = listing.get(name)
-        if entry is None:
-            yield name, f"{name}: not in the hub's list"
+def _listing(repo: str, revision: str) -> dict[str, Any]:
+    """What the hub says of the files at the top of a commit; a checkpoint has nothing deeper that is read."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = HfApi().list_repo_tree(repo, revision=revision)
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def _listing_problems(commit: str, names: Iterable[str]) -> Iterator[str]:
+    """What makes fetching a commit pointless."""
+    if not any(name.endswith(".safetensors") for name in names):
+        others = ", ".join(name for name in names if Path(name).suffix in (".bin", ".pt", ".pth", ".gguf"))
+        yield f"{commit}: expected weights in *.safetensors, found {others or 'none'}; name a repo or commit that has them"
+
+
+def _differences(folder: Path, wanted: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Files that are missing, that nobody asked for, or whose length or digest is not the hub's."""
+    for name in sorted({p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - set(wanted)):
+        yield name, f"{name}: not in the hub's list"
+    for name, entry in wanted.items():
+        path = folder / name
+        if not path.is_file():
+            yield name, f"{name}: missing"
         elif path.stat().st_size != entry.size:
             yield name, f"{name}: expected {entry.size} bytes, found {path.stat().st_size}"
         elif entry.lfs and (found := files.digest(path)) != entry.lfs.sha256:
             yield name, f"{name}: expected sha256 {entry.lfs.sha256}, found {found}"
+        elif not entry.lfs and (found := _git_digest(path)) != entry.blob_id:
+            yield name, f"{name}: expected git's {entry.blob_id}, found {found}"
 
 
-def _first_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+def _git_digest(path: Path) -> str:
+    """The name that git gives to a file's bytes; the hub knows small files by it."""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@contextmanager
+def _hub_errors(repo: str, revision: str) -> Iterator[None]:
+    """Say in one line what the hub's client means: something to be mended, or something that may pass."""
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, XetDownloadError
+
+    try:
+        yield
+    except GatedRepoError as e:
+        raise InputError(
+            f"{repo}: its owners ask for something first; see https://huggingface.co/{repo}, then log in: hf auth login"
+        ) from e
+    except RepositoryNotFoundError as e:
+        raise InputError(f"{repo}: not on the hub, or private; if it is private, log in: hf auth login") from e
+    except RevisionNotFoundError as e:
+        raise InputError(f"{repo}: expected a commit of it, found {revision!r}, which it does not have") from e
+    except (HTTPError, OSError, RuntimeError, XetDownloadError) as e:
+        if isinstance(e, OSError) and e.errno is not None:
+            raise  # the disk's, not the hub's
+        raise Unreachable(f"{repo}@{revision}: the hub did not deliver ({_said(e)}); run again to continue") from e
+
+
+def _said(e: BaseException) -> str:
+    """The first line of an error, without what follows the ``?`` of an address: that may be a signature."""
+    e = e.__cause__ if isinstance(e, FileNotFoundError) and e.__cause__ else e  # "not cached"; the cause says why
+    return re.sub(r"\?[^\s'\"]+", "", (str(e).strip().splitlines() or [type(e).__name__])[0])

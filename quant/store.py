@@ -62,15 +62,18 @@ class Store:
     ) -> Done:
         """The work of ``make`` for these inputs, done now or found done.
 
-        ``make`` gets an empty folder (with ``keep_partial``: what an interrupted run left), fills it, and returns its
-        facts. Raises whatever ``make`` raises; then nothing stands under the final name.
+        ``make`` gets an empty folder (with ``keep_partial``: what an interrupted run left, or what was damaged since),
+        fills it, and returns its facts. Raises whatever ``make`` raises; then nothing stands under the final name.
         """
         final = self.root / stage / key(inputs)
         if found := _read(final, inputs):
             return found
         partial = final.with_name(final.name + files.PARTIAL)
         with disk_errors(partial):
-            files.remove(final)  # a receipt that does not fit its files: the work is done again
+            if keep_partial and final.exists() and not partial.exists():
+                final.rename(partial)  # a receipt that does not fit its files: what is sound of them can stay
+                files.remove(partial / RECEIPT)
+            files.remove(final)
             if not keep_partial:
                 files.remove(partial)
             partial.mkdir(parents=True, exist_ok=True)
@@ -98,7 +101,8 @@ class Store:
                     f"{self.root}: in use by {holder.strip()}; wait for it, or take another folder"
                 ) from None
         try:
-            files.write_text(self._holder(), f"process {os.getpid()} on {socket.gethostname()}\n")
+            with disk_errors(self.root):
+                files.write_text(self._holder(), f"process {os.getpid()} on {socket.gethostname()}\n")
             yield
         finally:
             self._holder().unlink(missing_ok=True)
@@ -124,9 +128,10 @@ def _read(folder: Path, inputs: Mapping[str, Any]) -> Done | None:
     """
     try:
         record = json.loads((folder / RECEIPT).read_text())
+        facts = record["facts"]
         receipts = tuple(Receipt(**r) for r in record["files"])
         same = files.canonical(record["inputs"]) == files.canonical(inputs)
         whole = all((folder / r.path).stat().st_size == r.bytes for r in receipts)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Done(folder, record["facts"], receipts, fresh=False) if same and whole else None
+    return Done(folder, facts, receipts, fresh=False) if same and whole else None

@@ -1,0 +1,438 @@
+import hashlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quant import files, source
+from quant.errors import InputError
+from quant.recipe import Source
+from quant.store import Store
+from tests import hub as hubs
+from tests.hub import Fault, Hub
+
+TOKEN = "hf_ThisIsNobodysToken"
+REPO = "org/tiny"
+RECIPE = """
+name = "tiny"
+title = "tiny"
+template = "none"
+variants = ["BF16"]
+source = {repo = "org/tiny"}
+sampling = {temperature = 1.0, top_p = 0.95, top_k = 40}
+ollama = {num_ctx = 4096, stop = []}
+card = {license = "mit", languages = ["en"]}
+smoke = [{say = "Hello!", expect = "."}]
+"""
+
+
+def safetensors(elements: int, name: str = "x") -> bytes:
+    """A sound file with one tensor of bytes."""
+    header = json.dumps({name: {"dtype": "U8", "shape": [elements], "data_offsets": [0, elements]}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(n % 251 for n in range(elements))
+
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+CHECKPOINT: Mapping[str, bytes] = {
+    "config.json": b'{"architectures": ["Glm4MoeForCausalLM"]}',
+    "tokenizer.json": b'{"model": {}}',
+    "tokenizer_config.json": b'{"chat_template": "{{ messages }}"}',
+    SHARDS[0]: safetensors(1000, "a"),
+    SHARDS[1]: safetensors(2000, "b"),
+    "model.safetensors.index.json": json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}).encode(),
+}
+NEVER: Mapping[str, bytes] = {
+    "README.md": b"# Tiny",
+    "pytorch_model.bin": b"code that runs when it is loaded",
+    "training_args.bin": b"code that runs when it is loaded",
+    "original/consolidated.safetensors": safetensors(10),
+}
+"""What a repo may hold beside the checkpoint."""
+
+
+def lay(folder: Path, changes: Mapping[str, bytes | None] | None = None) -> Path:
+    """A folder with the checkpoint, but for the changes; None takes a file away."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in {**CHECKPOINT, **(changes or {})}.items():
+        if data is not None:
+            (folder / name).write_bytes(data)
+    return folder
+
+
+def problems(folder: Path) -> str:
+    return "\n".join(source.checkpoint_problems(folder))
+
+
+# A checkpoint in a folder
+
+
+def test_a_sound_folder_has_no_problems(tmp_path: Path) -> None:
+    assert problems(lay(tmp_path)) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"config.json": None}, "config.json: missing; expected the configuration of a Hugging Face checkpoint"),
+        ({"config.json": b"{"}, "config.json: expected JSON, found something else"),
+        ({"config.json": b"\x84"}, "config.json: expected JSON, found something else"),
+        ({"config.json": b"{}"}, "config.json: architectures: expected the name of the model's class, found none"),
+        ({"config.json": b"[]"}, "config.json: architectures: expected the name of the model's class, found none"),
+        (
+            {"config.json": b'{"architectures": ["X"], "auto_map": {"AutoModel": "evil.X"}}'},
+            "config.json: auto_map: expected a model that transformers knows, found one that brings code of its own",
+        ),
+        (
+            {"tokenizer.json": None},
+            "expected a tokenizer (tokenizer.json or tokenizer.model or vocab.json), found none",
+        ),
+        ({SHARDS[1]: None}, f"{SHARDS[1]}: missing; model.safetensors.index.json says that it holds tensors"),
+        (
+            {"model.safetensors.index.json": b'{"weight_map": {"a": "../secret.safetensors"}}'},
+            "weight_map: expected the name of a safetensors file beside it, found '../secret.safetensors'",
+        ),
+        (
+            {"model.safetensors.index.json": b'{"weight_map": {"a": "pytorch_model.bin"}}'},
+            "weight_map: expected the name of a safetensors file beside it, found 'pytorch_model.bin'",
+        ),
+        ({"model.safetensors.index.json": b"[]"}, "weight_map: expected a map from tensors to files"),
+        ({SHARDS[0]: b""}, f"{SHARDS[0]}: expected a safetensors header, found a file of 0 bytes without a whole one"),
+        ({SHARDS[0]: b"<html>Please log in</html>"}, f"{SHARDS[0]}: expected a safetensors header"),
+        (
+            {SHARDS[0]: struct.pack("<Q", 2) + b"[]"},
+            f"{SHARDS[0]}: expected a safetensors header, found something else",
+        ),
+        (
+            {SHARDS[0]: struct.pack("<Q", 53) + b'{"x":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}' + b"ab"},
+            f"{SHARDS[0]}: not a sound safetensors file",
+        ),
+    ],
+)
+def test_a_problem_names_the_file_what_was_expected_and_what_was_found(
+    tmp_path: Path, changes: Mapping[str, bytes | None], said: str
+) -> None:
+    found = problems(lay(tmp_path, changes))
+    assert said in found
+    assert str(tmp_path) in found
+    assert len(found.splitlines()) == 1
+
+
+def test_weights_in_pickles_are_refused_by_name(tmp_path: Path) -> None:
+    changes = {SHARDS[0]: None, SHARDS[1]: None, "model.safetensors.index.json": None, "pytorch_model.bin": b"x"}
+    assert "found only pytorch_model.bin, which can run code when it is loaded" in problems(lay(tmp_path, changes))
+
+
+def test_a_truncated_file_tells_both_lengths_and_the_last_tensor(tmp_path: Path) -> None:
+    whole = CHECKPOINT[SHARDS[1]]
+    found = problems(lay(tmp_path, {SHARDS[1]: whole[:-500]}))
+    assert f"{SHARDS[1]}: expected {len(whole)} bytes (the last tensor is b), found {len(whole) - 500}" in found
+
+
+def test_a_file_with_bytes_after_its_tensors_is_refused(tmp_path: Path) -> None:
+    whole = CHECKPOINT[SHARDS[1]]
+    assert f"expected {len(whole)} bytes" in problems(lay(tmp_path, {SHARDS[1]: whole + b"more"}))
+
+
+def test_all_problems_of_a_folder_are_told_at_once(tmp_path: Path) -> None:
+    folder = lay(tmp_path, {"config.json": b"{}", "tokenizer.json": None, SHARDS[0]: b"x", SHARDS[1]: None})
+    with pytest.raises(InputError) as e:
+        source.take(folder)
+    assert len(e.value.problems) == 4
+
+
+@pytest.mark.parametrize(("kind", "found"), [("file", "found a file"), ("nothing", "found nothing")])
+def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, kind: str, found: str) -> None:
+    path = tmp_path / "checkpoint"
+    if kind == "file":
+        path.write_text("")
+    assert problems(path) == f"{path}: expected a folder with a checkpoint, {found}"
+
+
+def test_a_folder_is_found_beside_the_recipe(tmp_path: Path) -> None:
+    lay(tmp_path / "recipes" / "weights")
+    found = source.pull(Source(folder="weights"), tmp_path / "recipes", Store(tmp_path / "work"))
+    assert found.folder == tmp_path / "recipes" / "weights"
+    assert found.origin == {"folder": "weights"}
+
+
+def test_receipts_name_what_a_conversion_can_read_and_nothing_else(tmp_path: Path) -> None:
+    found = source.take(lay(tmp_path, {"README.md": b"# Tiny", "training_args.bin": b"x"}))
+    assert {r.path: (r.sha256, r.bytes) for r in found.receipts} == {
+        name: (hashlib.sha256(data).hexdigest(), len(data)) for name, data in CHECKPOINT.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "where"),
+    [
+        ({}, "{{ messages }}", "tokenizer_config.json: chat_template"),
+        ({"chat_template.jinja": b"other"}, "{{ messages }}", "tokenizer_config.json: chat_template"),
+        ({"tokenizer_config.json": b"{}", "chat_template.jinja": b"other"}, "other", "chat_template.jinja"),
+        ({"tokenizer_config.json": None, "chat_template.jinja": b"other"}, "other", "chat_template.jinja"),
+    ],
+)
+def test_the_chat_template_is_the_one_that_the_converter_takes(
+    tmp_path: Path, changes: Mapping[str, bytes | None], text: str, where: str
+) -> None:
+    assert source.take(lay(tmp_path, changes)).chat_template == (text, str(tmp_path / where))
+
+
+def test_a_checkpoint_may_lack_a_chat_template(tmp_path: Path) -> None:
+    assert (
+        source.take(lay(tmp_path, {"tokenizer_config.json": b'{"chat_template": [{"name": "x"}]}'})).chat_template
+        is None
+    )
+
+
+# Digests that are remembered
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that were read to the end, as they are read."""
+    names: list[str] = []
+    digest = files.digest
+
+    def counting(path: Path) -> str:
+        names.append(path.name)
+        return digest(path)
+
+    monkeypatch.setattr(files, "digest", counting)
+    return names
+
+
+def test_digests_are_remembered(tmp_path: Path, hashed: list[str]) -> None:
+    folder, store = lay(tmp_path / "checkpoint"), Store(tmp_path / "work")
+    first = source.take(folder, store)
+    assert sorted(hashed) == sorted(CHECKPOINT)
+    hashed.clear()
+    assert source.take(folder, store) == first
+    assert hashed == []
+
+
+def test_a_changed_file_is_read_again_even_with_its_length_and_time_set_back(tmp_path: Path, hashed: list[str]) -> None:
+    folder, store = lay(tmp_path / "checkpoint"), Store(tmp_path / "work")
+    first = source.take(folder, store)
+    hashed.clear()
+    path = folder / SHARDS[0]
+    before = path.stat()
+    time.sleep(0.02)  # the clock of file systems ticks every few milliseconds
+    with path.open("r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b"\xff")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    second = source.take(folder, store)
+    assert hashed == [SHARDS[0]]
+    assert second.receipts != first.receipts
+
+
+def test_a_memory_of_digests_that_cannot_be_read_is_made_anew(tmp_path: Path) -> None:
+    folder, store = lay(tmp_path / "checkpoint"), Store(tmp_path / "work")
+    first = source.take(folder, store)
+    (store.root / source.DIGESTS).write_text("{")
+    assert source.take(folder, store) == first
+
+
+# A commit of the hub, through its real client in a process of its own: it reads its settings when it is imported
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with hubs.running() as running:
+        yield running
+
+
+class Puller:
+    """``quant pull`` of the repo, in one work folder."""
+
+    def __init__(self, hub: Hub, folder: Path, commit: str) -> None:
+        self.hub, self.folder, self.commit = hub, folder, commit
+        self.recipe = folder / "tiny.toml"
+        self.recipe.write_text(RECIPE)
+        self.env = {"PATH": os.environ["PATH"], "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        self.env |= {"HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "*"}
+
+    def start(self, **env: str) -> subprocess.Popen[str]:
+        line = [sys.executable, "-c", "from quant.cli import main; main()", "pull", str(self.recipe)]
+        line += ["--revision", self.commit, "--work", str(self.folder / "work")]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(line, env=self.env | env, **pipes)
+
+    def run(self, **env: str) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error; the token is in neither."""
+        process = self.start(**env)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert TOKEN not in out + err
+        assert "Traceback" not in err
+        return process.returncode, out, err
+
+    def kept(self) -> dict[str, bytes]:
+        """Every file of the work folder's checkpoints."""
+        folders = self.folder.glob("work/tiny/source/*/checkpoint")
+        return {p.relative_to(f).as_posix(): p.read_bytes() for f in folders for p in f.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def puller(hub: Hub, tmp_path: Path) -> Puller:
+    return Puller(hub, tmp_path, hub.add(REPO, {**CHECKPOINT, **NEVER}))
+
+
+def test_a_commit_is_pulled_once_and_never_asked_for_again(hub: Hub, puller: Puller) -> None:
+    code, out, err = puller.run()
+    assert (code, err) == (0, f"6 files, {sum(map(len, CHECKPOINT.values())):,} bytes, all verified\n")
+    assert {p.name: p.read_bytes() for p in Path(out.strip()).iterdir()} == CHECKPOINT
+    asked = [r for r in hub.requests if r.path.endswith(tuple(NEVER))]
+    assert asked == []
+    hub.requests.clear()
+    assert puller.run() == (code, out, err)
+    assert hub.requests == []
+
+
+def test_the_token_is_shown_to_the_hub_and_not_to_its_storage(hub: Hub, puller: Puller) -> None:
+    assert puller.run()[0] == 0
+    assert {r.token for r in hub.requests if r.host.startswith("127.0.0.1")} >= {f"Bearer {TOKEN}"}
+    assert {r.token for r in hub.requests if r.host.startswith("localhost")} == {None}
+
+
+@pytest.mark.parametrize("revision", ["main", "a" * 39, "A" * 40])
+def test_a_revision_that_can_move_is_refused_before_any_request(hub: Hub, puller: Puller, revision: str) -> None:
+    puller.commit = revision
+    code, _, err = puller.run()
+    assert code == 2
+    assert err.startswith(
+        f"error: source.revision: expected a commit of org/tiny (40 letters of hex), found {revision!r}"
+    )
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", [SHARDS[1], "config.json"])
+def test_wrong_bytes_in_the_right_length_are_found_and_the_next_run_mends_them(
+    hub: Hub, puller: Puller, name: str
+) -> None:
+    hub.plant(name, Fault.WRONG, times=1)
+    code, out, err = puller.run()
+    assert (code, out) == (1, "")
+    assert len(err.splitlines()) == 1
+    assert f"{name}: expected " in err
+    assert puller.kept().keys() == CHECKPOINT.keys() - {name}
+    large = [len(hub.gets(shard)) for shard in SHARDS]
+    assert puller.run()[0] == 0
+    assert puller.kept() == CHECKPOINT
+    assert [len(hub.gets(shard)) for shard in SHARDS] == [
+        n + (shard == name) for n, shard in zip(large, SHARDS, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [(SHARDS[1], Fault.BUSY), (REPO, Fault.BUSY), ("config.json", Fault.BROKEN), (SHARDS[1], Fault.CUT)],
+)
+def test_a_hub_that_stumbles_once_delays_a_pull_and_does_not_stop_it(
+    hub: Hub, puller: Puller, path: str, fault: Fault
+) -> None:
+    hub.plant(path, fault, times=1)
+    assert puller.run()[0] == 0
+    assert puller.kept() == CHECKPOINT
+    assert hub.faults[path] == (fault, 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "fault", "said"),
+    [
+        (SHARDS[1], Fault.RESET, "Connection reset by peer"),
+        (SHARDS[1], Fault.HTML, f"file should be of size {len(CHECKPOINT[SHARDS[1]])} but has size"),
+        (f"storage/{SHARDS[1]}", Fault.BROKEN, "500 Internal Server Error"),
+    ],
+)
+def test_a_file_that_does_not_come_is_one_line_and_the_next_run_continues(
+    hub: Hub, puller: Puller, path: str, fault: Fault, said: str
+) -> None:
+    hub.plant(path, fault, times=1)
+    code, _, err = puller.run()
+    assert code == 1
+    assert err.startswith(f"error: {REPO}@{puller.commit}: the hub did not deliver (")
+    assert said in err
+    assert err.endswith("; run again to continue\n")
+    assert len(err.splitlines()) == 1
+    assert hubs.SIGNED not in err
+    assert puller.run()[0] == 0
+    assert puller.kept() == CHECKPOINT
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(puller: Puller) -> None:
+    code, _, err = puller.run(HF_HUB_OFFLINE="1")
+    assert code == 1
+    assert len(err.splitlines()) == 1
+    assert f"error: {REPO}@{puller.commit}: the hub did not deliver" in err
+
+
+@pytest.mark.parametrize(
+    ("path", "fault", "said"),
+    [
+        (REPO, Fault.GATED, "org/tiny: its owners ask for something first; see https://huggingface.co/org/tiny"),
+        (SHARDS[1], Fault.GATED, "org/tiny: its owners ask for something first; see https://huggingface.co/org/tiny"),
+        ("missing", None, "org/tiny: not on the hub, or private; if it is private, log in: hf auth login"),
+        ("commit", None, "org/tiny: expected a commit of it, found '" + "0" * 40),
+        ("weights", None, ": expected weights in *.safetensors, found pytorch_model.bin; name a repo"),
+    ],
+)
+def test_a_repo_that_cannot_be_had_is_one_clear_line(
+    hub: Hub, puller: Puller, path: str, fault: Fault | None, said: str
+) -> None:
+    if fault:
+        hub.plant(path, fault)
+    elif path == "missing":
+        hub.repos.clear()
+    elif path == "commit":
+        puller.commit = "0" * 40
+    else:
+        puller.commit = hub.add(REPO, {"config.json": b"{}", "pytorch_model.bin": b"x"})
+    code, out, err = puller.run()
+    assert (code, out) == (2, "")
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert path != "weights" or hub.gets() == []
+
+
+def test_a_pull_that_was_killed_continues_and_ends_with_the_same_files(hub: Hub, puller: Puller) -> None:
+    big = {**CHECKPOINT, SHARDS[1]: safetensors(4_000_000, "b")}
+    puller.commit = hub.add(REPO, big)
+    hub.bytes_per_second = 1_000_000
+    process = puller.start()
+    deadline = time.monotonic() + 30
+    while SHARDS[0] not in puller.kept() or not hub.gets(SHARDS[1]):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert SHARDS[1] not in puller.kept()
+    assert len(list(puller.folder.rglob("*.incomplete"))) == 1
+    assert puller.run(HF_HUB_OFFLINE="1")[0] == 1
+    assert list(puller.folder.rglob("*.incomplete")) == []  # it can be gigabytes, and nothing would go on with it
+    hub.bytes_per_second = None
+    assert puller.run()[0] == 0
+    assert puller.kept() == big
+    assert len(hub.gets(SHARDS[0])) == 1
+    assert [p.name for p in puller.folder.glob("work/tiny/source/*") if p.suffix == files.PARTIAL] == []
+
+
+def test_a_file_that_was_damaged_in_the_store_is_fetched_again_alone(hub: Hub, puller: Puller) -> None:
+    folder = Path(puller.run()[1].strip())
+    (folder / SHARDS[1]).write_bytes(CHECKPOINT[SHARDS[1]][:-1])
+    hub.requests.clear()
+    assert puller.run()[0] == 0
+    assert puller.kept() == CHECKPOINT
+    assert (len(hub.gets(SHARDS[0])), len(hub.gets(SHARDS[1]))) == (0, 1)
