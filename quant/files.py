@@ -61,8 +61,10 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             f.flush()
             os.fsync(f.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as e:
         partial.unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.filename is None:
+            e.filename = str(path)  # a write on a full disk does not say where it wrote
         raise
     flush_folder(path.parent)
 

@@ -4,8 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from quant.toolchain import TOOLS, Toolchain
+
+settings.register_profile("unit", deadline=None)  # a busy machine is no failure
+settings.load_profile("unit")
 
 VERSION = "version: 0.5.0-dev (build 1, commit 0c1e570)"
 

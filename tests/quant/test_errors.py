@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from quant.errors import CheckFailed, InputError, QuantError, ToolError, disk_errors, nearest, refuse
+from quant.errors import CheckFailed, InputError, QuantError, ToolError, Unreachable, disk_errors, nearest, refuse
 
 
-@pytest.mark.parametrize(("kind", "code"), [(QuantError, 1), (CheckFailed, 1), (InputError, 2), (ToolError, 2)])
+@pytest.mark.parametrize(
+    ("kind", "code"), [(QuantError, 1), (CheckFailed, 1), (Unreachable, 1), (InputError, 2), (ToolError, 2)]
+)
 def test_every_kind_of_error_has_its_exit_code(kind: type[QuantError], code: int) -> None:
     assert kind("x").exit_code == code
 
