@@ -161,6 +161,12 @@ class Model(_Strict):
     imatrix: Imatrix = field(default_factory=Imatrix)
     max_answer: int = 1024
     """Tokens that one answer of the smoke test may take."""
+    context_length: int | None = None
+    """Tokens that the model was made for."""
+    header_bytes: int = 0
+    """Metadata and vocabulary at the head of a file: what a forecast adds as long as no file is there to be read."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """The numbers of config.json that decide the tensors, with which a release is planned before anything is pulled."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,13 @@ def load_model(name: str) -> tuple[Model, Path]:
     model = _load(path, Model)
     refuse(_model_problems(model, path))
     return model, path
+
+
+def _architecture_problems(model: Model, path: Path) -> typing.Iterator[str]:
+    from quant.inventory import recipe_problems
+
+    if model.architecture:
+        yield from recipe_problems(model.architecture, f"{path}: architecture")
 
 
 def load_variant(name: str) -> Variant:
@@ -286,6 +299,7 @@ def _model_problems(model: Model, path: Path) -> typing.Iterator[str]:
         yield f"{path}: max_shard_size: expected a size like 50G or 500M, found {model.max_shard_size!r}"
     if not model.smoke:
         yield f"{path}: smoke: expected at least one turn, found none"
+    yield from _architecture_problems(model, path)
     for n, turn in enumerate(model.smoke):
         yield from _pattern_problems(turn.expect, f"{path}: smoke[{n}].expect")
 
