@@ -24,6 +24,8 @@ RECIPES = next(p for p in (_HERE / "recipes", _HERE.parent / "recipes") if (p / 
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPO = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}")
+NAME = re.compile(r"\w[\w.-]*")
+"""Of what becomes part of a file's name: no separator, no dot at its beginning."""
 SIZE = re.compile(r"[1-9]\d*[MG]")
 """As llama-gguf-split reads a size: M is 10^6 bytes, G is 10^9."""
 
@@ -32,7 +34,7 @@ T = TypeVar("T")
 
 
 class _Strict:
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -214,13 +216,20 @@ def load_variant(name: str) -> Variant:
 
 def load_template_patch(name: str) -> TemplatePatch:
     """A template patch by its name in recipes/templates or by a path. Raises InputError."""
-    return _load(_find("templates", name), TemplatePatch)
+    path = _find("templates", name)
+    by = _load(path, TemplatePatch)
+    refuse(
+        f"{path}: replacements[{n}].find: expected the text to replace, found nothing"
+        for n, change in enumerate(by.replacements)
+        if not change.find.strip()
+    )
+    return by
 
 
 def variant_of_types(path: Path) -> Variant:
     """A variant from lines ``REGEX=type``, each for whole names, the first that matches deciding. Raises InputError."""
     rules = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
         if text := line.split("#")[0].strip():
             pattern, _, ggml_type = text.rpartition("=")
             rules.append(
@@ -257,16 +266,23 @@ def _find(kind: str, name: str) -> Path:
 
 def _load(path: Path, noun: type[T]) -> T:
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        data = tomllib.loads(_text(path))
+    except tomllib.TOMLDecodeError as e:
         raise InputError(f"{path}: not TOML: {e}") from e
     try:
         # Through JSON, because only there strict types and tuples go together.
         return TypeAdapter(noun).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as e:
         raise InputError(*(f"{path}: {_say(error, noun)}" for error in e.errors())) from e
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: expected UTF-8, found something else ({e})") from e
 
 
 def _say(error: Any, noun: type) -> str:
@@ -293,8 +309,10 @@ def _model_problems(model: Model, path: Path) -> typing.Iterator[str]:
         yield f"{path}: source: expected one of repo and folder, found {'both' if source.repo else 'neither'}"
     if source.repo and not REPO.fullmatch(source.repo):
         yield f"{path}: source.repo: expected OWNER/NAME, found {source.repo!r}"
-    if not re.fullmatch(r"[\w][\w.-]*", model.title):
-        yield f"{path}: title: expected letters, digits, '.', '_' and '-', found {model.title!r}"
+    yield from _name_problems(model.name, f"{path}: name")
+    yield from _name_problems(model.title, f"{path}: title")
+    if not model.variants:
+        yield f"{path}: variants: expected at least one, found none"
     if not SIZE.fullmatch(model.max_shard_size):
         yield f"{path}: max_shard_size: expected a size like 50G or 500M, found {model.max_shard_size!r}"
     if not model.smoke:
@@ -305,6 +323,7 @@ def _model_problems(model: Model, path: Path) -> typing.Iterator[str]:
 
 
 def _variant_problems(variant: Variant, path: Path) -> typing.Iterator[str]:
+    yield from _name_problems(variant.name, f"{path}: name")
     if variant.file_type not in FILE_TYPES:
         yield f"{path}: file_type: {variant.file_type!r} is not known: {nearest(variant.file_type, FILE_TYPES)}"
     for n, rule in enumerate(variant.rules):
@@ -314,9 +333,15 @@ def _variant_problems(variant: Variant, path: Path) -> typing.Iterator[str]:
             yield f"{path}: rules[{n}].narrow: {rule.narrow!r} is not one of ggml's: {nearest(rule.narrow, TYPES)}"
         if rule.depth is not None and not 0 <= rule.depth[0] < rule.depth[1]:
             yield f"{path}: rules[{n}].depth: expected two shares, the smaller first, found {list(rule.depth)}"
-        if rule.type.startswith("TQ"):
-            yield f"{path}: rules[{n}].type: {rule.type} ruins weights that were not trained ternary; IQ1_S is as small"
+        for key, name in (("type", rule.type), ("narrow", rule.narrow or "")):
+            if name.startswith("TQ"):
+                yield f"{path}: rules[{n}].{key}: {name} ruins weights that were not trained ternary; IQ1_S is as small"
         yield from _pattern_problems(rule.tensors, f"{path}: rules[{n}].tensors")
+
+
+def _name_problems(name: str, where: str) -> typing.Iterator[str]:
+    if not NAME.fullmatch(name):
+        yield f"{where}: expected letters, digits, '.', '_' and '-', found {name!r}"
 
 
 def _pattern_problems(pattern: str, where: str) -> typing.Iterator[str]:
