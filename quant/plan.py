@@ -15,10 +15,10 @@ from quant.header import TensorSpec, padded
 from quant.recipe import Rule, Variant
 
 KEPT = re.compile(
-    r".*_norm\.weight|.*ffn_gate_inp\.weight|.*ffn_gate_tid2eid\.weight|.*(altup|laurel|per_layer_model_proj).*"
-    r"|position_embd\.weight|token_types\.weight|.*ssm_conv1d.*|.*shortconv\.conv\.weight|.*indexer\.[kq]_proj\.weight"
-    r"|.*time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)\.weight|.*attn_rel_b\.weight"
-    r"|.*(\.position_embd|sam\.pos_embd|sam\.neck\.|sam\.net_|\.rel_pos|\.patch_embd|\.patch_merger).*"
+    r"_norm\.weight|ffn_gate_inp\.weight|ffn_gate_tid2eid\.weight|altup|laurel|per_layer_model_proj"
+    r"|^(position_embd|token_types)\.weight$|ssm_conv1d|shortconv\.conv\.weight|indexer\.[kq]_proj\.weight"
+    r"|time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)\.weight|attn_rel_b\.weight"
+    r"|\.position_embd|sam\.(pos_embd|neck\.|net_)|\.rel_pos|\.patch_embd|\.patch_merger|a\.rvq\.codebook|mm\.a\.code_embd"
 )
 """Matrices that stay as they are, beside everything that is one-dimensional or no ``weight``.
 
@@ -123,8 +123,8 @@ def problems(variant: Variant, tensors: Collection[TensorSpec], covered: Collect
 
 def quantizable(tensor: TensorSpec) -> bool:
     """Whether llama-quantize would change a tensor's type."""
-    matrix = sum(n > 1 for n in tensor.shape) >= 2 or (len(tensor.shape) > 1 and tensor.shape[1] > 1)
-    return matrix and tensor.name.endswith("weight") and not KEPT.fullmatch(tensor.name)
+    matrix = any(n > 1 for n in tensor.shape[1:])
+    return matrix and tensor.name.endswith("weight") and not KEPT.search(tensor.name)
 
 
 def is_moe(tensors: Collection[TensorSpec]) -> bool:
@@ -139,7 +139,7 @@ def depths(tensors: Collection[TensorSpec]) -> dict[str, float]:
     """
     blocks = {t.name: int(m[1]) for t in tensors if (m := BLOCK.match(t.name))}
     ahead = {blocks[name] for name in blocks if ".nextn." in name}
-    trunk = len(set(blocks.values()) - ahead)
+    trunk = max(len(set(blocks.values()) - ahead), 1)
     return {name: n / trunk for name, n in blocks.items()}
 
 
