@@ -65,7 +65,12 @@ def split(path: Path, max_size: str | None, tools: Toolchain, stem: Path) -> dic
 
     The folder belongs to this work. Raises CheckFailed with every tensor whose bytes changed.
     """
-    expected = read_header(path).tensor_digests()
+    header = read_header(path)
+    if max_size and (large := [t for t in header.tensors if t.bytes > shard_bytes(max_size)]):
+        raise InputError(
+            *(f"{path}: tensor {t.name}: expected at most {max_size} a shard, found {t.bytes} bytes" for t in large)
+        )
+    expected = header.tensor_digests()
     if max_size is None:
         files.share(path, stem.with_name(f"{stem.name}.gguf"))
         return {"tensors": expected}
