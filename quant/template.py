@@ -7,10 +7,12 @@ stops the work instead of being patched half.
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quant.errors import InputError, refuse
@@ -67,19 +69,30 @@ def render(
     Raises InputError when the template refuses the conversation.
     """
     try:
-        return _environment().from_string(template).render(
+        return _compiled(template).render(
             messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
         )  # fmt: skip
-    except (TemplateError, TypeError, AttributeError) as e:
+    except Exception as e:  # a template is a program of strangers: it can fail in every way that Python knows
         raise InputError(f"chat template: cannot render the conversation: {e}") from e
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up: blocks trimmed, sandboxed, `tojson` without HTML escapes."""
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Template:
+    """A template in Jinja as transformers sets it up: blocks trimmed, sandboxed, `tojson` without HTML escapes."""
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     env.filters["tojson"] = lambda value, **kw: json.dumps(value, **{"ensure_ascii": False, **kw})
     env.globals["raise_exception"] = _raise
-    return env
+    return env.from_string(template)
+
+
+class _Generation(Extension):
+    """``{% generation %}``, with which a template marks the assistant's words for training: rendered as they stand."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own way to say it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 def _raise(message: str) -> None:
