@@ -17,6 +17,7 @@ from quant.calibrate import calibrate
 from quant.convert import convert, words
 from quant.errors import InputError, refuse
 from quant.imatrix import imatrix
+from quant.lock import Lock, check, pinned, read_lock
 from quant.package import Ingredients, Release, package
 from quant.plan import Plan, plan
 from quant.publish import publish
@@ -53,6 +54,8 @@ class Job:
     out: Path
     store: Store
     tools: Toolchain
+    lock: Lock | None
+    """What the source's files have to be, where the recipe was locked."""
 
     @property
     def steps(self) -> int:
@@ -85,9 +88,7 @@ def prepare(
 
     Raises InputError with everything that is wrong with the recipes, ToolError for tools that are missing or too old.
     """
-    recipe, path = load_model(model)
-    if revision:
-        recipe = replace(recipe, source=replace(recipe.source, revision=revision))
+    recipe, path, locked = pinned_model(model, revision)
     loaded = tuple(load_variant(name) for name in _all_known(variants or recipe.variants))
     if recipe.template != "none":
         load_template_patch(recipe.template)
@@ -95,7 +96,7 @@ def prepare(
     tools.require(*NEEDED)
     out = Path(out).expanduser().resolve()
     store = Store(Path(work).expanduser().resolve() if work else out / WORK)
-    return Job(recipe, path, loaded, out, Store(store.root / recipe.name), tools)
+    return Job(recipe, path, loaded, out, Store(store.root / recipe.name), tools, locked)
 
 
 def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
@@ -106,7 +107,7 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
     model, store, tools = job.model, job.store, job.tools
     began = time.time()
     with store.alone():
-        checkpoint = do("source", model.name, partial(sources.pull, model.source, job.recipe.parent, store))
+        checkpoint = do("source", model.name, partial(pull, model, job.recipe, job.lock, store))
         template = do("template", model.template, partial(patched_template, model.template, checkpoint))
         base = do("convert", model.title, partial(convert, checkpoint, template, words(model), tools, store))
         text = do("calibrate", model.imatrix.calibration, partial(calibrate, model, template, store))
@@ -126,6 +127,21 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
         if published.fresh:
             _record(job, published.folder, began, verdicts)
     return Built(published.folder, release, tuple(plans), verdicts, published.fresh)
+
+
+def pinned_model(name: str, revision: str | None = None) -> tuple[Model, Path, Lock | None]:
+    """A model with the commit that is to be built, the file of its recipe, and its lock."""
+    model, path = load_model(name)
+    locked = read_lock(model, path)
+    return replace(model, source=replace(model.source, revision=pinned(model.source, locked, revision))), path, locked
+
+
+def pull(model: Model, recipe: Path, locked: Lock | None, store: Store) -> Checkpoint:
+    """The model's checkpoint, verified, and compared with the lock where there is one."""
+    checkpoint = sources.pull(model.source, recipe.parent, store)
+    if locked:
+        check(checkpoint, locked)
+    return checkpoint
 
 
 def patched_template(name: str, checkpoint: Checkpoint) -> ChatTemplate | None:

@@ -189,23 +189,26 @@ def _pin_problems(repo: str, revision: str) -> Iterator[str]:
     if not REPO.fullmatch(repo):
         yield f"source.repo: expected OWNER/NAME, found {repo!r}"
     if not COMMIT.fullmatch(revision):
-        yield f"source.revision: expected a commit of {repo} (40 letters of hex), found {revision!r}; name one with --revision"
+        yield (
+            f"source.revision: expected a commit of {repo} (40 letters of hex), found {revision!r};"
+            " name one with --revision, or pin it: quant lock MODEL"
+        )
 
 
 def _download(repo: str, revision: str, partial: Path) -> dict[str, Any]:
     """Fetch what is wanted of one commit, continuing what an interrupted run left, and compare it with the hub's list."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()  # in a log they are noise
     folder = partial / "checkpoint"
     for orphan in folder.glob(".cache/**/*.incomplete"):
         orphan.unlink()  # the client begins an unfinished file anew, under another name
+    _, entries = listing(repo, revision)
+    refuse(_listing_problems(f"{repo}@{revision}", entries))
+    wanted = wanted_of(entries)
     with _hub_errors(repo, revision):
-        listing = _listing(repo, revision)
-        refuse(_listing_problems(f"{repo}@{revision}", listing))
-        wanted = {path: entry for path, entry in listing.items() if any(fnmatch(path, p) for p in WANTED)}
         snapshot_download(
             repo, revision=revision, local_dir=folder, allow_patterns=list(WANTED), ignore_patterns=["*/*"]
         )
@@ -218,13 +221,24 @@ def _download(repo: str, revision: str, partial: Path) -> dict[str, Any]:
     return {"files": len(wanted)}
 
 
-def _listing(repo: str, revision: str) -> dict[str, Any]:
-    """What the hub says of the files at the top of a commit; a checkpoint has nothing deeper that is read."""
+def listing(repo: str, revision: str) -> tuple[str, dict[str, Any]]:
+    """The commit that a branch, tag or commit stands for, and what the hub says of the files at its top, by path.
+
+    A checkpoint has nothing deeper that is read. Raises InputError for what the hub does not have, Unreachable when it
+    does not answer.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    tree = HfApi().list_repo_tree(repo, revision=revision)
-    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    with _hub_errors(repo, revision):
+        commit = revision if COMMIT.fullmatch(revision) else str(HfApi().repo_info(repo, revision=revision).sha)
+        tree = HfApi().list_repo_tree(repo, revision=commit)
+        return commit, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def wanted_of(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a commit's files, those that a conversion can need."""
+    return {path: entry for path, entry in entries.items() if any(fnmatch(path, p) for p in WANTED)}
 
 
 def _listing_problems(commit: str, names: Iterable[str]) -> Iterator[str]:
@@ -246,11 +260,11 @@ def _differences(folder: Path, wanted: Mapping[str, Any]) -> Iterator[tuple[str,
             yield name, f"{name}: expected {entry.size} bytes, found {path.stat().st_size}"
         elif entry.lfs and (found := files.digest(path)) != entry.lfs.sha256:
             yield name, f"{name}: expected sha256 {entry.lfs.sha256}, found {found}"
-        elif not entry.lfs and (found := _git_digest(path)) != entry.blob_id:
+        elif not entry.lfs and (found := git_digest(path)) != entry.blob_id:
             yield name, f"{name}: expected git's {entry.blob_id}, found {found}"
 
 
-def _git_digest(path: Path) -> str:
+def git_digest(path: Path) -> str:
     """The name that git gives to a file's bytes; the hub knows small files by it."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

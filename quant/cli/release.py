@@ -1,7 +1,6 @@
 """The commands that make whole releases. A command imports what it needs when it runs, so `quant --help` stays quick."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -36,19 +35,30 @@ def build(
 
 @quant.command()
 @click.argument("model")
+@click.option("--revision", help="A branch, tag or commit.  [the recipe's]")
+def lock(model: str, revision: str | None) -> None:
+    """Pin MODEL's source: write the commit and every file's digest beside its recipe."""
+    from quant import lock as locks
+    from quant.recipe import load_model
+
+    recipe, path = load_model(model)
+    locked = locks.lock(recipe, path, revision)
+    progress.say(f"{locks.lock_path(path)}: {locked.repo}@{locked.revision}, {len(locked.files)} files")
+
+
+@quant.command()
+@click.argument("model")
 @click.option("--revision", metavar="COMMIT", help="The commit of the hub repo, if the recipe does not pin it.")
 @click.option("--work", type=FOLDER, envvar="QUANT_WORK", default=Path("release/.work"), show_default=True)
 def pull(model: str, revision: str | None, work: Path) -> None:
     """Fetch and verify the checkpoint of MODEL; prints its folder."""
-    from quant import source
-    from quant.recipe import load_model
+    from quant import build as builds
     from quant.store import Store
 
-    recipe, path = load_model(model)
-    wanted = replace(recipe.source, revision=revision or recipe.source.revision)
+    recipe, path, locked = builds.pinned_model(model, revision)
     store = Store(work.expanduser().resolve() / recipe.name)
     with store.alone():
-        checkpoint = source.pull(wanted, path.parent, store)
+        checkpoint = builds.pull(recipe, path, locked, store)
     progress.say(f"{len(checkpoint.receipts)} files, {sum(r.bytes for r in checkpoint.receipts):,} bytes, all verified")
     click.echo(checkpoint.folder)
 
