@@ -89,17 +89,7 @@ class Toolchain:
     ) -> Iterator[subprocess.Popen[bytes]]:
         """llama-server on a loopback port while the block runs."""
         command = [self.path("llama-server"), *args, "--host", "127.0.0.1", "--port", str(port)]
-        with (
-            _logged(command, log) as out,
-            subprocess.Popen(
-                [str(part) for part in command],
-                cwd=cwd,
-                stdout=out,
-                stderr=out,
-                stdin=subprocess.DEVNULL,
-                preexec_fn=_die_with_parent,
-            ) as server,
-        ):
+        with _logged(command, log) as out, _start(command, cwd, out) as server:
             try:
                 yield server
             finally:
@@ -127,10 +117,7 @@ def run(
 ) -> None:
     """Run one program to its end; raises ToolError that quotes its last words when it does not end well."""
     with _logged(command, log) as out:
-        process = subprocess.Popen(
-            [str(part) for part in command], cwd=cwd, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=env,
-            preexec_fn=_die_with_parent,
-        )  # fmt: skip
+        process = _start(command, cwd, out, env)
         try:
             code = process.wait()
         finally:
@@ -169,6 +156,19 @@ def _logged(command: Sequence[str | Path], log: Path) -> Iterator[int]:
         os.close(fd)
 
 
+def _start(
+    command: Sequence[str | Path], cwd: Path, out: int, env: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """A program that speaks into ``out`` and dies with this process. Raises ToolError when it is none for this machine."""
+    try:
+        return subprocess.Popen(
+            [str(part) for part in command], cwd=cwd, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=env,
+            preexec_fn=_die_with_parent,
+        )  # fmt: skip
+    except OSError as e:
+        raise ToolError(f"{command[0]}: cannot be started ({e})") from e
+
+
 def _die_with_parent() -> None:
     """In the child, before it becomes the tool: be killed when the parent dies, even of ``kill -9``."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -195,7 +195,9 @@ def _how_it_ended(code: int) -> str:
 
 def _ask_version(tool: Path) -> str:
     try:
-        asked = subprocess.run([tool, "--version"], capture_output=True, text=True, timeout=60, check=False)
+        asked = subprocess.run(
+            [tool, "--version"], capture_output=True, text=True, errors="replace", timeout=60, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as e:
         raise ToolError(f"{tool}: cannot be started ({e})") from e
     return asked.stderr + asked.stdout

@@ -141,6 +141,14 @@ def test_every_anchor_that_does_not_fit_is_told() -> None:
     assert len(caught.value.problems) == len(GLM.replacements)
 
 
+def test_a_template_that_is_patched_and_holds_the_anchor_again_is_not_trusted() -> None:
+    by = TemplatePatch("t", "s", (Replacement("w", "old", "new"),))
+    with pytest.raises(InputError) as caught:
+        patch("new old old", by, "x")
+    assert "found it 2 times" in str(caught.value)
+    assert patch("new old", by, "x").text == "new new"  # an anchor that stands alone is one to replace
+
+
 def test_a_replacement_that_holds_its_own_anchor_is_made_once() -> None:
     by = TemplatePatch("t", "s", (Replacement("w", "b", "(b)"),))
     once = patch("abc", by, "x").text
