@@ -63,6 +63,18 @@ def pull(model: str, revision: str | None, work: Path) -> None:
     click.echo(checkpoint.folder)
 
 
+@quant.command()
+@click.argument("release", type=FOLDER)
+def verify(release: Path) -> None:
+    """Read every byte of a RELEASE folder and compare it with its manifest; exit 1 when anything differs."""
+    from quant.errors import CheckFailed
+    from quant.verify import verify as problems_of
+
+    if problems := problems_of(release):
+        raise CheckFailed(*problems)
+    click.echo(f"{release}: every file and every tensor is what the manifest says")
+
+
 def _build(
     model: str, variants: tuple[str, ...], out: Path, work: Path | None, revision: str | None, llama_cpp: Path | None
 ) -> None:
