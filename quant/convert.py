@@ -1,5 +1,7 @@
 """Convert a checkpoint to one BF16 GGUF with llama.cpp's own ``conversion`` package, the chat template already patched.
 
+A model that sees has a second file: its vision part in F16 (mmproj), which goes with every variant.
+
 The package runs in a process of its own: it brings its own copy of gguf-py, and it may not see a token or the network.
 It reads a folder made for it, in which the patched template stands and the rest are links to the checkpoint.
 """
@@ -8,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +84,41 @@ def convert(
     return Base(done.path(name), done.receipt(name))
 
 
+def convert_vision(checkpoint: Checkpoint, words: Words, tools: toolchain.Toolchain, store: Store) -> Base | None:
+    """The vision part as one F16 GGUF; none for a model that only reads. Raises ToolError as :func:`convert` does."""
+    if not sees(checkpoint):
+        return None
+    inputs = {
+        "checkpoint": [asdict(r) for r in checkpoint.receipts],
+        "words": asdict(words),
+        "llama.cpp": str(tools.version),
+    }
+    name = f"mmproj-{words.title}-F16.gguf"
+    done = store.once("convert-vision", inputs, lambda partial: write_vision(checkpoint, words, partial / name))
+    return Base(done.path(name), done.receipt(name))
+
+
+def sees(checkpoint: Checkpoint) -> bool:
+    """Whether the model has a vision part."""
+    return bool(checkpoint.config.get("vision_config"))
+
+
 def write_base(checkpoint: Checkpoint, template: ChatTemplate | None, words: Words, out: Path) -> dict[str, Any]:
     """Write the BF16 GGUF at ``out``; the folder that it is in belongs to this work. Returns what the file holds."""
+    return _write("text", checkpoint, template, words, out)
+
+
+def write_vision(checkpoint: Checkpoint, words: Words, out: Path) -> dict[str, Any]:
+    """Write the vision part in F16 at ``out``, as mmproj files are published; otherwise as :func:`write_base`."""
+    metadata = {k: v for k, v in words.metadata.items() if not k.startswith("general.sampling.")}
+    return _write("vision", checkpoint, None, replace(words, metadata=metadata, pre_tokenizer=None), out)
+
+
+def _write(part: str, checkpoint: Checkpoint, template: ChatTemplate | None, words: Words, out: Path) -> dict[str, Any]:
     folder = _lay_out(checkpoint, template, words, out.parent / "hf" / words.title)
     metadata = out.parent / "metadata.json"
     files.write_text(metadata, files.pretty(words.metadata))
-    command: list[str | Path] = [sys.executable, "-m", "quant.converter", folder, out, metadata]
+    command: list[str | Path] = [sys.executable, "-m", "quant.converter", part, folder, out, metadata]
     if words.pre_tokenizer:
         command.append(words.pre_tokenizer)
     toolchain.run(command, cwd=out.parent, log=out.parent / "log", env=_quiet_environment(), name="the converter")

@@ -16,20 +16,27 @@ from quant.cli.options import FILE, FOLDER, json_option, one_line, quant, tools_
 @click.option("--out", "-o", type=FILE, required=True, help="The GGUF to write.")
 @click.option("--model", help="Whose recipe says template patch and metadata.  [none: converted as it is]")
 @click.option("--pre", help="llama.cpp's name of the pre-tokenizer, where the converter does not know it (glm4).")
-def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None) -> None:
+@click.option("--vision", is_flag=True, help="Its vision part instead, in F16 (mmproj).")
+def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vision: bool) -> None:
     """Convert the checkpoint in a folder to one BF16 GGUF."""
     from quant import files, source
     from quant.build import patched_template
-    from quant.convert import Words, words, write_base
+    from quant.convert import Words, sees, words, write_base, write_vision
+    from quant.errors import InputError
     from quant.recipe import load_model
 
     recipe = load_model(model)[0] if model else None
-    said = words(recipe) if recipe else Words(out.stem.removesuffix("-BF16"), {})
+    stem = out.stem.removeprefix("mmproj-").removesuffix("-F16").removesuffix("-BF16")
+    said = words(recipe) if recipe else Words(stem, {})
+    said = replace(said, pre_tokenizer=pre or said.pre_tokenizer)
     found = source.take(checkpoint.resolve())
+    if vision and not sees(found):
+        raise InputError(f"{checkpoint}/config.json: vision_config: missing; this model has no vision part")
     template = patched_template(recipe.template if recipe else "none", found)
     with files.scratch(absent(out)) as folder:
-        facts = write_base(found, template, replace(said, pre_tokenizer=pre or said.pre_tokenizer), folder / out.name)
-        files.adopt(folder / out.name, out)
+        made = folder / out.name
+        facts = write_vision(found, said, made) if vision else write_base(found, template, said, made)
+        files.adopt(made, out)
     progress.say(f"{out}: {facts['tensors']} tensors, {facts['parameters']:,} weights")
 
 
