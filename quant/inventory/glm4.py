@@ -20,7 +20,8 @@ class Glm4(Numbers):
     intermediate_size: int
     head_dim: int = 0
     """0: the hidden size shared among the heads."""
-    attention_bias: bool = False
+    attention_bias: bool = True
+    """Of queries, keys and values; what transformers takes when config.json does not say."""
     tie_word_embeddings: bool = False
 
     @property

@@ -30,7 +30,8 @@ class Experts:
         for part in ("gate", "up"):
             yield matrix(f"{b}.ffn_{part}_exps.weight", h, m, self.experts)
         yield matrix(f"{b}.ffn_down_exps.weight", m, h, self.experts)
-        yield from gated(b, "_shexp", h, s)
+        if s:
+            yield from gated(b, "_shexp", h, s)
 
     def prediction(self, b: str) -> Iterator[TensorSpec]:
         """What makes of block ``b`` one that predicts the token after the next (MTP)."""

@@ -50,8 +50,8 @@ class Latent(Numbers):
         """The latent and the rotary part of every trunk layer."""
         return self.num_hidden_layers * (self.kv_lora_rank + self.qk_rope_head_dim) * 2
 
-    def indexer(self, b: str) -> Iterator[TensorSpec]:
-        """What a family adds to the attention of block ``b``."""
+    def indexer(self, n: int) -> Iterator[TensorSpec]:
+        """What a family adds to the attention of block ``n``."""
         yield from ()
 
     def _walk(self) -> Iterator[TensorSpec]:
@@ -59,7 +59,7 @@ class Latent(Numbers):
         for n in range(self.num_hidden_layers + self.num_nextn_predict_layers):
             b = f"blk.{n}"
             yield from self._attention(b)
-            yield from self.indexer(b)
+            yield from self.indexer(n)
             yield from self.experts.feed_forward(b, dense=n < self.first_k_dense_replace)
             if n >= self.num_hidden_layers:
                 yield from self.experts.prediction(b)
@@ -85,13 +85,25 @@ class Glm4MoeLite(Latent):
 
 @dataclass(frozen=True)
 class GlmMoeDsa(Latent):
-    """GLM-5 and 5.1: every block, the MTP block too, has an indexer that picks the tokens to attend to."""
+    """GLM-5: blocks, the MTP block among them, have an indexer that picks the tokens to attend to."""
 
     index_n_heads: int = 32
     index_head_dim: int = 128
+    indexer_types: tuple[str, ...] = ()
+    """``full`` or ``shared`` for each trunk layer: 5.2 lends some layers the picks of the one before; 5 and 5.1 do not."""
 
-    def indexer(self, b: str) -> Iterator[TensorSpec]:
-        """The lightning indexer of block ``b``."""
+    def problems(self) -> Iterator[str]:
+        """One type of indexer a layer, and none that is not known."""
+        if self.indexer_types and len(self.indexer_types) != self.num_hidden_layers:
+            yield f"indexer_types: expected {self.num_hidden_layers} of them, found {len(self.indexer_types)}"
+        for found in sorted({*self.indexer_types} - {"full", "shared"}):
+            yield f"indexer_types: expected 'full' or 'shared', found {found!r}"
+
+    def indexer(self, n: int) -> Iterator[TensorSpec]:
+        """The lightning indexer of block ``n``."""
+        if self.indexer_types[n : n + 1] == ("shared",):
+            return
+        b = f"blk.{n}"
         yield f32(f"{b}.indexer.k_norm.weight", self.index_head_dim)
         yield f32(f"{b}.indexer.k_norm.bias", self.index_head_dim)
         yield f32(f"{b}.indexer.proj.weight", self.hidden_size, self.index_n_heads)

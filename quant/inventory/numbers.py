@@ -1,10 +1,10 @@
 """What every architecture has in common: reading its numbers from a configuration, and writing down a tensor."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
-from quant.errors import InputError
+from quant.errors import refuse
 from quant.ggml_types import TYPES
 from quant.header import TensorSpec
 
@@ -23,10 +23,21 @@ class Numbers:
         """Bytes that the KV cache takes for one token of context, in F16."""
         return 0
 
+    def problems(self) -> Iterator[str]:
+        """Why these numbers do not go together."""
+        yield from ()
+
     @classmethod
     def names(cls) -> list[str]:
         """The keys that are asked for."""
         return [f.name for f in fields(cls)]
+
+
+MAY_BE_NONE = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "head_dim"}
+"""Numbers that may be 0; every other one divides or multiplies something."""
+MOST = {"num_hidden_layers": 512, "depth": 512, "num_nextn_predict_layers": 512, "n_routed_experts": 1024}
+"""As many as llama.cpp takes (src/llama-hparams.h), so that a slip of the pen does not become a list without end."""
+LARGEST = 2**31 - 1
 
 
 def read_numbers(kind: type[T], config: Mapping[str, Any], where: str) -> T:
@@ -41,15 +52,25 @@ def read_numbers(kind: type[T], config: Mapping[str, Any], where: str) -> T:
             if f.default is MISSING:
                 problems.append(f"{where}: {f.name}: missing; {kind.__name__} needs it")
             continue
-        expected = bool if f.type is bool else int
-        if type(value) is not expected or value < 0:
-            wanted = "true or false" if expected is bool else "a whole number"
+        if wanted := _unlike(f.name, f.type, value):
             problems.append(f"{where}: {f.name}: expected {wanted}, found {value!r}")
             continue
-        found[f.name] = value
-    if problems:
-        raise InputError(*problems)
-    return kind(**found)
+        found[f.name] = tuple(value) if isinstance(value, list) else value
+    refuse(problems)
+    made = kind(**found)
+    refuse(f"{where}: {problem}" for problem in made.problems())
+    return made
+
+
+def _unlike(name: str, kind: Any, value: Any) -> str | None:
+    """What a value had to be, if it is not that."""
+    if kind is bool:
+        return None if isinstance(value, bool) else "true or false"
+    if kind is int:
+        least, most = int(name not in MAY_BE_NONE), MOST.get(name, LARGEST)
+        fits = type(value) is int and least <= value <= most
+        return None if fits else f"a whole number from {least} to {most}"
+    return None if isinstance(value, list) and all(isinstance(v, str) for v in value) else "a list of names"
 
 
 def f32(name: str, *shape: int) -> TensorSpec:

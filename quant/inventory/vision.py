@@ -1,4 +1,4 @@
-"""The vision part of GLM-4.6V-Flash: a file of its own (mmproj), projector ``glm4v`` (llama.cpp, conversion/qwenvl.py)."""
+"""The vision part of GLM-4.6V-Flash: a file of its own (mmproj), projector ``glm4v`` (llama.cpp, conversion/qwen3vl.py)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
