@@ -281,11 +281,18 @@ def test_a_tool_dies_with_a_parent_that_is_killed(fake_tools: Fake, tmp_path: Pa
 
 
 def test_a_tool_is_ended_when_the_run_is_interrupted(fake_tools: Fake, tmp_path: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
     tools = fake_tools(llama_quantize=f"echo $$ > {tmp_path}/pid; exec sleep 60")
-    command = [sys.executable, "-c", textwrap.dedent(PARENT), str(tools.bin), str(tmp_path), "run"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as parent:
-        wait_for(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text().strip()))
-        parent.send_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            tools.run("llama-quantize", [], cwd=tmp_path, log=tmp_path / "log")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     assert not lives(int((tmp_path / "pid").read_text()))
 
 
