@@ -1,11 +1,12 @@
 """Publish a release to a folder: every byte compared with the manifest first, then one rename."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from quant import files
 from quant.errors import CheckFailed, InputError, disk_errors
-from quant.package import MANIFEST, Release
+from quant.package import FORMAT, MANIFEST, Release
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ def publish(release: Release, out: Path) -> Published:
     target = out / release.name
     if is_published(release, target):
         return Published(target, fresh=False)
-    if target.exists() and not (target / MANIFEST).is_file():
+    if target.exists() and not _is_release(target):
         raise InputError(f"{target}: expected a release or nothing, found something else; name another folder")
     with disk_errors(out):
         partial = target.with_name(target.name + files.PARTIAL)
@@ -34,7 +35,10 @@ def publish(release: Release, out: Path) -> Published:
             files.share(release.folder / receipt.path, partial / receipt.path)
         if wrong := [r.path for r in release.receipts if files.receipt(partial / r.path, partial) != r]:
             files.remove(partial)
-            raise CheckFailed(*(f"{target / name}: its bytes are not those that were packaged" for name in wrong))
+            mend = f"take away {release.folder} and run again"
+            raise CheckFailed(
+                *(f"{release.folder / n}: its bytes are not those that were packaged; {mend}" for n in wrong)
+            )
         older = target.with_name(target.name + ".replaced")
         files.remove(older)
         if target.exists():
@@ -42,6 +46,14 @@ def publish(release: Release, out: Path) -> Published:
         files.settle(partial, target)
         files.remove(older)
     return Published(target, fresh=True)
+
+
+def _is_release(folder: Path) -> bool:
+    """Whether it is one of ours, which may be replaced; many things bring a file called manifest.json."""
+    try:
+        return bool(json.loads((folder / MANIFEST).read_text())["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def is_published(release: Release, target: Path) -> bool:
