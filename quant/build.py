@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from quant import files, toolchain
 from quant import source as sources
 from quant.calibrate import calibrate
-from quant.convert import convert, words
+from quant.convert import convert, convert_vision, words
 from quant.errors import InputError, refuse
 from quant.imatrix import imatrix
 from quant.lock import Lock, check, pinned, read_lock
@@ -60,7 +60,7 @@ class Job:
     @property
     def steps(self) -> int:
         """How many stages will be run; a bar needs to know."""
-        return 7 + 4 * len(self.variants)
+        return 7 + self.model.sees + 4 * len(self.variants)
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,11 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
         checkpoint = do("source", model.name, partial(pull, model, job.recipe, job.lock, store))
         template = do("template", model.template, partial(patched_template, model.template, checkpoint))
         base = do("convert", model.title, partial(convert, checkpoint, template, words(model), tools, store))
+        vision = None
+        if model.sees:
+            vision = do(
+                "convert", f"{model.title} mmproj", partial(convert_vision, checkpoint, words(model), tools, store)
+            )
         text = do("calibrate", model.imatrix.calibration, partial(calibrate, model, template, store))
         matrix = do("imatrix", model.title, partial(imatrix, base, text, model, tools, store))
         tensors = base.header.tensors
@@ -120,7 +125,7 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
             quantized = do("quantize", name, partial(quantize, base, matrix, p, model.title, tools, store))
             sharded = do("shard", name, partial(shard, quantized, model.title, model.max_shard_size, tools, store))
             made.append((sharded, do("smoke", name, partial(smoke, sharded, model, tools, store))))
-        whole = Ingredients(model, checkpoint, template, base, text, matrix, tuple(made), str(tools.version))
+        whole = Ingredients(model, checkpoint, template, base, vision, text, matrix, tuple(made), str(tools.version))
         release = do("package", model.title, partial(package, whole, store))
         published = do("publish", model.title, partial(publish, release, job.out))
         verdicts = tuple(verdict for _, verdict in made)

@@ -34,6 +34,12 @@ llama-gguf-split --merge {{ first_shard }} {{ merged }}
 ```
 
 {% endif %}
+{% if vision %}
+## Pictures
+
+`{{ vision }}` is the part that sees; it goes with every file above: `--mmproj {{ vision }}`.
+
+{% endif %}
 ## Settings
 
 temperature {{ sampling.temperature }}, top_p {{ sampling.top_p }}, top_k {{ sampling.top_k }}, min_p {{ sampling.min_p }},
@@ -80,6 +86,7 @@ def _body(model: Model, manifest: Mapping[str, Any]) -> str:
         sampling=model.sampling,
         llama_cpp=manifest["llama.cpp"],
         documents=manifest["calibration"]["documents"],
+        vision=manifest["vision"]["path"] if manifest.get("vision") else None,
         patched=template is not None and template["sha256"] != template["original_sha256"],
     )
 

@@ -34,6 +34,8 @@ class Ingredients:
     checkpoint: Checkpoint
     template: ChatTemplate | None
     base: Base
+    vision: Base | None
+    """The part that sees, for models that do."""
     text: CalibrationText
     matrix: ImportanceMatrix
     variants: tuple[tuple[Sharded, Verdict], ...]
@@ -83,7 +85,9 @@ def _lay_out(made: Ingredients, manifest: Mapping[str, Any], partial: Path) -> d
     for sharded, _ in made.variants:
         for name, path in place(sharded).items():
             files.share(path, partial / name)
-    files.share(made.matrix.path, partial / made.matrix.path.name)
+    for file in (made.matrix, made.vision):
+        if file:
+            files.share(file.path, partial / file.path.name)
     files.write_text(partial / "README.md", card.card(made.model, manifest))
     files.write_text(partial / "params", files.pretty(ollama_params(made.model)))
     if made.model.ollama.system:
@@ -120,6 +124,7 @@ def _manifest(made: Ingredients) -> dict[str, Any]:
         "calibration": {"set": made.text.name, "documents": made.text.documents, "sha256": made.text.receipt.sha256},
         "imatrix": asdict(made.matrix.receipt),
         "base": asdict(made.base.receipt),
+        "vision": asdict(made.vision.receipt) if made.vision else None,
         "parameters": made.base.header.elements,
         "variants": [_variant(sharded, verdict) for sharded, verdict in made.variants],
     }

@@ -170,6 +170,11 @@ class Model(_Strict):
     architecture: dict[str, Any] = field(default_factory=dict)
     """The numbers of config.json that decide the tensors, with which a release is planned before anything is pulled."""
 
+    @property
+    def sees(self) -> bool:
+        """Whether it has a vision part, which is a file of its own."""
+        return "vision_config" in self.architecture
+
 
 @dataclass(frozen=True)
 class Replacement(_Strict):
