@@ -28,6 +28,8 @@ from quant.toolchain import Toolchain
 START_SECONDS = 60
 LOAD_BYTES_PER_SECOND = 50 * 10**6
 """A server that has not loaded at this pace after START_SECONDS is given up: a slow network disk reads faster."""
+SECONDS_PER_TOKEN = 5
+"""An answer that comes slower than this is given up: a large model on processors alone is ten times faster."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,14 @@ def try_file(
         "1",
         "--no-webui",
     ]
-    with disk_errors(folder), tools.serve(arguments, port=port, cwd=folder, log=log) as server:
-        talk = Talk(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600, trust_env=False), max_answer)
+    patience = START_SECONDS + SECONDS_PER_TOKEN * max_answer
+    address = f"http://127.0.0.1:{port}"
+    with (
+        disk_errors(folder),
+        tools.serve(arguments, port=port, cwd=folder, log=log) as server,
+        httpx.Client(base_url=address, timeout=patience, trust_env=False) as http,
+    ):
+        talk = Talk(http, max_answer)
         _wait_until_loaded(talk, server, log, sum(h.path.stat().st_size for h in headers))
         scenarios, transcript = _converse(talk, turns, template)
     decisive = [s for s in scenarios if s.kind == "protocol" or quality == "required"]
