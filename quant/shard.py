@@ -80,6 +80,8 @@ def split(path: Path, max_size: str | None, tools: Toolchain, stem: Path) -> dic
         cwd=stem.parent, log=stem.parent / "log",
     )  # fmt: skip
     written = sorted(stem.parent.glob("*.gguf"))
+    if not written:
+        raise CheckFailed(f"{stem.parent}: expected shards, found none; llama-gguf-split said nothing of it")
     read_headers(written[0])  # all shards are there and count alike
     if wrong := list(changed(expected, _digests(written), stem.parent)):
         raise CheckFailed(*wrong)
