@@ -3,13 +3,21 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from quant.header import padded
+from quant.header import Header, TensorSpec, padded
 from quant.plan import Plan
+from quant.recipe import shard_bytes
 
 EXPERTS = re.compile(r".*_exps\.weight")
 """What `-ot ".ffn_.*_exps.=CPU"` leaves in main memory."""
 GIB = 2**30
+
+MATRIX_NAME, TEXT_NAME = "imatrix.gguf", "calibration.txt"
+"""What llama-quantize and llama-imatrix are shown, and write into their files: names that may be published."""
+MAX_STRING = 127
+"""Bytes of a string that llama-quantize writes (struct llama_model_kv_override)."""
+U32_BYTES, STRING_BYTES = 4, 8
 
 
 @dataclass(frozen=True)
@@ -63,12 +71,62 @@ def memory(plan: Plan, kv_bytes_per_token: int, context: int) -> Memory:
     return Memory(sum(t.bytes for t in plan.tensors), experts, kv_bytes_per_token * context)
 
 
+def forecast_bytes(plan: Plan, base: Header, matrix: Header | None = None) -> int:
+    """Length of the whole file that llama-quantize makes of the BF16 file: the head with what is added to it, the tensors.
+
+    Without the head of an imatrix, one of this project's is meant.
+    """
+    if plan.is_base:
+        return base.data_start + plan.bytes
+    added = {"general.quantization_version": 0, "general.file_type": 0} | _about(matrix)
+    replaced = {k: v for k, v in base.metadata.items() if k in added}
+    head = (
+        base.head_bytes + sum(_key_bytes(*kv) for kv in added.items()) - sum(_key_bytes(*kv) for kv in replaced.items())
+    )
+    head -= 8 * sum(len(t.shape) - len(stored_shape(t)) for t in base.tensors)
+    return padded(head) + plan.bytes
+
+
+def stored_shape(tensor: TensorSpec) -> tuple[int, ...]:
+    """A shape as ggml writes it: without the ones at its end."""
+    length = max((n for n, size in enumerate(tensor.shape, 1) if size > 1), default=1)
+    return tensor.shape[:length]
+
+
+def _about(matrix: Header | None) -> dict[str, str | int]:
+    """What llama-quantize writes of the imatrix (tools/quantize/quantize.cpp)."""
+    known: dict[str, Any] = matrix.metadata if matrix else {"imatrix.datasets": [TEXT_NAME], "imatrix.chunk_count": 1}
+    about: dict[str, str | int] = {"quantize.imatrix.file": MATRIX_NAME, "quantize.imatrix.entries_count": 0}
+    if datasets := known.get("imatrix.datasets"):
+        about["quantize.imatrix.dataset"] = datasets[0]
+    if known.get("imatrix.chunk_count"):
+        about["quantize.imatrix.chunks_count"] = 0
+    return about
+
+
+def _key_bytes(key: str, value: str | int) -> int:
+    """Length of a key in the head of a file; numbers are 32 bits wide."""
+    text = len(value.encode()[:MAX_STRING]) + STRING_BYTES if isinstance(value, str) else U32_BYTES
+    return STRING_BYTES + len(key.encode()) + U32_BYTES + text
+
+
 def shard_bytes_of(plan: Plan, max_bytes: int) -> tuple[int, ...]:
     """Bytes of tensors in each shard, as llama-gguf-split cuts: in order, a new shard before the limit is passed.
 
     A tensor that is larger than the limit stands alone; the heads of the files come on top.
     """
     return tuple(sum(sizes) for sizes in _runs(plan, max_bytes))
+
+
+def oversized(plan: Plan, max_size: str) -> Iterator[str]:
+    """Every tensor that no shard can hold, if the variant's file would be cut; ``max_size`` is 50G or the like."""
+    limit = shard_bytes(max_size)
+    if plan.variant.split and plan.bytes > limit:
+        yield from (
+            f"variant {plan.variant.name}: tensor {t.tensor.name}: expected at most {max_size} a shard, found {t.bytes} bytes"
+            for t in plan.tensors
+            if t.bytes > limit
+        )
 
 
 def _runs(plan: Plan, max_bytes: int) -> Iterator[list[int]]:

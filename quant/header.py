@@ -11,7 +11,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -66,6 +66,8 @@ class Header:
     tensors: tuple[TensorSpec, ...]
     data_start: int
     """Where the data section begins in the file."""
+    head_bytes: int = field(default=0, compare=False)
+    """Length of all that stands before it, without the padding in between."""
 
     @cached_property
     def by_name(self) -> dict[str, TensorSpec]:
@@ -165,9 +167,10 @@ class _Reader:
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if alignment < 8 or alignment & (alignment - 1):
             self.fail("general.alignment", "a power of two from 8", alignment)
-        start = padded(self.f.tell(), alignment)
+        head_bytes = self.f.tell()
+        start = padded(head_bytes, alignment)
         self.check_layout(tensors, start, alignment)
-        return Header(self.path, metadata, tensors, start)
+        return Header(self.path, metadata, tensors, start, head_bytes)
 
     def check_layout(self, tensors: tuple[TensorSpec, ...], start: int, alignment: int) -> None:
         names: set[str] = set()

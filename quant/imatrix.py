@@ -14,6 +14,7 @@ from quant.calibrate import CalibrationText
 from quant.convert import Base
 from quant.errors import CheckFailed, InputError
 from quant.files import Receipt
+from quant.footprint import TEXT_NAME
 from quant.header import read_header
 from quant.recipe import Imatrix, Model
 from quant.store import Store
@@ -55,15 +56,15 @@ def imatrix(base: Base, text: CalibrationText, model: Model, tools: Toolchain, s
 def compute(base: Path, text: Path, settings: Imatrix, tools: Toolchain, out: Path) -> dict[str, Any]:
     """Write the importance matrix of a GGUF over a text at ``out``, whose folder belongs to this work."""
     # The name of the text is written into the file, so it is called by a name that may be published.
-    files.share(text, out.parent / "calibration.txt")
+    files.share(text, out.parent / TEXT_NAME)
     chunks = ["--chunks", str(settings.chunks)] if settings.chunks else []
     tools.run(
         "llama-imatrix",
-        ["-m", base, "-f", "calibration.txt", "-o", out.name, "--parse-special", "--no-ppl", "-c", str(settings.context),
+        ["-m", base, "-f", TEXT_NAME, "-o", out.name, "--parse-special", "--no-ppl", "-c", str(settings.context),
          "-b", str(BATCH_TOKENS), "-ub", str(BATCH_TOKENS), *chunks],
         cwd=out.parent, log=out.parent / "log",
     )  # fmt: skip
-    files.remove(out.parent / "calibration.txt")
+    files.remove(out.parent / TEXT_NAME)
     if not (unvisited := unvisited_experts(out)):
         raise CheckFailed(f"{out.name}: expected data for the model's matrices, found none; is the text too short?")
     return {"matrices": len(unvisited), "unvisited": unvisited}

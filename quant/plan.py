@@ -50,6 +50,7 @@ class Plan:
 
     variant: Variant
     tensors: tuple[Planned, ...]
+    """In the order of the file."""
 
     @property
     def bytes(self) -> int:
@@ -98,8 +99,15 @@ def plan(variant: Variant, tensors: Collection[TensorSpec], covered: Collection[
     Raises InputError with everything that keeps the variant from being built for this model.
     """
     refuse(problems(variant, tensors, covered))
-    deciding = decisions(variant, tensors) if variant.rules else {}
-    return Plan(variant, tuple(_planned(variant, t, deciding.get(t.name)) for t in tensors))
+    if not variant.rules:
+        return Plan(variant, tuple(Planned(t, t.type, None) for t in tensors))
+    deciding = decisions(variant, tensors)
+    return Plan(variant, tuple(_planned(variant, t, deciding.get(t.name)) for t in file_order(tensors)))
+
+
+def file_order(tensors: Collection[TensorSpec]) -> list[TensorSpec]:
+    """As llama-quantize writes them (weight_name_comparer in src/llama-model-loader.h): block by block, each by name."""
+    return sorted(tensors, key=lambda t: (int(m[1]) if (m := BLOCK.match(t.name)) else -1, t.name))
 
 
 def problems(variant: Variant, tensors: Collection[TensorSpec], covered: Collection[str] | None) -> Iterator[str]:

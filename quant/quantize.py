@@ -15,6 +15,7 @@ from quant import files
 from quant.convert import Base
 from quant.errors import CheckFailed, InputError
 from quant.files import Receipt
+from quant.footprint import MATRIX_NAME, forecast_bytes, stored_shape
 from quant.header import Header, read_header
 from quant.imatrix import ImportanceMatrix
 from quant.plan import Plan
@@ -58,19 +59,20 @@ def write_variant(
     base: Path, matrix: Path, plan: Plan, tools: Toolchain, out: Path, jobs: int | None = None
 ) -> dict[str, Any]:
     """Write the planned variant at ``out``, whose folder belongs to this work."""
-    _check_room(out.parent, plan.bytes)
+    expected_bytes = forecast_bytes(plan, read_header(base), read_header(matrix))
+    _check_room(out.parent, expected_bytes)
     chosen = {t.tensor.name: t.type.name for t in plan.tensors if t.rule is not None}
     files.write_text(out.parent / "types.txt", type_file(chosen))
     # Its path is published in the file, so the matrix is called by a name and not by a path of this machine.
-    files.share(matrix, out.parent / "imatrix.gguf")
+    files.share(matrix, out.parent / MATRIX_NAME)
     tools.run(
         "llama-quantize",
-        ["--imatrix", "imatrix.gguf", "--tensor-type-file", "types.txt", base, out.name, plan.variant.file_type,
+        ["--imatrix", MATRIX_NAME, "--tensor-type-file", "types.txt", base, out.name, plan.variant.file_type,
          str(jobs or os.cpu_count() or 1)],
         cwd=out.parent, log=out.parent / "log",
     )  # fmt: skip
-    files.remove(out.parent / "imatrix.gguf")
-    if wrong := list(differences(plan, read_header(out))):
+    files.remove(out.parent / MATRIX_NAME)
+    if wrong := list(differences(plan, read_header(out), expected_bytes)):
         raise CheckFailed(*wrong)
     return {"file_type": plan.variant.file_type, "bytes_by_type": plan.type_bytes()}
 
@@ -84,15 +86,19 @@ def type_file(types: Mapping[str, str]) -> str:
     return "".join(f"^{re.escape(name)}$={ggml_type.lower()}\n" for name, ggml_type in types.items())
 
 
-def differences(plan: Plan, header: Header) -> Iterator[str]:
-    """Everything in which a written file is not the planned one."""
-    found = {t.name: (t.shape, t.type.name) for t in header.tensors}
-    expected = {t.tensor.name: (t.tensor.shape, t.type.name) for t in plan.tensors}
+def differences(plan: Plan, header: Header, whole_bytes: int | None = None) -> Iterator[str]:
+    """Everything in which a written file is not the planned one; without its forecast, its head may be of any length."""
+    found = {t.name: (stored_shape(t), t.type.name) for t in header.tensors}
+    expected = {t.tensor.name: (stored_shape(t.tensor), t.type.name) for t in plan.tensors}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             yield f"{header.path}: tensor {name}: expected {expected.get(name)}, found {found.get(name)}"
-    if not found.keys() ^ expected.keys() and (size := header.path.stat().st_size) != header.data_start + plan.bytes:
-        yield f"{header.path}: expected {header.data_start + plan.bytes} bytes, found {size}"
+    pairs = zip(expected, found, strict=False)
+    if found == expected and (moved := next((pair for pair in pairs if pair[0] != pair[1]), None)):
+        yield f"{header.path}: order of tensors: expected {moved[0]}, found {moved[1]}"
+    wanted = header.data_start + plan.bytes if whole_bytes is None else whole_bytes
+    if found == expected and (size := header.path.stat().st_size) != wanted:
+        yield f"{header.path}: expected {wanted} bytes, found {size}"
 
 
 def _check_room(folder: Path, planned_bytes: int) -> None:

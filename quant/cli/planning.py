@@ -1,26 +1,30 @@
 """The command that says what a release will hold and weigh, before anything is pulled."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from quant.card import human_bytes
 from quant.cli import tables
 from quant.cli.options import FILE, json_option, quant, variants_option
-from quant.errors import InputError
-from quant.footprint import GIB, class_of, classes, memory, shard_bytes_of
-from quant.header import TensorSpec
-from quant.plan import Plan, decisions
+from quant.errors import InputError, nearest, refuse
+from quant.footprint import GIB, class_of, classes, forecast_bytes, memory, oversized, shard_bytes_of
+from quant.header import Header, TensorSpec
+from quant.plan import Plan, decisions, depths, type_of
 from quant.recipe import Model, Variant, load_model, load_variant, shard_bytes
+
+T = TypeVar("T")
+UNQUANTISED = {"BF16", "F16", "F32"}
 
 
 @quant.command()
 @click.argument("model")
 @variants_option
-@click.option("--gguf", type=FILE, help="Its BF16 file, instead of the numbers of the recipe.")
+@click.option("--gguf", type=FILE, help="Its BF16 file, instead of the numbers of the recipe: sizes to the byte.")
 @click.option("--context", type=click.IntRange(1), help="Tokens of context for the memory.  [the recipe's num_ctx]")
 @click.option("--explain", metavar="TENSOR", help="Which rule decides this tensor, in each variant.")
 @json_option
@@ -32,66 +36,122 @@ def plan(
     With one --variant: its classes of tensors. With several, or none: a line each.
     """
     from quant.plan import plan as decide
+    from quant.plan import problems
 
-    recipe, path = load_model(model)
-    tensors, head, kv_bytes = _tensors(recipe, path, gguf)
-    chosen = [load_variant(name) for name in variants or recipe.variants]
+    recipe, path, chosen = _asked(model, variants)
+    weights = _from_gguf(recipe, gguf) if gguf else _from_numbers(recipe, path)
     if explain:
-        return _explain(chosen, tensors, explain)
-    plans = [decide(variant, tensors) for variant in chosen]
-    context = context or recipe.ollama.num_ctx
+        return _explain(recipe, chosen, weights.tensors, explain, as_json)
+    refuse(problem for variant in chosen for problem in problems(variant, weights.tensors, None))
+    plans = [decide(variant, weights.tensors) for variant in chosen]
+    refuse(problem for p in plans for problem in oversized(p, recipe.max_shard_size))
     if as_json:
-        return click.echo(json.dumps(_document(recipe, plans, head), ensure_ascii=False))
+        return click.echo(json.dumps(_document(recipe, plans, weights), ensure_ascii=False))
     if len(plans) == 1:
         _show_classes(plans[0])
-    _show_variants(recipe, plans, head, kv_bytes, context)
-    base = sum(t.bytes for t in tensors)
+    _show_variants(recipe, plans, weights, context or recipe.ollama.num_ctx)
+    base = sum(t.bytes for t in weights.tensors)
     needed = 2 * base + sum(2 * p.bytes for p in plans if not p.is_base)
     click.echo(
-        f"{len(tensors):,} tensors, {sum(t.elements for t in tensors):,} weights. A build of these takes about"
-        f" {human_bytes(needed)} of disk: weights, BF16 file, every variant whole and in shards."
+        f"{len(weights.tensors):,} tensors, {sum(t.elements for t in weights.tensors):,} weights. A build of these takes"
+        f" about {human_bytes(needed)} of disk: weights, BF16 file, every variant whole and in shards."
     )
     return None
 
 
-def _tensors(recipe: Model, path: Path, gguf: Path | None) -> tuple[tuple[TensorSpec, ...], int, int]:
-    """Tensors of the BF16 file, bytes of its head, and bytes of KV cache for a token."""
-    from quant.header import read_headers
+@dataclass(frozen=True)
+class _Weights:
+    """What is planned with."""
+
+    tensors: tuple[TensorSpec, ...]
+    kv_bytes: int
+    """KV cache for a token of context."""
+    header_bytes: int
+    """Of a file's head, about: the recipe's word."""
+    base: Header | None = None
+    """The head of the BF16 file, with which forecasts are exact."""
+
+    def file_bytes(self, p: Plan) -> int:
+        """Length of a variant's whole file."""
+        return forecast_bytes(p, self.base) if self.base else p.bytes + self.header_bytes
+
+
+def _asked(model: str, variants: Sequence[str]) -> tuple[Model, Path, list[Variant]]:
+    """The recipes that were named; raises one InputError with everything that is wrong with any of them."""
+    problems: list[str] = []
+
+    def tried(load: Callable[[str], T], name: str) -> T | None:
+        try:
+            return load(name)
+        except InputError as e:
+            problems.extend(e.problems)
+            return None
+
+    found = tried(load_model, model)
+    names = variants or (found[0].variants if found else ())
+    chosen = [v for name in dict.fromkeys(names) if (v := tried(load_variant, name))]
+    refuse(problems)
+    assert found is not None
+    return *found, chosen
+
+
+def _from_numbers(recipe: Model, path: Path) -> _Weights:
     from quant.inventory import numbers
 
-    if not recipe.architecture and gguf is None:
+    if not recipe.architecture:
         raise InputError(
             f"{path}: architecture: missing, so there is nothing to plan with; name the BF16 file with --gguf"
         )
-    told = numbers(recipe.architecture, str(path)) if recipe.architecture else None
+    told = numbers(recipe.architecture, f"{path}: architecture")
+    return _Weights(told.tensors(), told.kv_bytes_per_token(), recipe.header_bytes)
+
+
+def _from_gguf(recipe: Model, gguf: Path) -> _Weights:
+    from quant.header import read_headers
+    from quant.inventory import numbers
+
+    headers = read_headers(gguf)
+    tensors = tuple(t for h in headers for t in h.tensors)
+    told = numbers(recipe.architecture) if recipe.architecture else None
+    refuse(_gguf_problems(recipe, gguf, tensors, told.tensors() if told else ()))
     kv_bytes = told.kv_bytes_per_token() if told else 0
-    if gguf:
-        headers = read_headers(gguf)
-        return tuple(t for h in headers for t in h.tensors), headers[0].data_start, kv_bytes
-    assert told is not None
-    return told.tensors(), recipe.header_bytes, kv_bytes
+    return _Weights(tensors, kv_bytes, headers[0].data_start, headers[0] if len(headers) == 1 else None)
 
 
-def _document(recipe: Model, plans: Sequence[Plan], head: int) -> dict[str, Any]:
+def _gguf_problems(
+    recipe: Model, gguf: Path, tensors: Sequence[TensorSpec], told: Sequence[TensorSpec]
+) -> Iterator[str]:
+    """Why this is not the model's BF16 file. MTP blocks may differ: config.json does not tell all of them."""
+    if quantised := {t.type.name for t in tensors} - UNQUANTISED:
+        yield f"{gguf}: expected the unquantised file (BF16), found {', '.join(sorted(quantised))}"
+    found, at = {t.name: t.shape for t in tensors}, depths(told)
+    trunk = [t for t in told if at.get(t.name, 0) < 1]
+    if wrong := [t for t in trunk if found.get(t.name) != t.shape]:
+        first = wrong[0]
+        yield (
+            f"{gguf}: expected the tensors of {recipe.title}, found {len(wrong):,} of {len(trunk):,} missing or otherwise,"
+            f" first {first.name}: expected {first.shape}, found {found.get(first.name)}"
+        )
+
+
+def _document(recipe: Model, plans: Sequence[Plan], weights: _Weights) -> dict[str, Any]:
     return {
         "model": recipe.name,
         "parameters": sum(t.tensor.elements for t in plans[0].tensors),
-        "variants": [
-            p.json() | {"bytes": p.bytes + head, "shards": _shards(p, recipe)} for p in plans
-        ],
-    }  # fmt: skip
+        "variants": [p.json() | {"bytes": weights.file_bytes(p), "shards": _shards(p, recipe)} for p in plans],
+    }
 
 
 def _shards(p: Plan, recipe: Model) -> int:
     return len(shard_bytes_of(p, shard_bytes(recipe.max_shard_size))) if p.variant.split else 1
 
 
-def _show_variants(recipe: Model, plans: Sequence[Plan], head: int, kv_bytes: int, context: int) -> None:
+def _show_variants(recipe: Model, plans: Sequence[Plan], weights: _Weights, context: int) -> None:
     rows = []
     for p in plans:
-        needs = memory(p, kv_bytes, context)
+        needs = memory(p, weights.kv_bytes, context)
         split = f"{needs.without_experts / GIB:.1f} + {needs.experts / GIB:.1f}" if needs.experts else "-"
-        size = p.bytes + head
+        size = weights.file_bytes(p)
         rows.append(
             (p.variant.name, f"{size:,}", human_bytes(size), f"{p.bits_per_weight:.3f}", str(_shards(p, recipe)),
              f"{needs.whole / GIB:.1f}", split)
@@ -109,20 +169,31 @@ def _show_classes(p: Plan) -> None:
     tables.show(("class", ">tensors", "type", ">bytes", ">share"), rows, title=p.variant.name)
 
 
-def _explain(variants: Sequence[Variant], tensors: Sequence[TensorSpec], name: str) -> None:
+def _explain(
+    recipe: Model, variants: Sequence[Variant], tensors: Sequence[TensorSpec], name: str, as_json: bool
+) -> None:
     """For one tensor, the rule of each variant that decides it."""
-    found = [t for t in tensors if t.name == name]
-    if not found:
-        from quant.errors import nearest
-
-        raise InputError(f"tensor {name!r} is not in this model: {nearest(name, [t.name for t in tensors])}")
+    tensor = next((t for t in tensors if t.name == name), None)
+    if tensor is None:
+        raise InputError(f"tensor {name!r} is not in this model: {_nearest_tensor(name, tensors)}")
     rows = []
     for variant in variants:
         n = decisions(variant, tensors).get(name) if variant.rules else None
-        rule = variant.rules[n] if n is not None else None
-        rows.append(
-            (variant.name, f"rules[{n}] of {variant.name}.toml", rule.type, rule.tensors, rule.why)
-            if rule
-            else (variant.name, "no rule: it keeps its type", found[0].type.name, "", "")
-        )
-    tables.show(("variant", "decided by", "type", "pattern", "why"), rows, title=f"{name} ({class_of(name)})")
+        if n is None:
+            rows.append((variant.name, "no rule: it keeps its type", tensor.type.name, "", ""))
+        else:
+            rule = variant.rules[n]
+            rows.append((variant.name, f"rules[{n}]", type_of(rule, tensor).name, rule.tensors, rule.why))
+    columns = ("variant", "decided by", "type", "pattern", "why")
+    if as_json:
+        keys = ("variant", "rule", "type", "pattern", "why")
+        told = [dict(zip(keys, row, strict=True)) for row in rows]
+        click.echo(json.dumps({"model": recipe.name, "tensor": name, "variants": told}, ensure_ascii=False))
+        return
+    tables.show(columns, rows, title=f"{name} ({class_of(name)})")
+
+
+def _nearest_tensor(name: str, tensors: Sequence[TensorSpec]) -> str:
+    """Its nearest name; for nothing alike, only the names of one block, for a model has thousands."""
+    by_class = {class_of(t.name): t.name for t in reversed(tensors)}
+    return nearest(name, [t.name for t in tensors] if class_of(name) in by_class else by_class.values())
