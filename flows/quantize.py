@@ -5,17 +5,19 @@ one; a run that is started again after a crash continues there.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 
 from flows.artifacts import tell, tell_release
 from quant import build as builds
+from quant.errors import CheckFailed, Unreachable
 
 T = TypeVar("T")
 RETRIES = {"source": 3}
-"""A hub that does not answer is tried again; everything else fails for a reason that does not go away."""
+"""How often a stage is tried again after a failure that may pass."""
 RETRY_SECONDS = 30
 
 
@@ -54,6 +56,7 @@ def as_task(stage: str, subject: str, work: Callable[[], T]) -> T:
         persist_result=False,
         retries=RETRIES.get(stage, 0),
         retry_delay_seconds=RETRY_SECONDS,
+        retry_condition_fn=may_pass,
     )
     def run() -> T:
         result = work()
@@ -61,3 +64,8 @@ def as_task(stage: str, subject: str, work: Callable[[], T]) -> T:
         return result
 
     return run()
+
+
+def may_pass(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """Whether a failure may be over in a while: the hub did not answer, or sent other bytes than it lists."""
+    return isinstance(state.result(raise_on_failure=False), (Unreachable, CheckFailed))
