@@ -18,7 +18,7 @@ published. `manifest.json` says what went in and the sha256 of every tensor; `SH
 | file | size | bits per weight | for whom |
 |---|---:|---:|---|
 {% for v in variants -%}
-| {{ link(v) }} | {{ size(v.bytes) }} | {{ '%.2f' | format(v.bpw) }} | {{ v.summary }} |
+| {{ link(v) }} | {{ size(v.bytes) }} | {{ '%.2f' | format(v.bpw) }} | {{ cell(v.summary) }} |
 {% endfor %}
 
 Sizes are in units of 10⁹ or 10⁶ bytes. Of a file in several shards, give llama.cpp the first.
@@ -72,7 +72,7 @@ def _body(model: Model, manifest: Mapping[str, Any]) -> str:
     variants = manifest["variants"]
     template = manifest["chat_template"]
     sharded = next((v for v in variants if len(v["files"]) > 1), None)
-    env = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
+    env = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False)
     return env.from_string(BODY).render(
         title=model.title,
         description=model.card.description or f"Quantisations of {model.card.base_model or model.title} for llama.cpp.",
@@ -80,6 +80,7 @@ def _body(model: Model, manifest: Mapping[str, Any]) -> str:
         variants=variants,
         link=_link,
         size=human_bytes,
+        cell=_cell,
         single=next((v["files"][0]["path"] for v in variants if v["name"].endswith("TQ1_0")), None),
         first_shard=sharded["files"][0]["path"] if sharded else "FIRST-SHARD.gguf",
         merged=f"{model.title}-{sharded['name']}.gguf" if sharded else "OUT.gguf",
@@ -97,6 +98,11 @@ def human_bytes(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size / 1000:.1f} kB"
+
+
+def _cell(text: str) -> str:
+    """Text in a cell of a table, whose columns are parted by bars and whose rows end with the line."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _link(variant: Mapping[str, Any]) -> str:

@@ -59,12 +59,12 @@ class Talk:
             "chat_template_kwargs": {"enable_thinking": thinking},
         }  # fmt: skip
         reply = self._ask("POST", "/v1/chat/completions", body)
-        choice, usage = reply["choices"][0], reply.get("usage", {})
+        choice, usage = reply["choices"][0], reply.get("usage") or {}
         message = choice["message"]
         return Exchange(
             thinking, str(messages[-1]["content"]), message.get("reasoning_content") or "", message.get("content") or "",
             choice["finish_reason"], usage.get("prompt_tokens", 0),
-            usage.get("prompt_tokens_details", {}).get("cached_tokens", 0),
+            (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
         )  # fmt: skip
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
