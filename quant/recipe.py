@@ -5,18 +5,15 @@ at once. Relative paths in a recipe are relative to that recipe.
 """
 
 import dataclasses
-import json
 import re
-import tomllib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import Any
 
 from quant.errors import InputError, nearest, refuse
 from quant.ggml_types import FILE_TYPES, TYPES
+from quant.toml import Strict, read, text_of
 
 _HERE = Path(__file__).parent
 RECIPES = next(p for p in (_HERE / "recipes", _HERE.parent / "recipes") if (p / "models").is_dir())
@@ -30,15 +27,8 @@ SIZE = re.compile(r"[1-9]\d*[MG]")
 """As llama-gguf-split reads a size: M is 10^6 bytes, G is 10^9."""
 
 
-T = TypeVar("T")
-
-
-class _Strict:
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
 @dataclass(frozen=True)
-class Rule(_Strict):
+class Rule(Strict):
     """One line of a variant: tensors whose whole name matches are stored as this type."""
 
     tensors: str
@@ -64,7 +54,7 @@ class Rule(_Strict):
 
 
 @dataclass(frozen=True)
-class Variant(_Strict):
+class Variant(Strict):
     """recipes/variants/NAME.toml: ordered rules, of which the first that matches decides."""
 
     name: str
@@ -81,7 +71,7 @@ class Variant(_Strict):
 
 
 @dataclass(frozen=True)
-class Source(_Strict):
+class Source(Strict):
     """Where a model's weights come from: a repo of the hub at a commit, or a folder."""
 
     repo: str | None = None
@@ -90,7 +80,7 @@ class Source(_Strict):
 
 
 @dataclass(frozen=True)
-class Sampling(_Strict):
+class Sampling(Strict):
     """The settings that the model's authors advise."""
 
     temperature: float
@@ -101,7 +91,7 @@ class Sampling(_Strict):
 
 
 @dataclass(frozen=True)
-class Ollama(_Strict):
+class Ollama(Strict):
     """What a release tells Ollama beside the sampling."""
 
     num_ctx: int
@@ -111,7 +101,7 @@ class Ollama(_Strict):
 
 
 @dataclass(frozen=True)
-class Card(_Strict):
+class Card(Strict):
     """What the model card says and no number tells."""
 
     license: str
@@ -122,7 +112,7 @@ class Card(_Strict):
 
 
 @dataclass(frozen=True)
-class Turn(_Strict):
+class Turn(Strict):
     """One thing to say to a model, and what its answer must hold."""
 
     say: str
@@ -131,7 +121,7 @@ class Turn(_Strict):
 
 
 @dataclass(frozen=True)
-class Imatrix(_Strict):
+class Imatrix(Strict):
     """How the importance matrix is computed."""
 
     calibration: str = "embedded"
@@ -142,7 +132,7 @@ class Imatrix(_Strict):
 
 
 @dataclass(frozen=True)
-class Model(_Strict):
+class Model(Strict):
     """recipes/models/NAME.toml: one model and how its release is made."""
 
     name: str
@@ -177,7 +167,7 @@ class Model(_Strict):
 
 
 @dataclass(frozen=True)
-class Replacement(_Strict):
+class Replacement(Strict):
     """One exact change of a chat template."""
 
     why: str
@@ -188,7 +178,7 @@ class Replacement(_Strict):
 
 
 @dataclass(frozen=True)
-class TemplatePatch(_Strict):
+class TemplatePatch(Strict):
     """recipes/templates/NAME.toml: what has to change in a family's chat template, and why."""
 
     name: str
@@ -199,7 +189,7 @@ class TemplatePatch(_Strict):
 def load_model(name: str) -> tuple[Model, Path]:
     """A model by its name in recipes/models or by a path, and the file it came from. Raises InputError."""
     path = _find("models", name)
-    model = _load(path, Model)
+    model = read(path, Model)
     refuse(_model_problems(model, path))
     return model, path
 
@@ -214,7 +204,7 @@ def _architecture_problems(model: Model, path: Path) -> typing.Iterator[str]:
 def load_variant(name: str) -> Variant:
     """A variant by its name in recipes/variants or by a path. Raises InputError."""
     path = _find("variants", name)
-    variant = _load(path, Variant)
+    variant = read(path, Variant)
     refuse(_variant_problems(variant, path))
     return variant
 
@@ -222,7 +212,7 @@ def load_variant(name: str) -> Variant:
 def load_template_patch(name: str) -> TemplatePatch:
     """A template patch by its name in recipes/templates or by a path. Raises InputError."""
     path = _find("templates", name)
-    by = _load(path, TemplatePatch)
+    by = read(path, TemplatePatch)
     refuse(
         f"{path}: replacements[{n}].find: expected the text to replace, found nothing"
         for n, change in enumerate(by.replacements)
@@ -234,7 +224,7 @@ def load_template_patch(name: str) -> TemplatePatch:
 def variant_of_types(path: Path) -> Variant:
     """A variant from lines ``REGEX=type``, each for whole names, the first that matches deciding. Raises InputError."""
     rules = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(text_of(path).splitlines(), 1):
         if text := line.split("#")[0].strip():
             pattern, _, ggml_type = text.rpartition("=")
             rules.append(
@@ -267,45 +257,6 @@ def _find(kind: str, name: str) -> Path:
     if name not in known(kind):
         raise InputError(f"{kind.removesuffix('s')} {name!r} is not known: {nearest(name, known(kind))}")
     return RECIPES / kind / f"{name}.toml"
-
-
-def _load(path: Path, noun: type[T]) -> T:
-    try:
-        data = tomllib.loads(_text(path))
-    except tomllib.TOMLDecodeError as e:
-        raise InputError(f"{path}: not TOML: {e}") from e
-    try:
-        # Through JSON, because only there strict types and tuples go together.
-        return TypeAdapter(noun).validate_json(json.dumps(data, default=str), strict=True)
-    except ValidationError as e:
-        raise InputError(*(f"{path}: {_say(error, noun)}" for error in e.errors())) from e
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: expected UTF-8, found something else ({e})") from e
-
-
-def _say(error: Any, noun: type) -> str:
-    """One problem of a recipe: the field as a person writes it, and what is wrong there."""
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
-    if error["type"] == "unexpected_keyword_argument":
-        return f"{where}: unknown key; {nearest(str(error['loc'][-1]), _keys(noun, error['loc'][:-1]))}"
-    if error["type"] == "missing":
-        return f"{where}: missing; every {noun.__name__} recipe says it"
-    return f"{where}: {error['msg'].removeprefix('Input ')}, found {error['input']!r}"
-
-
-def _keys(noun: Any, loc: tuple[str | int, ...]) -> list[str]:
-    """The keys that a recipe may have at a place."""
-    for part in loc:
-        hint = typing.get_type_hints(noun).get(str(part))
-        noun = next((a for a in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(a)), noun)
-    return [f.name for f in dataclasses.fields(noun)]
 
 
 def _model_problems(model: Model, path: Path) -> typing.Iterator[str]:
