@@ -53,8 +53,9 @@ def numbers(config: Mapping[str, Any], where: str = "config.json") -> Numbers:
 
 def class_name(config: Mapping[str, Any], where: str) -> str:
     """The model's class; raises InputError with the nearest known one."""
-    found = (config.get("architectures") or ["none"])[0]
-    if found not in ARCHITECTURES:
+    listed = config.get("architectures")
+    found = listed[0] if isinstance(listed, list) and listed else listed
+    if found not in list(ARCHITECTURES):
         raise InputError(f"{where}: architectures: {found!r} is not known: {nearest(str(found), ARCHITECTURES)}")
     return str(found)
 
@@ -69,7 +70,9 @@ def recipe_problems(config: Mapping[str, Any], where: str) -> Iterator[str]:
     try:
         name = class_name(config, where)
         known = {f for kind in (ARCHITECTURES[name], VISION.get(name)) if kind for f in kind.names()} | COMMON
-        flat = [*config, *(config.get("text_config") or {}), *(config.get("vision_config") or {})]
+        parts = [config, *(config[key] for key in ("text_config", "vision_config") if key in config)]
+        refuse(f"{where}: expected tables of numbers, found {p!r}" for p in parts if not isinstance(p, Mapping))
+        flat = [key for part in parts for key in part]
         refuse(f"{where}: {key}: unknown key; {nearest(key, known)}" for key in flat if key not in known)
         inventory(config, where)
         vision_inventory(config, where)
