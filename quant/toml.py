@@ -36,7 +36,7 @@ def read(path: Path, noun: type[T]) -> T:
 def text_of(path: Path) -> str:
     """A file's text. Raises InputError when it cannot be read, or is not UTF-8."""
     try:
-        return path.readtext_of(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
     except UnicodeDecodeError as e:
