@@ -36,3 +36,7 @@ def fake_tools(tmp_path: Path) -> Callable[..., Toolchain]:
         return Toolchain(folder)
 
     return make
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the tables of tests/golden anew")
