@@ -40,7 +40,7 @@ class Prefect:
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "NO_PROXY": "127.0.0.1,localhost",
             **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), proxy),
-            **{name: value for name, value in os.environ.items() if name.startswith("QUANT_")},
+            **{name: value for name, value in os.environ.items() if name.startswith(("QUANT_", "PYTHON"))},
         }
         self.api = httpx.Client(base_url=self.env["PREFECT_API_URL"], trust_env=False, timeout=30)
         self.started: list[subprocess.Popen[bytes]] = []

@@ -28,7 +28,7 @@ def cancelled(prefect: Prefect, out: Path) -> str:
     code, output, run = prefect.run(DEPLOYMENT, *parameters(out), seconds=120)
     assert code == 0, output
     until(lambda: prefect.running("llama-imatrix") or not alive(prefect, run), BUILD_SECONDS, "llama-imatrix")
-    assert prefect.running("llama-imatrix"), prefect.state(run)
+    assert prefect.running("llama-imatrix"), prefect.state(run)["message"]
     code, output = prefect.say("flow-run", "cancel", run)
     assert code == 0, output
     until(lambda: not alive(prefect, run), 120, "the end of the run")
