@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from quant import recipe
+from quant import recipe, toml
 from quant.errors import InputError
 from quant.recipe import Rule, known, load_model, load_template_patch, load_variant, shard_bytes, variant_of_types
 
@@ -139,7 +139,7 @@ def test_a_file_of_tensor_types_that_cannot_be_read_is_told(tmp_path: Path, cont
 
 def test_every_key_that_a_recipe_may_have_is_taken_from_the_nouns() -> None:
     """Unknown keys are compared with these, at every depth."""
-    keys = recipe._keys
+    keys = toml._keys
     assert keys(recipe.Model, ()) == [f.name for f in dataclasses.fields(recipe.Model)]
     assert keys(recipe.Model, ("smoke", 3)) == ["say", "expect"]
     assert keys(recipe.Variant, ("rules", 0)) == [f.name for f in dataclasses.fields(Rule)]
