@@ -7,6 +7,7 @@ from pathlib import Path
 from calibration import documents
 from calibration.documents import Document
 from quant import files
+from quant.errors import InputError
 from quant.files import Receipt
 from quant.recipe import Model
 from quant.store import Store
@@ -42,9 +43,11 @@ def as_read(document: Document, template: ChatTemplate | None) -> str:
     """One document as the model reads it; without a template, its messages as plain paragraphs."""
     if template is None:
         return "\n\n".join(str(m.get("content") or "") for m in document.messages)
-    return render(
-        template.text, list(document.messages), tools=list(document.tools) or None, enable_thinking=document.thinking
-    )
+    messages, tools = list(document.messages), list(document.tools) or None
+    try:
+        return render(template.text, messages, tools=tools, enable_thinking=document.thinking)
+    except InputError as e:
+        raise InputError(f"calibration document {document.id}: {e}") from e
 
 
 def write(name: str, template: ChatTemplate | None, out: Path) -> dict[str, int]:
