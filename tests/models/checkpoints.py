@@ -41,7 +41,8 @@ def add_prediction(folder: Path, *, own_embedding: bool, seed: int = 1) -> Path:
 def in_fp8(folder: Path) -> list[str]:
     """Store a checkpoint's linear layers as the hub's FP8 repos do: e4m3, one F32 scale a block; returns their names."""
     weights = load_file(folder / WEIGHTS)
-    linear = [name for name, w in weights.items() if w.dim() == 2 and name.endswith("_proj.weight")]
+    kept = ("eh_proj.weight", "indexer.weights_proj.weight")  # on the hub, as embeddings, norms and routers
+    linear = [name for name in weights if name.endswith("_proj.weight") and not name.endswith(kept)]
     for name in linear:
         scale = block_scales(weights[name])
         spread = spread_out(scale, weights[name].shape)

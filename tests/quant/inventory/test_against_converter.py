@@ -1,8 +1,5 @@
 """The converter is the truth: random models with odd numbers are converted, and every tensor is the one foretold."""
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ import pytest
 from quant.header import Header, TensorSpec, read_header
 from quant.inventory import inventory, vision_inventory
 from tests.models.checkpoints import add_prediction, change_config, read_config
+from tests.models.conversion import convert
 from tests.models.twins import write_twin
 
 pytestmark = pytest.mark.tools
@@ -83,15 +81,6 @@ CASES = {
     ),
 }  # fmt: skip
 
-CONVERT = """
-import json, sys
-from pathlib import Path
-from quant.converter import main
-for part, folder, out, metadata in json.load(sys.stdin):
-    main(part, Path(folder), Path(out), Path(metadata), "glm4")
-"""
-
-
 @dataclass(frozen=True)
 class Converted:
     """What a case's config.json says, and what the converter wrote."""
@@ -103,18 +92,14 @@ class Converted:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Converted]:
-    """Every case, converted in one process: its imports take longer than all conversions."""
+    """Every case."""
     root = tmp_path_factory.mktemp("converted")
-    (root / "metadata.json").write_text("{}")
     jobs = []
     for n, case in enumerate(CASES.values()):
         folder = write_case(case, root / str(n))
         parts = ("text", "vision") if "vision_config" in read_config(folder) else ("text",)
-        jobs += [[part, str(folder), str(root / f"{n}-{part}.gguf"), str(root / "metadata.json")] for part in parts]
-    done = subprocess.run(
-        [sys.executable, "-c", CONVERT], input=json.dumps(jobs), text=True, capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+        jobs += [(part, folder, root / f"{n}-{part}.gguf") for part in parts]
+    convert(jobs, root)
     return {
         name: Converted(
             read_config(root / str(n)) | {"mtp_own_embedding": case.prediction == "own"},
