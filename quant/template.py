@@ -6,6 +6,7 @@ stops the work instead of being patched half.
 
 import hashlib
 import json
+import traceback
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -73,7 +74,14 @@ def render(
             messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
         )  # fmt: skip
     except Exception as e:  # a template is a program of strangers: it can fail in every way that Python knows
-        raise InputError(f"chat template: cannot render the conversation: {e}") from e
+        said = str(e) or type(e).__name__
+        raise InputError(f"chat template: cannot render the conversation: {said}{_at(e)}") from e
+
+
+def _at(error: Exception) -> str:
+    """The line of the template at which it failed, if Jinja knows it."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename in ("<template>", "<unknown>")]
+    return f" (line {lines[-1]})" if lines else ""
 
 
 @lru_cache(maxsize=8)

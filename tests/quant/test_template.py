@@ -258,6 +258,25 @@ def test_whatever_a_template_does_wrong_is_an_input_error(template: str) -> None
         render(template, [user()])
 
 
+@pytest.mark.parametrize(
+    ("template", "line"),
+    [("a\n{% if %}", 2), ("a\nb {{ x.y.z }}", 2), ("{% macro f() %}\n{{ 1 / 0 }}{% endmacro %}\n\n{{ f() }}", 2),
+     ("\n\n{{ ''.__class__.__mro__ }}", 3)],
+)  # fmt: skip
+def test_the_line_of_the_template_is_told(template: str, line: int) -> None:
+    with pytest.raises(InputError) as caught:
+        render(template, [user()])
+    assert str(caught.value).endswith(f" (line {line})")
+
+
+def test_an_error_without_words_is_called_by_its_name() -> None:
+    def fails() -> None:
+        raise MemoryError
+
+    with pytest.raises(InputError, match="conversation: MemoryError"):
+        render("{{ f() }}", [user()], f=fails)
+
+
 def test_a_template_cannot_reach_pythons_insides() -> None:
     assert "class" not in render("{{ messages.__class__ }}", [user()])
 
