@@ -7,8 +7,9 @@ import hashlib
 import json
 import re
 import struct
-import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -197,11 +198,6 @@ def _pin_problems(repo: str, revision: str) -> Iterator[str]:
 
 def _download(repo: str, revision: str, partial: Path) -> dict[str, Any]:
     """Fetch what is wanted of one commit, continuing what an interrupted run left, and compare it with the hub's list."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()  # in a log they are noise
     folder = partial / "checkpoint"
     for orphan in folder.glob(".cache/**/*.incomplete"):
         orphan.unlink()  # the client begins an unfinished file anew, under another name
@@ -209,9 +205,7 @@ def _download(repo: str, revision: str, partial: Path) -> dict[str, Any]:
     refuse(_listing_problems(f"{repo}@{revision}", entries))
     wanted = wanted_of(entries)
     with _hub_errors(repo, revision):
-        snapshot_download(
-            repo, revision=revision, local_dir=folder, allow_patterns=list(WANTED), ignore_patterns=["*/*"]
-        )
+        _fetch(repo, revision, folder)
     files.remove(folder / ".cache")
     wrong = list(_differences(folder, wanted))
     if wrong:
@@ -219,6 +213,37 @@ def _download(repo: str, revision: str, partial: Path) -> dict[str, Any]:
             files.remove(folder / path)
         raise CheckFailed(*(f"{repo}@{revision}: {message}; run again to fetch it again" for _, message in wrong))
     return {"files": len(wanted)}
+
+
+def _fetch(repo: str, revision: str, folder: Path) -> None:
+    """Let the hub's client fetch, in a way that can be interrupted: left alone, it ends every file that it has begun."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    interrupted = threading.Event()
+
+    class Bar(tqdm):
+        """Shown on a terminal only; told of every piece that came, it is where the client can be stopped."""
+
+        def __init__(self, *args: Any, **kw: Any) -> None:
+            super().__init__(*args, **{"disable": None} | kw)  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> Any:
+            if interrupted.is_set():
+                raise InterruptedError
+            return super().update(n)
+
+    with ThreadPoolExecutor(1) as beside:
+        fetching = beside.submit(
+            snapshot_download, repo, revision=revision, local_dir=folder,
+            allow_patterns=list(WANTED), ignore_patterns=["*/*"], tqdm_class=Bar,
+        )  # fmt: skip
+        try:
+            fetching.result()
+        except BaseException as e:
+            if not isinstance(e, Exception):
+                interrupted.set()
+            raise
 
 
 def listing(repo: str, revision: str) -> tuple[str, dict[str, Any]]:
