@@ -260,6 +260,7 @@ class Puller:
         self.recipe.write_text(RECIPE)
         self.env = {"PATH": os.environ["PATH"], "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
         self.env |= {"HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "*"}
+        self.env |= {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
 
     def start(self, **env: str) -> subprocess.Popen[str]:
         line = [sys.executable, "-c", "from quant.cli import main; main()", "pull", str(self.recipe)]
