@@ -1,0 +1,123 @@
+"""What a run is told, as one JSON that its process reads; and everything that can be wrong with it before work starts."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from quant import files
+from quant.engine.layout import Layout
+from quant.engine.output import Made
+from quant.engine.reuse import Finished
+from quant.engine.weights import FLOATS, Matrix, Source
+from quant.ggml_types import TYPES
+from quant.header import ALIGNMENT, TensorSpec
+
+GIB = 2**30
+RESERVE_BYTES = 64 * 2**20
+"""Room that is left on the disk beside the planned files."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One file that is to be made."""
+
+    path: Path
+    types: Mapping[str, str]
+    """The type of every tensor."""
+    file_type: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much of the machine a run may take; nothing here changes a byte of what it makes."""
+
+    jobs: int | None = None
+    """Kernels that run at the same time; none means one a core."""
+    memory: int = GIB
+    """Bytes beside the page cache."""
+
+    @property
+    def threads(self) -> int:
+        """Kernels that run at the same time."""
+        return self.jobs or len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    library: Path
+    base: Path
+    identity: str
+    """Names the weights and the imatrix: what an interrupted run left is believed for the same ones only."""
+    matrix: Path | None
+    matrix_name: str
+    """What the files say that it was called."""
+    wanted: tuple[Wanted, ...]
+    finished: tuple[Finished, ...] = ()
+    settings: Settings = field(default_factory=Settings)
+
+
+def write(path: Path, job: Job) -> None:
+    """Write a job where its process finds it."""
+    files.write_text(path, json.dumps(asdict(job), default=str) + "\n")
+
+
+def read(path: Path) -> Job:
+    """The job that was written there."""
+    told = json.loads(path.read_text())
+    wanted = tuple(Wanted(Path(w["path"]), w["types"], w["file_type"]) for w in told["wanted"])
+    finished = tuple(
+        Finished(Path(f["path"]), {name: Made(**made) for name, made in f["tensors"].items()}) for f in told["finished"]
+    )
+    matrix = Path(told["matrix"]) if told["matrix"] else None
+    return Job(
+        Path(told["library"]), Path(told["base"]), told["identity"], matrix, told["matrix_name"], wanted, finished,
+        Settings(**told["settings"]),
+    )  # fmt: skip
+
+
+def problems(job: Job, source: Source, matrix: Matrix | None) -> Iterator[str]:
+    """Every reason why the job cannot be done that can be seen before it is begun, the disk left aside."""
+    if (found := source.header.metadata.get("general.alignment", ALIGNMENT)) != ALIGNMENT:
+        yield f"{job.base}: general.alignment: expected {ALIGNMENT}, found {found}"
+    if matrix:
+        yield from matrix.problems(source.header.tensors)
+    for wanted in job.wanted:
+        for tensor in source.header.tensors:
+            if problem := _type_problem(tensor, wanted.types.get(tensor.name), matrix):
+                yield f"{wanted.path.name}: tensor {tensor.name}: {problem}"
+
+
+def _type_problem(tensor: TensorSpec, name: str | None, matrix: Matrix | None) -> str | None:
+    if name not in TYPES:
+        return f"expected a type of ggml, found {name}"
+    kind = TYPES[name]
+    if kind == tensor.type:
+        return None
+    if tensor.type.name not in FLOATS:
+        return f"{tensor.type.name} can only be kept, found {name}"
+    if not kind.fits(tensor.shape[0]):
+        return f"expected a row that is a multiple of {kind.block} for {name}, found {tensor.shape[0]}"
+    if math.prod(tensor.shape[3:]) > 1:
+        return f"a tensor of four dimensions can only be kept, found {name}"
+    if kind.needs_imatrix and (matrix is None or matrix.columns(tensor, 0) is None):
+        return f"{name} needs imatrix data, found none for this tensor"
+    return None
+
+
+def room_problems(layouts: Mapping[Path, Layout]) -> Iterator[str]:
+    """The folders that cannot hold what is still to be written."""
+    needed: dict[Path, int] = {}
+    for path, layout in layouts.items():
+        partial = path.with_name(path.name + files.PARTIAL)
+        there = partial.stat().st_blocks * 512 if partial.exists() else 0
+        needed[path.parent] = needed.get(path.parent, 0) + max(layout.bytes - there, 0)
+    for folder, size in needed.items():
+        free = shutil.disk_usage(folder).free
+        if free < size + RESERVE_BYTES:
+            yield f"{folder}: expected {size + RESERVE_BYTES} bytes free, found {free}; free some and run again"

@@ -1,0 +1,228 @@
+"""The threads of a run: each takes a piece, reads its rows once, and writes them in every type to every file.
+
+``jobs`` kernels run at the same time. There are two threads more than that, so that some read and write while the
+others compute; a thread holds one piece and nothing else, which bounds the memory.
+"""
+
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import fsum
+from pathlib import Path
+
+import numpy as np
+
+from quant import ggml
+from quant.engine import job as jobs
+from quant.engine import slots
+from quant.engine.chunks import Piece, chunks, longest_first
+from quant.engine.job import Job
+from quant.engine.journal import Sums
+from quant.engine.layout import HEAD, Layout, about_matrix, lay_out
+from quant.engine.output import Made, Output
+from quant.engine.reuse import Shelf
+from quant.engine.weights import FLOATS, Matrix, Source, finite
+from quant.errors import CheckFailed, InputError, refuse
+from quant.ggml import Bytes, Kernel, Library, Rows
+from quant.ggml_types import TYPES, GGMLType
+
+READERS = 2
+"""Threads beside those that compute."""
+FLUSH_SECONDS = 1.0
+SAMPLED_ROWS = 8
+"""Rows of a chunk whose loss is measured."""
+FIXED_BYTES = 384 * 2**20
+"""Interpreter, numpy and the tables of the kernels, measured with every type in use and rounded up."""
+WEIGHT_BYTES = 20
+"""A piece in memory: its rows as stored, as floats, and quantised, with what numpy needs in between."""
+
+
+def work(job: Job, folder: Path) -> None:
+    """Make the files of a job, whose process lives in ``folder``.
+
+    Raises InputError or CheckFailed; then no file that was begun has its final name.
+    """
+    source = Source.open(job.base)
+    matrix = Matrix.open(job.matrix) if job.matrix else None
+    refuse(jobs.problems(job, source, matrix))
+    layouts = {w.path: layout for w, layout in zip(job.wanted, _layouts(job, source, matrix), strict=True)}
+    for path in layouts:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    refuse(jobs.room_problems(layouts))
+    outputs = [Output(layout, path, job.identity) for path, layout in layouts.items()]
+    library = ggml.load(job.library)
+    run = Run(source, matrix, outputs, library, Shelf(job.finished), slots.Slots(folder / slots.NAME))
+    run.go(job.settings.threads, job.settings.memory)
+    source.file.check_unchanged()
+    if matrix:
+        matrix.file.check_unchanged()
+    for output in outputs:
+        output.finish(run.made_of(output), {"identity": job.identity})
+        output.close()
+
+
+def _layouts(job: Job, source: Source, matrix: Matrix | None) -> Iterator[Layout]:
+    head = source.file.read(0, source.header.head_bytes, "head").tobytes()
+    assert len(head) >= HEAD.size
+    about = about_matrix(matrix.header.metadata, len(matrix.entries), job.matrix_name) if matrix else {}
+    for wanted in job.wanted:
+        yield lay_out(source.header, head, wanted.types, wanted.file_type, about)
+
+
+@dataclass
+class Run:
+    """What the threads share."""
+
+    source: Source
+    matrix: Matrix | None
+    outputs: Sequence[Output]
+    library: Library
+    shelf: Shelf
+    slots: slots.Slots
+    digests: dict[tuple[int, str], str] = field(default_factory=dict)
+    """By tensor and type."""
+    failure: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Lock()
+        self.over = threading.Event()
+        self.tensors = self.outputs[0].layout.tensors
+        self.index = {placed.name: i for i, placed in enumerate(self.tensors)}
+        self.kernels: dict[str, Kernel] = {}
+
+    def go(self, jobs: int, memory: int) -> None:
+        """Write all that is missing in the files. Raises what the first thread that failed raised."""
+        for tensor in range(len(self.tensors)):
+            self.shelf.fill(tensor, self.outputs)
+        pieces = self.missing()
+        for ggml_type in {t for p in pieces for t in p.types if t != p.tensor.type}:
+            self.library.initialise(ggml_type)
+            self.kernels[ggml_type.name] = self.library.kernel(ggml_type)
+        self.compute = threading.Semaphore(jobs)
+        self.left = Counter(self.index[p.tensor.name] for p in pieces)
+        self.queue = deque(pieces)
+        self.to_digest = deque(i for i in range(len(self.tensors)) if not self.left[i])
+        n = min(jobs + READERS, affordable(pieces, memory))
+        threads = [threading.Thread(target=self.thread, args=(i,)) for i in range(n)]
+        flusher = threading.Thread(target=self.flush)
+        for thread in (*threads, flusher):
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.over.set()
+        flusher.join()
+        if self.failure:
+            raise self.failure
+
+    def missing(self) -> list[Piece]:
+        """What is to be done, the longest first."""
+        found = []
+        for i, placed in enumerate(self.tensors):
+            for chunk in chunks(placed.source):
+                wanting = {o.layout.tensors[i].type.name for o in self.outputs if (i, chunk.no) not in o.done}
+                if wanting:
+                    found.append(Piece(placed.source, chunk, tuple(TYPES[name] for name in sorted(wanting))))
+        return longest_first(found)
+
+    def thread(self, no: int) -> None:
+        """Do pieces until there are none, or another thread failed."""
+        try:
+            while not self.over.is_set():
+                with self.lock:
+                    tensor = self.to_digest.popleft() if self.to_digest else None
+                    piece = self.queue.popleft() if tensor is None and self.queue else None
+                if tensor is not None:
+                    self.digest(tensor)
+                elif piece is not None:
+                    self.do(piece, no)
+                else:
+                    return
+        except BaseException as e:
+            with self.lock:
+                self.failure = self.failure or e
+            self.over.set()
+
+    def do(self, piece: Piece, no: int) -> None:
+        """Read the rows of a piece, and write them wherever they are wanted."""
+        tensor, chunk = piece.tensor, piece.chunk
+        index = self.index[tensor.name]
+        raw = self.source.raw(tensor, chunk)
+        rows, columns = None, None
+        if tensor.type.name in FLOATS:
+            with self.compute:
+                rows = self.library.to_float(tensor.type, raw, tensor.shape[0])
+                if not finite(rows):
+                    raise InputError(self.source.non_finite(tensor, self.library))
+            columns = self.matrix.columns(tensor, chunk.expert) if self.matrix else None
+        for ggml_type in piece.types:
+            if self.over.is_set():
+                return
+            if ggml_type == tensor.type:
+                data, sums = raw, Sums(0.0, 0.0)
+            else:
+                assert rows is not None
+                with self.compute, self.slots.working(no, f"{tensor.name} as {ggml_type.name}"):
+                    data = self.kernels[ggml_type.name](rows, columns)
+                    sums = self.loss(ggml_type, rows, columns, data)
+            self.check(piece, ggml_type, data)
+            for output in self.outputs:
+                if output.layout.tensors[index].type == ggml_type and (index, chunk.no) not in output.done:
+                    output.write(index, chunk, data, sums)
+        with self.lock:
+            self.left[index] -= 1
+            if not self.left[index]:
+                self.to_digest.append(index)
+
+    def check(self, piece: Piece, ggml_type: GGMLType, data: Bytes) -> None:
+        """Raise CheckFailed for stored rows in which ggml finds something wrong."""
+        if not self.library.valid(ggml_type, data):
+            first = piece.chunk.first_row
+            where = f"rows {first} to {first + piece.chunk.rows - 1}"
+            raise CheckFailed(
+                f"{self.source.file.path}: tensor {piece.tensor.name}: {where} are not valid as {ggml_type.name}"
+            )
+
+    def loss(self, ggml_type: GGMLType, rows: Rows, columns: Rows | None, data: Bytes) -> Sums:
+        """What some of the rows lost, weighted as the kernel weighted them."""
+        step = -(-len(rows) // SAMPLED_ROWS)
+        some = rows[::step].astype(np.float64)
+        stored = np.ascontiguousarray(data.reshape(len(rows), -1)[::step]).reshape(-1)
+        lost = self.library.to_float(ggml_type, stored, rows.shape[1]) - some
+        weights = 1.0 if columns is None else columns.astype(np.float64)
+        return Sums(float((lost * lost * weights).sum()), float((some * some * weights).sum()))
+
+    def digest(self, tensor: int) -> None:
+        """The digests of a tensor that is complete, one for every type; what lies on the disk is what is read."""
+        for output in self.outputs:
+            key = tensor, output.layout.tensors[tensor].type.name
+            if key not in self.digests:
+                self.digests[key] = output.digest(tensor)
+
+    def flush(self) -> None:
+        """Every second, put what is written on the disk and mark it."""
+        try:
+            while not self.over.wait(FLUSH_SECONDS):
+                for output in self.outputs:
+                    output.sync()
+        except OSError as e:
+            with self.lock:
+                self.failure = self.failure or e
+            self.over.set()
+
+    def made_of(self, output: Output) -> Mapping[str, Made]:
+        """What every tensor of a complete file is."""
+        made = {}
+        for i, placed in enumerate(output.layout.tensors):
+            sums = [output.done[i, c.no] for c in chunks(placed.source)]
+            whole = fsum(s.whole for s in sums)
+            error = fsum(s.error for s in sums) / whole if whole else 0.0
+            # Six digits: the last ones depend on how numpy adds on this machine.
+            made[placed.name] = Made(placed.type.name, self.digests[i, placed.type.name], float(f"{error:.6g}"))
+        return made
+
+
+def affordable(pieces: Sequence[Piece], memory: int) -> int:
+    """How many threads fit into the memory, one at least."""
+    largest = max((p.chunk.rows * p.tensor.shape[0] for p in pieces), default=1)
+    return max((memory - FIXED_BYTES) // (largest * WEIGHT_BYTES), 1)

@@ -1,0 +1,66 @@
+"""The work in pieces: every row once, never of two experts, the longest first."""
+
+import itertools
+import math
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quant.engine.chunks import CHUNK_WEIGHTS, COST, Piece, chunks, cost, longest_first
+from quant.engine.work import FIXED_BYTES, WEIGHT_BYTES, affordable
+from quant.ggml_types import TYPES
+from quant.header import TensorSpec
+
+SHAPES = st.tuples(st.sampled_from((1, 32, 256, 4096, 151_552, 2**21)), st.integers(1, 5000), st.integers(1, 6)).map(
+    lambda s: s[: 1 + (s[1] * s[2] > 1) + (s[2] > 1)]
+)
+
+
+def tensor(shape: tuple[int, ...], name: str = "a.weight", offset: int = 0) -> TensorSpec:
+    return TensorSpec(name, shape, TYPES["BF16"], offset)
+
+
+@given(SHAPES)
+def test_every_row_is_in_one_chunk_of_its_own_expert(shape: tuple[int, ...]) -> None:
+    found = chunks(tensor(shape))
+    rows = shape[1] if len(shape) > 1 else 1
+    at = 0
+    for no, chunk in enumerate(found):
+        assert (chunk.no, chunk.first_row) == (no, at)
+        assert chunk.rows > 0
+        assert chunk.first_row // rows == (chunk.first_row + chunk.rows - 1) // rows == chunk.expert
+        assert chunk.rows * shape[0] <= CHUNK_WEIGHTS or chunk.rows == 1
+        at += chunk.rows
+    assert at == math.prod(shape[1:])
+
+
+@given(
+    st.lists(st.tuples(SHAPES, st.sets(st.sampled_from(sorted(COST)), min_size=1, max_size=4)), min_size=1, max_size=4)
+)
+def test_the_longest_come_first_and_none_is_lost(wanted: list[tuple[tuple[int, ...], set[str]]]) -> None:
+    pieces = [
+        Piece(tensor(shape, f"t{i}.weight", i * 32), chunk, tuple(TYPES[t] for t in sorted(types)))
+        for i, (shape, types) in enumerate(wanted)
+        for chunk in chunks(tensor(shape))[:20]
+    ]
+    ordered = longest_first(pieces[::-1])
+    assert Counter(ordered) == Counter(pieces)
+    costs = [p.cost for p in ordered]
+    assert costs == sorted(costs, reverse=True)
+    for a, b in itertools.pairwise(ordered):
+        assert a.cost > b.cost or (a.tensor.offset, a.chunk.no) < (b.tensor.offset, b.chunk.no)
+
+
+def test_every_type_that_can_be_written_has_a_measured_cost() -> None:
+    assert set(COST) == {t for t in TYPES if t not in ("F64", "I8", "I16", "I32", "I64")}
+    assert cost(2**20, [TYPES["Q8_0"], TYPES["Q4_K"]]) == COST["Q8_0"] + COST["Q4_K"]
+
+
+def test_threads_are_as_many_as_fit_into_the_memory() -> None:
+    pieces = [Piece(tensor((4096, 256)), chunks(tensor((4096, 256)))[0], (TYPES["Q8_0"],))]
+    piece_bytes = 2**20 * WEIGHT_BYTES
+    assert affordable(pieces, FIXED_BYTES + 3 * piece_bytes) == 3
+    assert affordable(pieces, FIXED_BYTES + 4 * piece_bytes - 1) == 3
+    assert affordable(pieces, 0) == 1
+    assert affordable([], 2**30) > 1
