@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import pytest
+
+from quant.errors import CheckFailed, InputError, QuantError, Unreachable
+
+pytestmark = pytest.mark.prefect
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (Unreachable("the hub did not deliver"), True),
+        (CheckFailed("config.json: expected git's 00, found 01"), True),
+        (InputError("org/tiny: not on the hub"), False),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(
+    error: QuantError, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    from prefect.states import Failed
+
+    from flows.quantize import may_pass
+
+    assert may_pass(None, None, Failed(data=error)) is again
