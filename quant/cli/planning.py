@@ -123,14 +123,14 @@ def _gguf_problems(
 ) -> Iterator[str]:
     """Why this is not the model's BF16 file. MTP blocks may differ: config.json does not tell all of them."""
     if quantised := {t.type.name for t in tensors} - UNQUANTISED:
-        yield f"{gguf}: expected the unquantised file (BF16), found {', '.join(sorted(quantised))}"
+        yield f"{gguf}: expected unquantised weights (BF16), found {', '.join(sorted(quantised))}"
     found, at = {t.name: t.shape for t in tensors}, depths(told)
     trunk = [t for t in told if at.get(t.name, 0) < 1]
     if wrong := [t for t in trunk if found.get(t.name) != t.shape]:
         first = wrong[0]
         yield (
-            f"{gguf}: expected the tensors of {recipe.title}, found {len(wrong):,} of {len(trunk):,} missing or otherwise,"
-            f" first {first.name}: expected {first.shape}, found {found.get(first.name)}"
+            f"{gguf}: not as {recipe.title}'s recipe has it: {len(wrong):,} of {len(trunk):,} tensors, first {first.name}:"
+            f" expected {first.shape}, found {found.get(first.name)}"
         )
 
 

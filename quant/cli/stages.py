@@ -82,6 +82,7 @@ def quantize(
     """Quantise BASE, a BF16 GGUF, into variants: names of recipes/variants or paths to such files."""
     from quant import files, toolchain
     from quant import imatrix as matrices
+    from quant.errors import InputError
     from quant.header import read_header
     from quant.plan import plan
     from quant.quantize import write_variant
@@ -90,8 +91,10 @@ def quantize(
     chosen = [variant_of_types(tensor_types)] if tensor_types else [load_variant(v) for v in variants]
     if not chosen or (tensor_types and variants):
         raise click.UsageError("expected --variant or --tensor-types, and not both")
-    tensors, covered = read_header(base).tensors, matrices.read(matrix).unvisited
-    plans = [plan(v, tensors, covered) for v in chosen]
+    header, covered = read_header(base), matrices.read(matrix).unvisited
+    if header.metadata.get("split.count", 1) > 1:
+        raise InputError(f"{base}: expected the whole file, found a shard of one; `quant merge` puts it together")
+    plans = [plan(v, header.tensors, covered) for v in chosen]
     tools = toolchain.find(llama_cpp)
     for p in plans:
         target = absent(out / f"{base.stem.removesuffix('-BF16')}-{p.variant.name}.gguf")
