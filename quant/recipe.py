@@ -175,6 +175,8 @@ class Replacement(Strict):
     find: str
     """Must occur exactly once."""
     replace: str
+    changes: tuple[str, ...] = ()
+    """Conversations of :mod:`quant.battery` that it means to render otherwise; of all others not a letter may change."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""Hold a chat template against the battery, in every engine that will meet it: `quant template check`."""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from quant import ollama
+from quant.battery import BATTERY, Conversation
+from quant.contract import Fault, Renderings, asks, changes, disagreements, faults
+from quant.errors import InputError
+from quant.header import Header, read_headers
+from quant.recipe import Model, TemplatePatch, load_model, load_template_patch
+from quant.rendering import Tokens, hopeless, render_by_server, render_in_child
+from quant.rewrite import template_of
+from quant.source import Checkpoint
+from quant.template import patch
+from quant.toolchain import Toolchain
+
+COLLECTION = Path(sysconfig.get_paths()["purelib"]) / "templates"
+"""llama.cpp's, which is installed with its tools."""
+COLLECTED = {
+    "glm-4.6": "GLM-4.6.jinja", "tiny-glm": "GLM-4.6.jinja", "glm-4.7": "GLM-4.7-Flash.jinja",
+    "glm-4.7-flash": "GLM-4.7-Flash.jinja",
+}  # fmt: skip
+"""Which of them stands in for a model whose checkpoint is not here: its own, or its nearest sister's."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A chat template to look at."""
+
+    name: str
+    text: str
+    where: str
+    """The file that it was found in."""
+    tokens: Tokens
+    original: str | None = None
+    """Before the patch, if one was made here."""
+    patch: TemplatePatch | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the battery found."""
+
+    taken: Taken
+    conversations: int
+    engines: Mapping[str, int]
+    """How many texts each engine made."""
+    faults: tuple[Fault, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no rule is broken."""
+        return not self.faults
+
+    def json(self) -> dict[str, Any]:
+        """The report as plain JSON."""
+        taken = self.taken
+        template = {
+            "found_in": taken.where,
+            "patch": taken.patch.name if taken.patch else None,
+            "sha256": _sha(taken.text),
+        }
+        return {
+            "name": taken.name, "passed": self.passed, "template": template, "conversations": self.conversations,
+            "engines": dict(self.engines), "faults": [asdict(f) for f in self.faults],
+        }  # fmt: skip
+
+
+def take(named: str, patch_name: str | None = None) -> Taken:
+    """The template of a GGUF, as it stands there, or of a model, as a release would carry it.
+
+    ``patch_name`` is a patch to make instead, or ``none``. Raises InputError when there is no template to be found.
+    """
+    if named.endswith(".gguf"):
+        header = read_headers(Path(named))[0]
+        return _patched(Path(named).name, template_of(header), named, patch_name or "none", _tokens(header))
+    model, path = load_model(named)
+    text, where = _of_model(model, path)
+    return _patched(model.name, text, where, patch_name or model.template, Tokens())
+
+
+def check(taken: Taken, tools: Toolchain | None, battery: Sequence[Conversation] = BATTERY) -> Report:
+    """Every rule that the template breaks, in every engine; without tools the server is left out.
+
+    Raises InputError, in one line, for a template that renders nothing at all or reaches a limit.
+    """
+    wanted = asks(battery)
+    ours = render_in_child(taken.text, wanted, "jinja", taken.tokens)
+    if problem := hopeless(ours):
+        raise InputError(f"{taken.where}: {problem}")
+    others = dict(_others(taken, tools, battery))
+    found = [*faults(battery, ours, taken.text)]
+    for engine, theirs in others.items():
+        found += disagreements(engine, theirs, ours, battery)
+    if taken.original is not None and taken.patch:
+        original = render_in_child(taken.original, wanted, "jinja", taken.tokens)
+        meant = [name for r in taken.patch.replacements for name in r.changes]
+        found += changes(original, ours, battery, meant)
+    counts = {engine: len(made) for engine, made in {"jinja": ours, **others}.items()}
+    return Report(taken, len(battery), counts, tuple(found))
+
+
+def _others(taken: Taken, tools: Toolchain | None, battery: Sequence[Conversation]) -> Iterator[tuple[str, Renderings]]:
+    wanted = asks(battery)
+    yield "transformers", render_in_child(taken.text, wanted, "transformers", taken.tokens)
+    if tools:
+        yield "llama-server", render_by_server(taken.text, wanted, tools, taken.tokens)
+    go = ollama.go_template(taken.patch.name) if taken.patch else None
+    if go and find_spec("gotpl"):
+        yield "ollama", ollama.render_go(go, wanted)
+
+
+def _of_model(model: Model, path: Path) -> tuple[str, str]:
+    """The model's own template if its checkpoint is a folder that is here, else the one in llama.cpp's collection."""
+    if model.source.folder and (own := Checkpoint(path.parent / model.source.folder, {}, ()).chat_template):
+        return own
+    file = COLLECTION / COLLECTED.get(model.name, "-")
+    if not file.is_file():
+        raise InputError(f"{path}: its chat template is not here; name a GGUF of the model instead")
+    return file.read_text(encoding="utf-8"), str(file)
+
+
+def _patched(name: str, text: str, where: str, patch_name: str, tokens: Tokens) -> Taken:
+    if patch_name == "none":
+        return Taken(name, text, where, tokens)
+    by = load_template_patch(patch_name)
+    return Taken(name, patch(text, by, where).text, where, tokens, text, by)
+
+
+def _tokens(header: Header) -> Tokens:
+    """The tokens that the file's template may call by name."""
+    words = header.metadata.get("tokenizer.ggml.tokens") or []
+    ids = [header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")]
+    return Tokens(*(words[n] if isinstance(n, int) and 0 <= n < len(words) else "" for n in ids))
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

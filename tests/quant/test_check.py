@@ -1,0 +1,122 @@
+"""`quant template check`: where a template is found, and what the whole check says of it."""
+
+from pathlib import Path
+
+import pytest
+
+from quant.battery import BATTERY
+from quant.check import COLLECTION, Report, check, take
+from quant.errors import InputError
+from quant.recipe import known
+from quant.renderer import Limits
+from quant.rendering import Tokens
+from quant.toolchain import find
+from tests.gguf_files import LLAMA, key, write
+from tests.quant.test_contract import ORIGINALS, PATCHED
+
+FEW = tuple(c for c in BATTERY if c.name in ("one turn", "raw reasoning, two turns", "a result as parts"))
+RECIPE = Path("recipes") / "models" / "tiny-glm.toml"
+
+
+def gguf(path: Path, template: str) -> Path:
+    keys = [key("tokenizer.chat_template", template), key("tokenizer.ggml.bos_token_id", 1)]
+    return write(path, keys=[*LLAMA, *keys])
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "family"),
+    [("glm-4.6", "GLM-4.6.jinja", "glm-4.6"), ("tiny-glm", "GLM-4.6.jinja", "glm-4.6"),
+     ("glm-4.7", "GLM-4.7-Flash.jinja", "glm-4.7"), ("glm-4.7-flash", "GLM-4.7-Flash.jinja", "glm-4.7")],
+)  # fmt: skip
+def test_a_model_has_the_patched_template(model: str, file: str, family: str) -> None:
+    taken = take(model)
+    assert taken.text == PATCHED[family]
+    assert taken.patch is not None and taken.patch.name == family
+    if taken.where.startswith(str(COLLECTION)):  # a checkpoint that is here has its own
+        assert taken.where == str(COLLECTION / file)
+        assert taken.original == ORIGINALS[family]
+
+
+def test_a_models_own_checkpoint_comes_first(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / RECIPE).read_text().replace('folder = "tiny-glm"', 'folder = "own"')
+    (tmp_path / "m.toml").write_text(text)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "chat_template.jinja").write_text(ORIGINALS["the authors' 4.6"])
+    taken = take(str(tmp_path / "m.toml"))
+    assert taken.where == str(tmp_path / "own" / "chat_template.jinja")
+    assert (taken.original, taken.text) == (ORIGINALS["the authors' 4.6"], PATCHED["glm-4.6"])
+
+
+@pytest.mark.parametrize("model", sorted({*known("models")} - {"glm-4.6", "glm-4.7", "glm-4.7-flash", "tiny-glm"}))
+def test_a_model_whose_template_is_not_here_says_what_to_name_instead(model: str) -> None:
+    with pytest.raises(InputError, match="its chat template is not here; name a GGUF of the model instead"):
+        take(model)
+
+
+def test_a_file_has_what_stands_in_it(tmp_path: Path) -> None:
+    path = gguf(tmp_path / "a.gguf", ORIGINALS["glm-4.6"])
+    taken = take(str(path))
+    assert (taken.text, taken.original, taken.patch) == (ORIGINALS["glm-4.6"], None, None)
+    assert taken.tokens == Tokens("b", "")
+    assert take(str(path), "glm-4.6").text == PATCHED["glm-4.6"]
+    assert take("glm-4.6", "none").text == ORIGINALS["glm-4.6"]
+
+
+@pytest.mark.parametrize(
+    ("named", "words"), [("nowhere.gguf", "nowhere.gguf: cannot be read"), ("glm-46", "did you mean 'glm-4.6'?")]
+)
+def test_what_is_not_there_is_said(named: str, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        take(named)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("a\n{% if %}", "(line 2)"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "longer than 0.2 s"),
+        ("{{ 'x' * (2 ** 40) }}", "more than 512 MiB"),
+    ],
+)
+def test_a_template_with_which_nothing_can_be_done_is_one_line(
+    template: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quant.rendering.Limits", lambda: Limits(seconds=0.2))
+    taken = take(str(gguf(tmp_path / "a.gguf", template)))
+    with pytest.raises(InputError) as caught:
+        check(taken, None)
+    [problem] = caught.value.problems
+    assert problem.startswith(f"{taken.where}: chat template: ") and words in problem
+    assert "\n" not in problem and "not tried" not in problem
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("model", ["glm-4.6", "glm-4.7", "glm-4.7-flash", "tiny-glm"])
+def test_every_model_passes_in_every_engine(model: str) -> None:
+    report = check(take(model), find() if model == "tiny-glm" else None)
+    assert report.faults == ()
+    assert report.passed and report.conversations == len(BATTERY)
+    assert report.engines["jinja"] == report.engines["transformers"] > 600
+
+
+@pytest.mark.tools
+def test_the_unpatched_template_fails_in_every_engine_that_shows_it() -> None:
+    report = check(take("glm-4.6", "none"), find(), FEW)
+    found = {(f.engine, f.rule, f.conversation) for f in report.faults}
+    assert found == {
+        ("jinja", "past stays", "raw reasoning, two turns"),
+        ("jinja", "tool results", "a result as parts"),
+        ("llama-server", "engines agree", "a result as parts"),
+    }
+    assert not report.passed
+    assert report.engines == {"jinja": 27, "transformers": 27, "llama-server": 10}
+
+
+@pytest.mark.tools
+def test_a_change_that_the_patch_does_not_name_is_a_fault(tmp_path: Path) -> None:
+    patch = Path(__file__).parents[2] / "recipes" / "templates" / "glm-4.6.toml"
+    (tmp_path / "p.toml").write_text(patch.read_text().replace('"a result as parts", ', ""))
+    report: Report = check(take("glm-4.6", str(tmp_path / "p.toml")), None, FEW)
+    assert {(f.rule, f.conversation) for f in report.faults} == {("as the original", "a result as parts")}
+    assert report.json()["faults"][0]["diff"]
