@@ -1,5 +1,6 @@
 """`quant template check`: where a template is found, and what the whole check says of it."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,15 @@ def test_the_unpatched_template_fails_in_every_engine_that_shows_it() -> None:
     }
     assert not report.passed
     assert report.engines == {"jinja": 27, "transformers": 27, "llama-server": 10}
+
+
+@pytest.mark.tools
+@pytest.mark.skipif(importlib.util.find_spec("gotpl") is None, reason="gotpl is not installed")
+def test_the_template_for_ollama_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check(take("glm-4.6"), None, FEW).engines["ollama"] == 6
+    monkeypatch.setattr("quant.ollama.go_template", lambda name: "{{ .Messages }}")
+    report = check(take("glm-4.6"), None, FEW)
+    assert {(f.engine, f.rule) for f in report.faults} == {("ollama", "engines agree")}
 
 
 @pytest.mark.tools

@@ -6,14 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from quant import rewrite
 from quant.errors import CheckFailed, InputError
 from quant.header import Header, padded, read_header
 from quant.recipe import load_template_patch
+from quant.rendering import Tokens, write_mute_model
 from quant.rewrite import patch_file, what_was_written, with_template
 from quant.template import patch
+from quant.toolchain import find
 from tests.gguf_files import LLAMA, TWO, Key, Tensor, key, text, write
 from tests.quant.test_template import GGMLS, ORIGINAL, PATCHED
 
@@ -238,3 +241,31 @@ def test_the_template_that_is_written_is_the_patched_one(whole: Path, tmp_path: 
     shorter = replace(by, replacements=by.replacements[:1])
     assert patch(ORIGINAL, shorter, "x").text != PATCHED
     assert read_header(patch_file(whole, tmp_path / "o.gguf").path).metadata[KEY] == PATCHED
+
+
+@pytest.mark.tools
+def test_a_split_model_of_llama_cpp_takes_the_new_first_shard(tmp_path: Path) -> None:
+    """Split so that the first shard holds no tensors, patched there, and put together again by llama.cpp itself."""
+    tools = find()
+    write_mute_model(tmp_path / "whole.gguf", ORIGINAL, Tokens())
+    options = ["--split", "--no-tensor-first-split", "--split-max-tensors", "5"]
+    tools.run("llama-gguf-split", [*options, "whole.gguf", "old"], cwd=tmp_path, log=tmp_path / "log")
+    first, *others = sorted(tmp_path.glob("old-*.gguf"))
+    assert read_header(first).tensors == () and others
+    done = patch_file(first, tmp_path / "new" / first.name)
+    assert done.path.stat().st_size < 10**5
+    for other in others:
+        other.rename(done.path.with_name(other.name))
+    tools.run("llama-gguf-split", ["--merge", done.path, "merged.gguf"], cwd=tmp_path, log=tmp_path / "log")
+    merged = read_header(tmp_path / "merged.gguf")
+    assert merged.metadata[KEY] == PATCHED
+    assert merged.tensor_digests() == read_header(tmp_path / "whole.gguf").tensor_digests()
+
+
+@pytest.mark.tools
+def test_gguf_py_reads_what_was_written(tmp_path: Path) -> None:
+    write_mute_model(tmp_path / "a.gguf", GGMLS, Tokens())
+    paths = (tmp_path / "a.gguf", patch_file(tmp_path / "a.gguf", tmp_path / "b.gguf").path)
+    before, after = (gguf.GGUFReader(path) for path in paths)
+    assert list(before.fields) == list(after.fields)
+    assert [(t.name, t.data.tobytes()) for t in before.tensors] == [(t.name, t.data.tobytes()) for t in after.tensors]
