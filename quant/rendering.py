@@ -24,7 +24,7 @@ from quant.renderer import Limits
 from quant.talk import Talk
 from quant.toolchain import Toolchain
 
-START_SECONDS = 60
+START_SECONDS = 120
 AT_LIMIT = ", at its limit of time or memory"
 NOT_TRIED = "chat template: not tried, because one before reached a limit"
 SMALL = ("-c", "64", "-np", "1", "-t", "1", "--no-webui")
