@@ -122,8 +122,9 @@ def test_the_loss_of_a_small_tensor_is_computed_as_it_is_defined(tmp_path: Path)
 
 def test_tensors_of_a_finished_file_are_copied(model: Path, tmp_path: Path, calls: Counter[Any]) -> None:
     changed = types(model / "base.gguf", "Q4_K") | {"output.weight": "Q6_K"}
-    doing = replace(told(model, tmp_path, a=changed), finished=(finished(model / "Q4_K.gguf"),))
-    work(doing, tmp_path)
+    two = told(model, tmp_path, a=changed, c=changed)
+    work(replace(two, finished=(finished(model / "Q4_K.gguf"),)), tmp_path)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
     assert {k for k in calls if isinstance(k, str)} == {"Q6_K"}
     assert {name for name, _ in (k for k in calls if isinstance(k, tuple))} == {"output.weight"}
     copied = (tmp_path / "a.gguf").read_bytes()
