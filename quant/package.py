@@ -12,8 +12,10 @@ from typing import Any
 from quant import card, files
 from quant.calibrate import CalibrationText
 from quant.convert import Base
+from quant.errors import refuse
 from quant.files import Receipt
 from quant.imatrix import ImportanceMatrix
+from quant.ollama import go_template, params_problems
 from quant.recipe import Model
 from quant.shard import Sharded
 from quant.smoke import Verdict
@@ -54,6 +56,7 @@ class Release:
 
 def package(made: Ingredients, store: Store) -> Release:
     """The release as a folder in the store; large files are second names of the stages' files."""
+    refuse(params_problems(ollama_params(made.model)))
     manifest = _manifest(made)
     done = store.once("package", manifest, lambda partial: _lay_out(made, manifest, partial))
     return Release(done.folder, made.model.title, manifest, done.receipts)
@@ -94,6 +97,8 @@ def _lay_out(made: Ingredients, manifest: Mapping[str, Any], partial: Path) -> d
         files.write_text(partial / "system", made.model.ollama.system)
     if made.template:
         files.write_text(partial / "chat_template.jinja", made.template.text)
+    if go := go_template(made.model.template):
+        files.write_text(partial / "template", go)
     single = next((s.paths[0].name for s, _ in made.variants if not s.quantized.plan.variant.split), None)
     if single:
         files.write_text(partial / "Modelfile", modelfile(made.model, single))
@@ -121,6 +126,7 @@ def _manifest(made: Ingredients) -> dict[str, Any]:
         "chat_template": {"original_sha256": made.template.original_sha256, "sha256": made.template.sha256}
         if made.template
         else None,
+        "ollama_template": go_template(made.model.template),
         "calibration": {"set": made.text.name, "documents": made.text.documents, "sha256": made.text.receipt.sha256},
         "imatrix": asdict(made.matrix.receipt),
         "base": asdict(made.base.receipt),
