@@ -196,8 +196,9 @@ def _how_it_ended(code: int) -> str:
 def _ask_version(tool: Path) -> str:
     try:
         asked = subprocess.run(
-            [tool, "--version"], capture_output=True, text=True, errors="replace", timeout=60, check=False
-        )
+            [tool, "--version"], capture_output=True, text=True, errors="replace", timeout=60, check=False,
+            preexec_fn=_die_with_parent,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as e:
         raise ToolError(f"{tool}: cannot be started ({e})") from e
     return asked.stderr + asked.stdout

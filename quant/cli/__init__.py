@@ -22,9 +22,9 @@ def main() -> NoReturn:
 
 def _run() -> int:
     try:
-        quant.main(standalone_mode=False)
-    except click.exceptions.Exit as e:
-        return e.exit_code
+        code = quant.main(
+            standalone_mode=False
+        )  # what a command returns, or the code that it asked click to leave with
     except click.ClickException as e:
         e.show()
         return 2
@@ -35,7 +35,7 @@ def _run() -> int:
         for problem in e.problems:
             progress.say(f"error: {problem}")
         return e.exit_code
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def _interrupted(*_: Any) -> NoReturn:

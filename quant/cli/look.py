@@ -1,6 +1,7 @@
 """The commands that only look: at files, and at the machine."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def inspect(gguf: Path, as_json: bool) -> None:
 
     headers = read_headers(gguf)
     tensors = [t for h in headers for t in h.tensors]
-    short = {k: v if not isinstance(v, list) else f"[{len(v)} values]" for k, v in headers[0].metadata.items()}
+    short = {k: _short(v) for k, v in headers[0].metadata.items()}
     if as_json:
         rows: list[dict[str, Any]] = [
             {"name": t.name, "type": t.type.name, "shape": list(t.shape), "bytes": t.bytes} for t in tensors
@@ -36,6 +37,13 @@ def inspect(gguf: Path, as_json: bool) -> None:
     bpw = 8 * size / max(elements, 1)
     click.echo(f"{len(tensors)} tensors, {elements:,} weights, {human_bytes(size)}, {bpw:.2f} bits per weight")
     return None
+
+
+def _short(value: Any) -> Any:
+    """A value of the metadata as JSON can say it: a list's length, and text for a number that JSON has no word for."""
+    if isinstance(value, list):
+        return f"[{len(value)} values]"
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @quant.command()

@@ -14,7 +14,7 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | 
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # a file may hold [/INST], and it means no style
     if not console.is_terminal:
         console.width = 200
     console.print(table)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from quant.errors import InputError
 from quant.header import Header, padded, read_header, read_headers, shard_paths
 from tests.gguf_files import ARRAY, LLAMA, TWO, UINT32, UINT64, Key, Tensor, array, content, key, text, write
+from tests.processes import PATIENCE_SECONDS
 
 A, B = TWO
 HUGE = 2**62
@@ -291,7 +292,7 @@ def test_a_count_that_a_large_file_could_hold_takes_no_memory(tmp_path: Path, na
         "try: read_header(Path(sys.argv[1]))\n"
         "except InputError as e: print(e)"
     )
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr
     assert str(path) in done.stdout
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2**21  # kB

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from quant import files
 from quant.errors import InputError
 from quant.store import RECEIPT, Done, Store, key
+from tests.processes import PATIENCE_SECONDS
 
 INPUTS = {"source": "abc", "settings": {"n": 1}}
 FACTS = {"answer": 42}
@@ -278,7 +279,7 @@ def test_a_run_that_is_killed_anywhere_is_continued_by_the_next(tmp_path: Path, 
     damaged = Store(tmp_path).once("stage", INPUTS, Work())
     damage_length(damaged)  # so that there is something old to take away
     with child(DYING, tmp_path, where) as dying:
-        out, err = dying.communicate(timeout=30)
+        out, err = dying.communicate(timeout=PATIENCE_SECONDS)
     assert (dying.returncode, out) == (9, ""), err
     final = tmp_path / "stage" / key(INPUTS)
     if final.exists() and where != "while the old folder is taken away":
@@ -318,7 +319,7 @@ FULL = """
 @pytest.mark.parametrize(("limit", "what", "named"), [(10**5, "once", "big"), (0, "alone", "held-by")])
 def test_a_full_disk_is_told_with_the_file(tmp_path: Path, limit: int, what: str, named: str) -> None:
     with child(FULL, tmp_path, str(limit), what, env={"PYTHONDONTWRITEBYTECODE": "1"}) as full:
-        out, err = full.communicate(timeout=30)
+        out, err = full.communicate(timeout=PATIENCE_SECONDS)
     assert full.returncode == 0, err
     file, _, message = out.partition(": ")
     assert Path(file).name == named

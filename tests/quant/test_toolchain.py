@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from quant import toolchain
 from quant.errors import InputError, ToolError
 from quant.toolchain import BRING_TOOLS, LAST_WORDS, OLDEST, TOOLS, Toolchain, find, free_port, last_words, run
+from tests.processes import lives, wait_for, written_pid
 
 Fake = Callable[..., Toolchain]
 
@@ -253,28 +253,13 @@ PARENT = """
 """
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
-
-
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 @pytest.mark.parametrize("how", ["run", "serve"])
 def test_a_tool_dies_with_a_parent_that_is_killed(fake_tools: Fake, tmp_path: Path, how: str) -> None:
     body = f"echo $$ > {tmp_path}/pid; trap '' TERM; while :; do sleep 0.05; done"
     tools = fake_tools(llama_quantize=body, llama_server=body)
     command = [sys.executable, "-c", textwrap.dedent(PARENT), str(tools.bin), str(tmp_path), how]
     with subprocess.Popen(command) as parent:
-        wait_for(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text().strip()))
-        pid = int((tmp_path / "pid").read_text())
+        pid = written_pid(tmp_path / "pid")
         assert lives(pid)
         parent.kill()
     wait_for(lambda: not lives(pid))
@@ -284,16 +269,15 @@ def test_a_tool_is_ended_when_the_run_is_interrupted(fake_tools: Fake, tmp_path:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    tools = fake_tools(llama_quantize=f"echo $$ > {tmp_path}/pid; exec sleep 60")
+    # The tool itself interrupts its parent, a moment after it has begun.
+    tools = fake_tools(llama_quantize=f"echo $$ > {tmp_path}/pid; sleep 0.2; kill -ALRM $PPID; exec sleep 60")
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
         with pytest.raises(KeyboardInterrupt):
             tools.run("llama-quantize", [], cwd=tmp_path, log=tmp_path / "log")
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert not lives(int((tmp_path / "pid").read_text()))
+    assert not lives(written_pid(tmp_path / "pid"))
 
 
 @pytest.mark.tools

@@ -1,0 +1,87 @@
+"""``quant doctor``: what the work needs, found or not, and how to get it."""
+
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from quant.cli import doctor
+from quant.cli.doctor import LIBRARIES, Finding, examine
+from quant.cli.options import quant
+from quant.errors import ToolError
+from quant.toolchain import BRING_TOOLS, TOOLS, Toolchain
+
+Fake = Callable[..., Toolchain]
+
+
+def run(tools: Toolchain) -> Result:
+    return CliRunner().invoke(quant, ["doctor", "--llama-cpp", str(tools.bin)])
+
+
+def found(tools: Toolchain) -> dict[str, Finding]:
+    return {f.what: f for f in examine(tools.bin)}
+
+
+def test_a_machine_with_everything_is_fine(fake_tools: Fake) -> None:
+    tools = fake_tools()
+    findings = found(tools)
+    assert all(f.ok for f in findings.values())
+    assert set(findings) >= {*TOOLS, *LIBRARIES, "python", "a C++ compiler", "llama.cpp's converter"}
+    assert findings["llama-quantize"].row == (
+        "ok",
+        "llama-quantize",
+        "0.5.0 (0c1e570)",
+        str(tools.bin / "llama-quantize"),
+    )
+    assert run(tools).exit_code == 0
+
+
+def test_a_missing_tool_comes_with_what_brings_it(fake_tools: Fake) -> None:
+    tools = fake_tools(missing=("llama-imatrix",))
+    finding = found(tools)["llama-imatrix"]
+    assert finding.row == ("MISSING", "llama-imatrix", "", BRING_TOOLS)
+    result = run(tools)
+    assert result.exit_code == 2
+    assert "MISSING" in result.stdout
+
+
+def test_tools_that_are_too_old_are_not_fine(fake_tools: Fake) -> None:
+    findings = found(fake_tools("version: 0.4.9 (build 1, commit abc)"))
+    assert "expected version 0.5.0 or later, found 0.4.9 (abc)" in findings["llama.cpp"].where
+    assert not any(findings[tool].ok for tool in TOOLS)
+
+
+def test_a_missing_server_is_told_once(fake_tools: Fake) -> None:
+    tools = fake_tools(missing=("llama-server",))
+    assert [f.what for f in examine(tools.bin) if f.what in ("llama.cpp", "llama-server")] == ["llama-server"]
+
+
+def test_a_missing_library_comes_with_what_brings_it(fake_tools: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = metadata.version
+
+    def without_torch(name: str) -> str:
+        if name == "torch":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", without_torch)
+    assert found(fake_tools())["torch"].row == ("MISSING", "torch", "", "uv add torch")
+
+
+def test_a_missing_compiler_and_converter_come_with_what_brings_them(
+    fake_tools: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
+    findings = found(fake_tools())
+    assert "apt-get install g++" in findings["a C++ compiler"].where
+    assert findings["llama.cpp's converter"].where == BRING_TOOLS
+    assert not findings["a C++ compiler"].ok
+    assert not findings["llama.cpp's converter"].ok
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="no such folder"):
+        examine(tmp_path / "none")

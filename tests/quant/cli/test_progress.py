@@ -1,0 +1,62 @@
+"""Progress: plain lines where nobody watches, a bar on a terminal, and results passed through."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from quant.cli import progress
+from quant.cli.progress import Bar, Lines, say, shown
+
+
+def fail() -> None:
+    raise ValueError("stop")
+
+
+def test_a_line_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    say("Grüße")
+    assert capsys.readouterr() == ("", "Grüße\n")
+
+
+def test_every_stage_is_a_numbered_line_after_it_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    do = Lines(12)
+    for n in range(12):
+        assert do("plan", f"V{n}", lambda n=n: n) == n  # type: ignore[misc]
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert re.fullmatch(r"\[ 1/12\] plan +V0  \d+\.\d s", lines[0])
+    assert re.fullmatch(r"\[12/12\] plan +V11  \d+\.\d s", lines[11])
+
+
+def test_a_stage_that_fails_is_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    do = Lines(1)
+    with pytest.raises(ValueError, match="stop"):
+        do("plan", "V", fail)
+    assert capsys.readouterr().err == ""
+    assert do.done == 0
+
+
+def bar_at(total: int) -> tuple[Bar, Callable[[], Any]]:
+    shown_by = Progress(console=Console(quiet=True))
+    bar = Bar(shown_by, total)
+    return bar, lambda: shown_by.tasks[0]
+
+
+def test_a_bar_names_the_stage_and_goes_on_when_it_is_done() -> None:
+    bar, task = bar_at(2)
+    assert bar("plan", "V", lambda: (task().description, task().completed)) == ("plan V", 0)
+    assert (task().completed, task().total) == (1, 2)
+    with pytest.raises(ValueError, match="stop"):
+        bar("quantize", "V", fail)
+    assert task().completed == 1
+
+
+@pytest.mark.parametrize(("terminal", "kind"), [(True, Bar), (False, Lines)])
+def test_a_bar_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, terminal: bool, kind: type) -> None:
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(force_terminal=terminal, quiet=True))
+    with shown(3) as do:
+        assert isinstance(do, kind)

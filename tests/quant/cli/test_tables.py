@@ -1,0 +1,31 @@
+"""Tables: nothing is cut where nobody looks, and numbers stand to the right."""
+
+import pytest
+
+from quant.cli import tables
+
+
+def test_numbers_stand_to_the_right_and_words_to_the_left(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show(("name", ">bytes"), [("a", "1"), ("long", "1,000")])
+    out, err = capsys.readouterr()
+    rows = [line.rstrip() for line in out.splitlines() if line.strip() and "─" not in line]
+    assert rows == ["  name   bytes", "  a          1", "  long   1,000"]
+    assert err == ""
+
+
+def test_a_long_cell_is_whole_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/deep" * 30
+    tables.show(("where",), [(path,)])
+    assert path in capsys.readouterr().out
+
+
+def test_text_in_brackets_is_text(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show(("a", "b"), [("[bold]x[/bold]", "[/nothing]")], title="T")
+    out = capsys.readouterr().out
+    assert "[bold]x[/bold]" in out
+    assert "[/nothing]" in out
+
+
+def test_an_empty_table_is_its_head(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show(("name",), [])
+    assert "name" in capsys.readouterr().out
