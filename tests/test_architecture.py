@@ -4,7 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -67,13 +67,13 @@ LATE = {*HEAVY, "numpy", "httpx", "huggingface_hub", "gguf", "safetensors"}
 """What ``quant --help`` does without."""
 
 
-def imports(tree: ast.Module) -> Iterator[str]:
+@cache
+def imports(tree: ast.Module) -> frozenset[str]:
     """Every module, and every name of a module, that is imported anywhere in a file."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    nodes = list(ast.walk(tree))
+    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    parts = {f"{n.module}.{alias.name}" for n in nodes if isinstance(n, ast.ImportFrom) for alias in n.names}
+    return frozenset(whole | parts)
 
 
 def uses(tree: ast.Module, module: str) -> set[str]:
@@ -91,8 +91,9 @@ def may(file: str, allowed: set[str]) -> bool:
     return any(file == a or (a.endswith("/") and file.startswith(a)) for a in allowed)
 
 
-def calls(tree: ast.Module) -> Iterator[str]:
-    return (ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
+@cache
+def calls(tree: ast.Module) -> frozenset[str]:
+    return frozenset(ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
 
 
 def test_there_is_code_to_look_at() -> None:
