@@ -19,7 +19,7 @@ import pytest
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
-UP_SECONDS = 180
+UP_SECONDS = 300
 """A server makes its database first."""
 STOP_SECONDS = 15
 

@@ -78,11 +78,6 @@ def test_the_vision_part_has_as_many_tensors_weights_and_bytes_as_published() ->
     assert sum(padded(t.bytes) for t in found) == 1_786_947_584
 
 
-def test_the_tiny_model_weighs_what_its_recipe_says() -> None:
-    found = inventory(config("tiny-glm"))
-    assert round(parameters(found) / 10**6, 1) == 8.5
-
-
 SIZES = {  # GB as published, a GB being 10^9 bytes
     "UD-TQ1_0": 84, "UD-IQ1_S": 96, "UD-IQ1_M": 107, "UD-IQ2_XXS": 115, "UD-Q2_K_XL": 135, "UD-IQ3_XXS": 145,
     "UD-Q3_K_XL": 158, "UD-Q4_K_XL": 204, "UD-Q5_K_XL": 252,
