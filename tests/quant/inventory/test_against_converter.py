@@ -81,6 +81,7 @@ CASES = {
     ),
 }  # fmt: skip
 
+
 @dataclass(frozen=True)
 class Converted:
     """What a case's config.json says, and what the converter wrote."""
