@@ -16,5 +16,5 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | 
         table.add_row(*row)
     console = Console(markup=False, emoji=False)  # a file may hold [/INST], and it means no style
     if not console.is_terminal:
-        console.width = 200
+        console.width = 10_000  # nothing is cut in a file or a pipe; a table is only as wide as its cells
     console.print(table)
