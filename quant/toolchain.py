@@ -7,6 +7,7 @@ nobody writing behind its back.
 import ctypes
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -28,6 +29,9 @@ SETTING = "QUANT_LLAMA_CPP"
 BRING_TOOLS = "run `uv sync` in the project's folder, or name your own with --llama-cpp DIR"
 LAST_WORDS = 12
 """Lines of a failed tool's log that the error quotes."""
+
+LITTLE_BYTES = 4 * 2**20
+"""A disk with less than this is full: tools write in pieces of about this size."""
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
@@ -122,8 +126,20 @@ def run(
             code = process.wait()
         finally:
             _stop(process)
+    if code and (reason := no_room(cwd)):
+        raise InputError(f"{cwd}: {name or Path(command[0]).name} stopped: {reason}; free some and run again")
     if code:
         raise ToolError(f"{name or Path(command[0]).name} {_how_it_ended(code)}; its last words:\n{last_words(log)}")
+
+
+def no_room(folder: Path) -> str | None:
+    """Why nothing more can be written in a folder, if that is so: tools seldom say it in words that can be understood."""
+    if shutil.disk_usage(folder).free < LITTLE_BYTES:
+        return "no space left"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and any(p.stat().st_size >= limit for p in folder.rglob("*") if p.is_file()):
+        return f"a file grew too large (the limit here is {limit} bytes)"
+    return None
 
 
 def last_words(log: Path) -> str:
