@@ -16,7 +16,8 @@ __all__ = ["look", "main", "planning", "release", "stages", "template"]
 
 def main() -> NoReturn:
     """Run a command and leave with its code: 0 done, 1 a check failed, 2 wrong input, 3 interrupted."""
-    signal.signal(signal.SIGTERM, _interrupted)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # said anew: a shell ignores the first for what runs in the background
+        signal.signal(stop, _interrupted)
     sys.exit(_run())
 
 
