@@ -18,7 +18,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 PROCESSES = {"quant/converter.py", "quant/renderer.py", "quant/engine/worker.py"}
 """Programs of their own (``python -m``): they end themselves, and bring what nobody else may."""
 DOORS = {  # who imports it, or a part of it   who may (a name that ends in / is a folder)
-    "ctypes": {"quant/toolchain.py", "quant/ggml.py"},
+    "ctypes": {"quant/toolchain.py", "quant/ggml.py", "quant/kernels/library.py"},
     "prefect": {"flows/"},
     "multiprocessing": set(),
     "concurrent.futures.process": set(),

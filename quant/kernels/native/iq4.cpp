@@ -1,0 +1,121 @@
+// IQ4_NL: blocks of 32 weights, each one of 16 uneven steps, and a scale.
+//
+// ggml tries 16 scales for a block, and for each of them finds the nearest step of every weight. The tries differ by
+// little: 15 of them multiply the weights by (-134 … -120) / max. Two neighbouring thresholds between steps differ by
+// a factor of 1.2 at least, and 134 / 120 is less, so that over all 15 tries a weight meets one threshold at most.
+// Hence, for each weight, two candidates for its step and the threshold between them are found once, and a try is left
+// with one comparison. The sums run through the weights in order, several tries at a time.
+#include "kernel.h"
+
+namespace {
+
+constexpr float TINY = 1e-15f;   // GROUP_MAX_EPS
+constexpr int TRIES = 15;        // 2 * 7 + 1
+
+alignas(64) constexpr float STEPS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+alignas(64) constexpr float NEXT[16] = {-104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113, 113};
+// From here on the step after it is the nearest: the middle, exactly, for both distances are exact in its neighbourhood
+// (they are not larger than the number itself, or small multiples of its last place), and at equal ones ggml goes up.
+alignas(64) constexpr float UP[16] = {-115.5f, -93.5f, -74, -57, -42, -28.5f, -16, -4.5f,
+                                      7, 19, 31.5f, 45.5f, 61, 79, 101, INFINITY};
+
+// best_index_int8: the step nearest to `a`, which is not NaN.
+INLINE I nearest_step(F a) {
+    I i = select(a >= vec(UP[7]), vec(8), vec(0));
+    i = i + select(a >= lookup16(UP, i + vec(3)), vec(4), vec(0));
+    i = i + select(a >= lookup16(UP, i + vec(1)), vec(2), vec(0));
+    return i + select(a >= lookup16(UP, i), vec(1), vec(0));
+}
+
+struct Scaled {
+    F scale;
+    M odd;
+};
+
+// The scale of 32 weights `x` that count as much as `w` says, before it is rounded.
+INLINE Scaled scale_of(const F *x, const F *w) {
+    F largest = vec(0.0f), max = vec(0.0f);
+    for (int j = 0; j < 32; j++) {
+        const F size = abs(x[j]);
+        const M more = size > largest;
+        largest = select(more, size, largest);
+        max = select(more, x[j], max);
+    }
+    const M empty = largest < vec(TINY);
+
+    const F first = vec(1.0f) / (-max / vec(STEPS[0]));
+    F id[TRIES], sumqx[TRIES], sumq2[TRIES];
+    for (int t = 0; t < TRIES; t++) {
+        id[t] = vec(static_cast<float>(t - 7) + STEPS[0]) / max;
+        sumqx[t] = sumq2[t] = vec(0.0f);
+    }
+    F qx = vec(0.0f), q2 = vec(0.0f);
+
+    // What a weight adds to the sums if it gets the lower of its two steps, and if it gets the upper.
+    F up[32], lower_qx[32], lower_q2[32], upper_qx[32], upper_q2[32];
+    for (int j = 0; j < 32; j++) {
+        const F q = lookup16(STEPS, nearest_step(first * x[j])), wq = w[j] * q;
+        qx = qx + wq * x[j];
+        q2 = q2 + wq * q;
+
+        const I step = nearest_step(min_(id[0] * x[j], id[TRIES - 1] * x[j]));
+        const F lower = lookup16(STEPS, step), upper = lookup16(NEXT, step);
+        const F wl = w[j] * lower, wu = w[j] * upper;
+        up[j] = lookup16(UP, step);
+        lower_qx[j] = wl * x[j];
+        lower_q2[j] = wl * lower;
+        upper_qx[j] = wu * x[j];
+        upper_q2[j] = wu * upper;
+    }
+    constexpr int AT_ONCE = W == 16 ? 8 : 5;
+    for (int t0 = 0; t0 < TRIES; t0 += AT_ONCE) {
+        for (int j = 0; j < 32; j++) {
+            for (int t = t0; t < t0 + AT_ONCE && t < TRIES; t++) {
+                const M above = id[t] * x[j] >= up[j];
+                sumqx[t] = sumqx[t] + select(above, upper_qx[j], lower_qx[j]);
+                sumq2[t] = sumq2[t] + select(above, upper_q2[j], lower_q2[j]);
+            }
+        }
+    }
+
+    F d = select(q2 > vec(0.0f), qx / q2, vec(0.0f)), best = d * qx;
+    for (int t = 0; t < TRIES; t++) {
+        const M better = (sumq2[t] > vec(0.0f)) & (sumqx[t] * sumqx[t] > best * sumq2[t]);
+        d = select(better, sumqx[t] / sumq2[t], d);
+        best = select(better, d * sumqx[t], best);
+    }
+    // With all weights within ±largest, no product above leaves -134.1 … 134.1, as long as 127 / max is a number.
+    return {select(empty, vec(0.0f), d), ~empty & ~(abs(first) < vec(INFINITY))};
+}
+
+// How much every weight counts, by its column's weight and its own size.
+INLINE void weigh(const Group &g, int64_t offset, F sigma2, const F *x, F *w) {
+    if (g.weighted) load_lanes(g.w, offset, 32, w);
+    for (int j = 0; j < 32; j++) w[j] = g.weighted ? w[j] * sqrt(sigma2 + x[j] * x[j]) : x[j] * x[j];
+}
+
+// The steps of 32 weights as 16 bytes: the first half in the low bits, the second in the high ones.
+INLINE void store_steps(const F *x, F id, uint8_t *const *to, int offset) {
+    I step[32], words[4];
+    for (int j = 0; j < 32; j++) step[j] = nearest_step(id * x[j]);
+    for (int j = 0; j < 16; j++) step[j] = step[j] | shl<4>(step[j + 16]);
+    for (int k = 0; k < 4; k++) words[k] = word(step[4 * k], step[4 * k + 1], step[4 * k + 2], step[4 * k + 3]);
+    store_words(words, 4, to, offset);
+}
+
+INLINE M iq4_nl(const Group &g) {
+    F x[32], w[32];
+    load_lanes(g.x, 0, 32, x);
+    F sum = vec(0.0f);
+    for (int j = 0; j < 32; j++) sum = sum + x[j] * x[j];
+    weigh(g, 0, sum * vec(2.0f / 32), x, w);
+    const auto [d, odd] = scale_of(x, w);
+    const F id = select(d == vec(0.0f), vec(0.0f), vec(1.0f) / d);
+    store_half(to_half(d), g.out, 0);
+    store_steps(x, id, g.out, 2);
+    return odd | ~finite(sum) | ~finite(id);
+}
+
+}  // namespace
+
+KERNEL(iq4_nl) { run<20, 32, 18>(call, iq4_nl); }

@@ -1,0 +1,101 @@
+"""The project's kernels write the bytes that ggml writes, block by block, on every instruction set of this processor."""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from quant import ggml
+from quant.ggml import Rows
+from quant.ggml_types import TYPES, GGMLType
+from quant.kernels.library import SETS, Counted, Native, load
+from quant.toolchain import find
+from tests.quant.kernels import samples
+
+NATIVE = load()
+SERVED = [(i, t) for i in NATIVE.sets for t in TYPES.values() if NATIVE.has(i, t)]
+EVERY_KERNEL = pytest.mark.parametrize(("instructions", "t"), SERVED, ids=[f"{i}-{t.name}" for i, t in SERVED])
+
+
+@pytest.fixture(scope="module")
+def library() -> ggml.Library:
+    return ggml.load(ggml.find(find().bin))
+
+
+@pytest.fixture(scope="module")
+def native() -> Native:
+    if NATIVE.dll is None:
+        pytest.skip(NATIVE.problem)
+    return NATIVE
+
+
+def differ(library: ggml.Library, t: GGMLType, kernel: Counted, x: Rows, w: Rows | None) -> tuple[int, int]:
+    """How many blocks are not ggml's, and how many were left to it."""
+    expected = library.kernel(t)(x, w).reshape(-1, t.block_bytes)
+    data, counts = kernel(x, w)
+    return int((data.reshape(expected.shape) != expected).any(axis=1).sum()), counts.odd
+
+
+def compare(library: ggml.Library, t: GGMLType, kernel: Counted, seed: int, shape: tuple[int, int]) -> tuple[int, int]:
+    """Blocks compared, and those of them that went to ggml. Every nature; none may differ, and ordinary ones not go."""
+    wrong, odd, blocks = Counter[str](), Counter[str](), 0
+    for case in samples.cases(seed, shape):
+        if case.w is None and t.needs_imatrix:
+            continue
+        name = f"{case.weights}, {case.matrix}"
+        wrong[name], odd[name] = differ(library, t, kernel, case.x, case.w)
+        blocks += case.x.size // t.block
+    assert not +wrong
+    assert not [name for name, n in odd.items() if n and name.split(",")[0] not in samples.ODD]
+    return blocks, odd.total()
+
+
+@EVERY_KERNEL
+def test_blocks_of_every_nature_are_ggmls(
+    library: ggml.Library, native: Native, instructions: str, t: GGMLType
+) -> None:
+    kernel = native.kernel(library, instructions, t)
+    compare(library, t, kernel, 1, (1, 768))
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("rows", [1, 5, 60])
+def test_lanes_of_different_nature_do_not_disturb_each_other(
+    library: ggml.Library, native: Native, instructions: str, t: GGMLType, rows: int
+) -> None:
+    kernel = native.kernel(library, instructions, t)
+    x = samples.mixed(2, 768)[:rows]
+    w = np.abs(np.random.default_rng(3).normal(0, 1, 768)).astype(np.float32)
+    assert differ(library, t, kernel, x, w)[0] == 0
+
+
+@EVERY_KERNEL
+def test_rows_that_are_no_multiple_of_the_lanes_are_ggmls(
+    library: ggml.Library, native: Native, instructions: str, t: GGMLType
+) -> None:
+    kernel = native.kernel(library, instructions, t)
+    for row in (t.block, 3 * t.block, 35 * t.block):
+        x = np.random.default_rng(row).normal(0, 0.02, (7, row)).astype(np.float32)
+        x.flags.writeable = False
+        assert differ(library, t, kernel, x, np.linspace(1, 2, row, dtype=np.float32)) == (0, 0)
+
+
+@pytest.mark.tools
+@EVERY_KERNEL
+def test_a_hundred_thousand_superblocks_are_ggmls(
+    library: ggml.Library, native: Native, instructions: str, t: GGMLType, record_property: Callable[[str, str], None]
+) -> None:
+    kernel = native.kernel(library, instructions, t)
+    blocks, odd = compare(library, t, kernel, 4, (96, 2304))
+    assert blocks * t.block >= 100_000 * 256
+    record_property("left to ggml", f"{odd} of {blocks} blocks ({odd / blocks:.2%})")
+
+
+def test_every_instruction_set_of_this_processor_has_the_same_kernels(native: Native) -> None:
+    if os.environ.get("QUANT_KERNELS"):
+        pytest.skip("one of them is asked for")
+    have = {i: {t.name for t in TYPES.values() if native.has(i, t)} for i in native.sets}
+    assert len({frozenset(names) for names in have.values()}) <= 1, have
+    assert set(have) <= set(SETS)
