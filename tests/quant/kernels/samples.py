@@ -29,8 +29,7 @@ def empty_parts(r: Generator, s: Shape) -> Doubles:
 
 def bf16(x: Doubles) -> Doubles:
     bits = x.astype(np.float32).view(np.uint32)
-    rounded: Doubles = ((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
-    return rounded
+    return np.asarray(((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32), np.float64)
 
 
 def scaled(r: Generator, s: Shape, block: int, deviation: float) -> Doubles:
