@@ -9,7 +9,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-Doubles = NDArray[Any]
+Doubles = NDArray[np.floating[Any]]
 Shape = tuple[int, int]
 Draw = Callable[[Generator, Shape], Doubles]
 
@@ -28,8 +28,9 @@ def empty_parts(r: Generator, s: Shape) -> Doubles:
 
 
 def bf16(x: Doubles) -> Doubles:
-    bits = x.astype(np.float32).view(np.uint32)
-    return np.asarray(((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32), np.float64)
+    bits = np.frombuffer(x.astype(np.float32).tobytes(), np.uint32)
+    kept = (bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)
+    return np.frombuffer(kept.tobytes(), np.float32).astype(np.float64).reshape(x.shape)
 
 
 def scaled(r: Generator, s: Shape, block: int, deviation: float) -> Doubles:
