@@ -28,15 +28,15 @@ def empty_parts(r: Generator, s: Shape) -> Doubles:
 
 
 def bf16(x: Doubles) -> Doubles:
-    bits = np.frombuffer(x.astype(np.float32).tobytes(), np.uint32)
-    kept = (bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)
-    return np.frombuffer(kept.tobytes(), np.float32).astype(np.float64).reshape(x.shape)
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
 
 
 def scaled(r: Generator, s: Shape, block: int, deviation: float) -> Doubles:
     """Every block of its own size."""
     scale = np.exp(r.normal(0, deviation, (s[0], -(-s[1] // block))))
-    return gauss(r, s) * np.repeat(scale, block, axis=1)[:, : s[1]]
+    each: Doubles = np.repeat(scale, block, axis=1)[:, : s[1]]
+    return gauss(r, s) * each
 
 
 WEIGHTS: Mapping[str, Draw] = {
