@@ -6,15 +6,16 @@
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from quant import files, toolchain
+from quant import files, ggml, toolchain
 from quant import source as sources
 from quant.calibrate import calibrate
 from quant.convert import convert, convert_vision, words
+from quant.engine.job import Settings
 from quant.errors import InputError, refuse
 from quant.imatrix import imatrix
 from quant.lock import Lock, check, pinned, read_lock
@@ -23,7 +24,7 @@ from quant.plan import Plan, plan
 from quant.publish import publish
 from quant.quantize import quantize
 from quant.recipe import Model, Variant, load_model, load_template_patch, load_variant
-from quant.shard import shard
+from quant.shard import Sharded, shard
 from quant.smoke import Verdict, smoke
 from quant.source import Checkpoint
 from quant.store import Store
@@ -31,7 +32,7 @@ from quant.template import ChatTemplate, patch
 from quant.toolchain import Toolchain
 
 T = TypeVar("T")
-NEEDED = ("llama-imatrix", "llama-quantize", "llama-gguf-split", "llama-server")
+NEEDED = ("llama-imatrix", "llama-gguf-split", "llama-server")
 WORK = ".work"
 """The store of a build, in the folder of its releases."""
 
@@ -56,11 +57,15 @@ class Job:
     tools: Toolchain
     lock: Lock | None
     """What the source's files have to be, where the recipe was locked."""
+    settings: Settings = field(default_factory=Settings)
+    """How much of the machine quantising may take."""
 
     @property
     def steps(self) -> int:
         """How many stages will be run; a bar needs to know."""
-        return 7 + self.model.sees + 4 * len(self.variants)
+        bases = sum(v.is_base for v in self.variants)
+        passes = bases < len(self.variants)
+        return 7 + self.model.sees + passes + bases + 2 * len(self.variants)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ def prepare(
     work: str | Path | None = None,
     revision: str | None = None,
     llama_cpp: str | Path | None = None,
+    settings: Settings | None = None,
 ) -> Job:
     """A job from what a person says: names or paths of recipes, and folders.
 
@@ -94,9 +100,11 @@ def prepare(
         load_template_patch(recipe.template)
     tools = toolchain.find(llama_cpp)
     tools.require(*NEEDED)
+    ggml.find(tools.bin)
     out = Path(out).expanduser().resolve()
     store = Store(Path(work).expanduser().resolve() if work else out / WORK)
-    return Job(recipe, path, loaded, out, Store(store.root / recipe.name), tools, locked)
+    settings = settings or Settings()
+    return Job(recipe, path, loaded, out, Store(store.root / recipe.name), tools, locked, settings)
 
 
 def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
@@ -119,16 +127,25 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
         matrix = do("imatrix", model.title, partial(imatrix, base, text, model, tools, store))
         tensors = base.header.tensors
         plans = [do("plan", v.name, partial(plan, v, tensors, matrix.unvisited)) for v in job.variants]
-        made = []
+        made: list[Sharded] = []
+        if todo := [p for p in plans if not p.is_base]:
+            subject = todo[0].variant.name if len(todo) == 1 else f"{len(todo)} variants"
+            size = model.max_shard_size
+            made += do(
+                "quantize",
+                subject,
+                partial(quantize, base, matrix, todo, model.title, size, tools, store, job.settings),
+            )
         for p in plans:
-            name = p.variant.name
-            quantized = do("quantize", name, partial(quantize, base, matrix, p, model.title, tools, store))
-            sharded = do("shard", name, partial(shard, quantized, model.title, model.max_shard_size, tools, store))
-            made.append((sharded, do("smoke", name, partial(smoke, sharded, model, tools, store))))
-        whole = Ingredients(model, checkpoint, template, base, vision, text, matrix, tuple(made), str(tools.version))
+            if p.is_base:
+                cut = partial(shard, base, p, model.title, model.max_shard_size, tools, store)
+                made.append(do("shard", p.variant.name, cut))
+        made.sort(key=lambda v: plans.index(v.plan))
+        heard = [(v, do("smoke", v.name, partial(smoke, v, model, tools, store))) for v in made]
+        whole = Ingredients(model, checkpoint, template, base, vision, text, matrix, tuple(heard), str(tools.version))
         release = do("package", model.title, partial(package, whole, store))
         published = do("publish", model.title, partial(publish, release, job.out))
-        verdicts = tuple(verdict for _, verdict in made)
+        verdicts = tuple(verdict for _, verdict in heard)
         if published.fresh:
             _record(job, published.folder, began, verdicts)
     return Built(published.folder, release, tuple(plans), verdicts, published.fresh)

@@ -1,7 +1,7 @@
 """What a planned variant will weigh: by class of tensor, in shards, and in the memory of who runs it. Pure."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,7 @@ def shard_bytes_of(plan: Plan, max_bytes: int) -> tuple[int, ...]:
 
     A tensor that is larger than the limit stands alone; the heads of the files come on top.
     """
-    return tuple(sum(sizes) for sizes in _runs(plan, max_bytes))
+    return tuple(sum(run) for run in runs((padded(t.bytes) for t in plan.tensors), max_bytes))
 
 
 def oversized(plan: Plan, max_size: str) -> Iterator[str]:
@@ -129,9 +129,10 @@ def oversized(plan: Plan, max_size: str) -> Iterator[str]:
         )
 
 
-def _runs(plan: Plan, max_bytes: int) -> Iterator[list[int]]:
+def runs(sizes: Iterable[int], max_bytes: int) -> Iterator[list[int]]:
+    """Padded sizes of tensors, shard by shard."""
     run: list[int] = []
-    for size in (padded(t.bytes) for t in plan.tensors):
+    for size in sizes:
         if run and sum(run) + size > max_bytes:
             yield run
             run = []

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from quant import toolchain
 from quant.errors import ToolError
 from quant.ggml_types import TYPES, GGMLType
 
@@ -112,13 +113,15 @@ class Library:
 def find(tools: Path) -> Path:
     """The library that belongs to a folder of tools: beside it in ``lib``, or in the build tree that it is part of.
 
-    Raises ToolError with the places where it was looked for.
+    Tools may be links: their library is where they are. Raises ToolError with the places where it was looked for.
     """
-    real = tools.resolve()
-    places = [folder / NAME for folder in (tools.parent / "lib", tools, real.parent / "lib", real)]
-    found = next((place for place in places if place.is_file()), None)
+    real = [(tools / tool).resolve().parent for tool in toolchain.TOOLS if (tools / tool).exists()]
+    places = [
+        place for folder in dict.fromkeys([tools, tools.resolve(), *real]) for place in (folder.parent / "lib", folder)
+    ]
+    found = next((place / NAME for place in places if (place / NAME).is_file()), None)
     if found is None:
-        raise ToolError(f"{NAME}: missing; looked for it in {', '.join(str(p.parent) for p in dict.fromkeys(places))}")
+        raise ToolError(f"{NAME}: missing; looked for it in {', '.join(str(p) for p in dict.fromkeys(places))}")
     return found
 
 

@@ -31,7 +31,7 @@ CHUNK_BYTES = 16 * 2**20
 
 #         id   struct
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-UINT32, STRING, ARRAY = 4, 8, 9
+UINT16, UINT32, INT32, STRING, ARRAY = 2, 4, 5, 8, 9
 FIRST_SHARD = re.compile(r"(.*-)00001-of-([0-9]{5})")
 
 

@@ -99,7 +99,7 @@ def _lay_out(made: Ingredients, manifest: Mapping[str, Any], partial: Path) -> d
         files.write_text(partial / "chat_template.jinja", made.template.text)
     if go := go_template(made.model.template):
         files.write_text(partial / "template", go)
-    single = next((s.paths[0].name for s, _ in made.variants if not s.quantized.plan.variant.split), None)
+    single = next((s.paths[0].name for s, _ in made.variants if not s.plan.variant.split), None)
     if single:
         files.write_text(partial / "Modelfile", modelfile(made.model, single))
     _write_lists(partial, manifest)
@@ -137,7 +137,7 @@ def _manifest(made: Ingredients) -> dict[str, Any]:
 
 
 def _variant(sharded: Sharded, verdict: Verdict) -> dict[str, Any]:
-    plan = sharded.quantized.plan
+    plan = sharded.plan
     placed = {path: name for name, path in place(sharded).items()}
     return {
         "name": plan.variant.name,

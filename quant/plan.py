@@ -65,7 +65,7 @@ class Plan:
     @property
     def is_base(self) -> bool:
         """Whether it is the converted file itself."""
-        return not self.variant.rules
+        return self.variant.is_base
 
     def types(self) -> dict[str, str]:
         """Type by tensor, in the order of the file."""

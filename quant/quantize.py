@@ -1,109 +1,155 @@
-"""Quantise the BF16 file into one variant by calling llama-quantize with an explicit type for every tensor.
+"""Quantise the BF16 file into every planned variant, in one pass over its weights, cut into shards on the way.
 
-What it wrote is read back and compared with the plan: names, shapes, types, order and length.
+What was written is read back and compared with the plan: names, shapes, types, order and length.
 """
 
-import os
-import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from quant import files
+from quant import files, ggml
 from quant.convert import Base
-from quant.errors import CheckFailed, InputError
-from quant.files import Receipt
-from quant.footprint import MATRIX_NAME, forecast_bytes, stored_shape
-from quant.header import Header, read_header
+from quant.engine.job import Job, Settings, Wanted
+from quant.engine.output import Made, finished
+from quant.engine.reuse import Finished
+from quant.engine.run import run
+from quant.errors import CheckFailed, refuse
+from quant.footprint import MATRIX_NAME, forecast_bytes, oversized, stored_shape
+from quant.header import Header, read_header, read_headers
 from quant.imatrix import ImportanceMatrix
 from quant.plan import Plan
+from quant.recipe import shard_bytes
+from quant.shard import Sharded, sharded
 from quant.store import Store
 from quant.toolchain import Toolchain
 
-RESERVE_BYTES = 64 * 2**20
-"""Room that is left on the disk beside a planned file."""
+STAGE = "quantize"
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """One variant as one file."""
+class Target:
+    """A variant and where it is written."""
 
     plan: Plan
     path: Path
-    receipt: Receipt
+    """Of the whole file; shards are called after it."""
+    max_size: str | None = None
+    """The largest shard, ``50G`` or the like; none leaves the file whole."""
+
+    @property
+    def wanted(self) -> Wanted:
+        """What the engine is told of it."""
+        limit = shard_bytes(self.max_size) if self.max_size else None
+        return Wanted(self.path, self.plan.types(), self.plan.variant.file_type, limit)
 
 
-def quantize(base: Base, matrix: ImportanceMatrix, plan: Plan, title: str, tools: Toolchain, store: Store) -> Quantized:
-    """The variant that a plan describes. Raises ToolError, InputError for a full disk, CheckFailed for a wrong result."""
-    if plan.is_base:
-        return Quantized(plan, base.path, base.receipt)
-    inputs = {
-        "base": base.receipt.sha256,
-        "imatrix": matrix.receipt.sha256,
-        "types": plan.types(),
-        "file_type": plan.variant.file_type,
-        "llama.cpp": str(tools.version),
-    }
-    name = f"{title}-{plan.variant.name}.gguf"
-    done = store.once(
-        "quantize",
-        inputs | {"name": name},
-        lambda partial: write_variant(base.path, matrix.path, plan, tools, partial / name),
-    )
-    return Quantized(plan, done.path(name), done.receipt(name))
+def quantize(
+    base: Base, matrix: ImportanceMatrix, plans: Sequence[Plan], title: str, max_size: str, tools: Toolchain, store: Store,
+    settings: Settings | None = None,
+) -> tuple[Sharded, ...]:  # fmt: skip
+    """The variants that plans describe, those that stand already included; a plan of the BF16 file itself is left out.
 
-
-def write_variant(
-    base: Path, matrix: Path, plan: Plan, tools: Toolchain, out: Path, jobs: int | None = None
-) -> dict[str, Any]:
-    """Write the planned variant at ``out``, whose folder belongs to this work."""
-    expected_bytes = forecast_bytes(plan, read_header(base), read_header(matrix))
-    _check_room(out.parent, expected_bytes)
-    chosen = {t.tensor.name: t.type.name for t in plan.tensors if t.rule is not None}
-    files.write_text(out.parent / "types.txt", type_file(chosen))
-    # Its path is published in the file, so the matrix is called by a name and not by a path of this machine.
-    files.share(matrix, out.parent / MATRIX_NAME)
-    tools.run(
-        "llama-quantize",
-        ["--imatrix", MATRIX_NAME, "--tensor-type-file", "types.txt", base, out.name, plan.variant.file_type,
-         str(jobs or os.cpu_count() or 1)],
-        cwd=out.parent, log=out.parent / "log",
-    )  # fmt: skip
-    files.remove(out.parent / MATRIX_NAME)
-    if wrong := list(differences(plan, read_header(out), expected_bytes)):
-        raise CheckFailed(*wrong)
-    return {"file_type": plan.variant.file_type, "bytes_by_type": plan.type_bytes()}
-
-
-def type_file(types: Mapping[str, str]) -> str:
-    """The ``--tensor-type-file`` that means exactly this table.
-
-    llama-quantize searches every name with a regular expression that is not anchored and takes the first hit, so
-    ``blk.1`` would also be ``blk.11``: every name is escaped and anchored.
+    Raises InputError for a shard that cannot hold a tensor, weights that are no numbers, and a full disk; ToolError
+    when ggml ends its process; CheckFailed for a wrong result.
     """
-    return "".join(f"^{re.escape(name)}$={ggml_type.lower()}\n" for name, ggml_type in types.items())
+    plans = [p for p in plans if not p.is_base]
+    refuse(line for p in plans for line in oversized(p, max_size))
+    shared = {"base": base.receipt.sha256, "imatrix": matrix.receipt.sha256, "llama.cpp": str(tools.version)}
+    inputs = {p.variant.name: _inputs(shared, p, title, _limit(p, max_size, base, matrix)) for p in plans}
+    todo = [p for p in plans if not store.find(STAGE, inputs[p.variant.name])]
+    targets = []
+    for p in todo:
+        key = inputs[p.variant.name]
+        folder = store.begin(STAGE, key, keep_partial=True)
+        targets.append(Target(p, folder / f"{key['name']}.gguf", key["max_size"]))
+    if targets:
+        before = tuple(_finished(shared, store))
+        facts = write(
+            base.path, matrix.path, targets, files.canonical(shared), tools, store.scratch(STAGE), settings, before
+        )
+        for p, said in zip(todo, facts, strict=True):
+            store.settle(STAGE, inputs[p.variant.name], said)
+    return tuple(_found(p, inputs[p.variant.name], store) for p in plans)
 
 
-def differences(plan: Plan, header: Header, whole_bytes: int | None = None) -> Iterator[str]:
-    """Everything in which a written file is not the planned one; without its forecast, its head may be of any length."""
-    found = {t.name: (stored_shape(t), t.type.name) for t in header.tensors}
+def write(
+    base: Path, matrix: Path | None, targets: Sequence[Target], identity: str, tools: Toolchain, folder: Path,
+    settings: Settings | None = None, before: Sequence[Finished] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Write the targets' files, and say of each which type, digest and loss its tensors have.
+
+    ``identity`` names the weights and the imatrix, ``folder`` is for what is in work, ``before`` has tensors that need
+    not be quantised again. Raises as :func:`quantize`.
+    """
+    job = Job(
+        ggml.find(tools.bin), base, identity, matrix, MATRIX_NAME, tuple(t.wanted for t in targets), tuple(before),
+        settings or Settings(),
+    )  # fmt: skip
+    records = run(job, folder)
+    header = read_header(base)
+    wrong: list[str] = []
+    for t in targets:
+        record = records[t.path]
+        headers = read_headers(t.path.with_name(record["files"][0]))
+        whole = forecast_bytes(t.plan, header, read_header(matrix)) if matrix and not t.max_size else None
+        wrong += differences(t.plan, headers, whole)
+    if wrong:
+        raise CheckFailed(*wrong)
+    return [
+        {
+            "file_type": t.plan.variant.file_type,
+            "files": records[t.path]["files"],
+            "tensors": records[t.path]["tensors"],
+        }
+        for t in targets
+    ]
+
+
+def stands(target: Target, identity: str) -> bool:
+    """Whether an earlier run of the same inputs has written the target already."""
+    record = finished(target.path, identity)
+    return record is not None and {n: t["type"] for n, t in record["tensors"].items()} == target.plan.types()
+
+
+def differences(plan: Plan, headers: Sequence[Header], whole_bytes: int | None = None) -> Iterator[str]:
+    """Everything in which the files of a variant are not the planned ones; shards may be of any length."""
+    path = headers[0].path
+    written = tuple(chain.from_iterable(h.tensors for h in headers))
+    found = {t.name: (stored_shape(t), t.type.name) for t in written}
     expected = {t.tensor.name: (stored_shape(t.tensor), t.type.name) for t in plan.tensors}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            yield f"{header.path}: tensor {name}: expected {expected.get(name)}, found {found.get(name)}"
+            yield f"{path}: tensor {name}: expected {expected.get(name)}, found {found.get(name)}"
     pairs = zip(expected, found, strict=False)
     if found == expected and (moved := next((pair for pair in pairs if pair[0] != pair[1]), None)):
-        yield f"{header.path}: order of tensors: expected {moved[0]}, found {moved[1]}"
-    wanted = header.data_start + plan.bytes if whole_bytes is None else whole_bytes
-    if found == expected and (size := header.path.stat().st_size) != wanted:
-        yield f"{header.path}: expected {wanted} bytes, found {size}"
+        yield f"{path}: order of tensors: expected {moved[0]}, found {moved[1]}"
+    if whole_bytes and found == expected and (size := path.stat().st_size) != whole_bytes:
+        yield f"{path}: expected {whole_bytes} bytes, found {size}"
 
 
-def _check_room(folder: Path, planned_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < planned_bytes + RESERVE_BYTES:
-        raise InputError(
-            f"{folder}: expected {planned_bytes + RESERVE_BYTES} bytes free, found {free}; free some and run again"
-        )
+def _limit(plan: Plan, max_size: str, base: Base, matrix: ImportanceMatrix) -> str | None:
+    """The largest shard, for a variant that is to be cut and does not fit one."""
+    whole = forecast_bytes(plan, base.header, read_header(matrix.path))
+    return max_size if plan.variant.split and whole > shard_bytes(max_size) else None
+
+
+def _inputs(shared: Mapping[str, Any], plan: Plan, title: str, max_size: str | None) -> dict[str, Any]:
+    name = f"{title}-{plan.variant.name}"
+    about = {"types": plan.types(), "file_type": plan.variant.file_type, "name": name, "max_size": max_size}
+    return {**shared, **about}
+
+
+def _finished(shared: Mapping[str, Any], store: Store) -> Iterator[Finished]:
+    """Every file that was made of the same weights and imatrix by the same tools."""
+    for inputs, done in store.all(STAGE):
+        if shared.items() <= inputs.items():
+            tensors = {name: Made(**made) for name, made in done.facts["tensors"].items()}
+            yield from (Finished(done.path(name), tensors) for name in done.facts["files"])
+
+
+def _found(plan: Plan, inputs: Mapping[str, Any], store: Store) -> Sharded:
+    done = store.find(STAGE, inputs)
+    assert done, inputs["name"]
+    return sharded(plan, done, {name: made["sha256"] for name, made in done.facts["tensors"].items()})

@@ -69,6 +69,11 @@ class Variant(Strict):
     smoke_quality: typing.Literal["required", "reported"] = "required"
     """Whether an answer off the topic stops the release, or is only told."""
 
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the converted file itself."""
+        return not self.rules
+
 
 @dataclass(frozen=True)
 class Source(Strict):

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from quant import files
+from quant.convert import Base
 from quant.errors import CheckFailed, InputError, disk_errors
 from quant.files import Receipt
 from quant.header import read_header, read_headers
-from quant.quantize import Quantized
+from quant.plan import Plan
 from quant.recipe import shard_bytes
-from quant.store import Store
+from quant.store import Done, Store
 from quant.toolchain import Toolchain
 
 
@@ -23,7 +24,7 @@ from quant.toolchain import Toolchain
 class Sharded:
     """One variant as it is published: one file, or shards of which llama.cpp is given the first."""
 
-    quantized: Quantized
+    plan: Plan
     paths: tuple[Path, ...]
     receipts: tuple[Receipt, ...]
     tensor_digests: Mapping[str, str]
@@ -31,7 +32,7 @@ class Sharded:
     @property
     def name(self) -> str:
         """The variant's name."""
-        return self.quantized.plan.variant.name
+        return self.plan.variant.name
 
     @property
     def bytes(self) -> int:
@@ -39,25 +40,30 @@ class Sharded:
         return sum(r.bytes for r in self.receipts)
 
 
-def shard(quantized: Quantized, title: str, max_size: str, tools: Toolchain, store: Store) -> Sharded:
-    """The file in shards of at most ``max_size``, or as it is when it fits one or its variant must not be split.
+def shard(base: Base, plan: Plan, title: str, max_size: str, tools: Toolchain, store: Store) -> Sharded:
+    """The BF16 file in shards of at most ``max_size``, or as it is when it fits one or its variant must not be split.
 
-    Raises CheckFailed with every tensor whose bytes changed on the way.
+    Variants that are quantised come in shards already. Raises CheckFailed with every tensor whose bytes changed.
     """
-    variant = quantized.plan.variant
-    cut = variant.split and quantized.receipt.bytes > shard_bytes(max_size)
+    variant = plan.variant
+    cut = variant.split and base.receipt.bytes > shard_bytes(max_size)
     stem = f"{title}-{variant.name}"
     inputs = {
-        "file": quantized.receipt.sha256,
+        "file": base.receipt.sha256,
         "stem": stem,
         "max_size": max_size if cut else None,
         "llama.cpp": str(tools.version),
     }
     done = store.once(
-        "shard", inputs, lambda partial: split(quantized.path, max_size if cut else None, tools, partial / stem)
+        "shard", inputs, lambda partial: split(base.path, max_size if cut else None, tools, partial / stem)
     )
+    return sharded(plan, done, done.facts["tensors"])
+
+
+def sharded(plan: Plan, done: Done, tensor_digests: Mapping[str, str]) -> Sharded:
+    """What a finished folder of the store holds of a variant."""
     receipts = tuple(r for r in done.receipts if r.path.endswith(".gguf"))
-    return Sharded(quantized, tuple(done.path(r.path) for r in receipts), receipts, done.facts["tensors"])
+    return Sharded(plan, tuple(done.path(r.path) for r in receipts), receipts, tensor_digests)
 
 
 def split(path: Path, max_size: str | None, tools: Toolchain, stem: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Verdict:
 
 def smoke(sharded: Sharded, model: Model, tools: Toolchain, store: Store) -> Verdict:
     """The verdict on one variant of a release; raises CheckFailed when it may not be published."""
-    quality = sharded.quantized.plan.variant.smoke_quality
+    quality = sharded.plan.variant.smoke_quality
     inputs = {
         "files": [asdict(r) for r in sharded.receipts],
         "turns": [asdict(t) for t in model.smoke],

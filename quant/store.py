@@ -65,9 +65,20 @@ class Store:
         ``make`` gets an empty folder (with ``keep_partial``: what an interrupted run left, or what was damaged since),
         fills it, and returns its facts. Raises whatever ``make`` raises; then nothing stands under the final name.
         """
-        final = self.root / stage / key(inputs)
-        if found := _read(final, inputs):
+        if found := self.find(stage, inputs):
             return found
+        partial = self.begin(stage, inputs, keep_partial=keep_partial)
+        with disk_errors(partial):
+            facts = make(partial)
+        return self.settle(stage, inputs, facts)
+
+    def find(self, stage: str, inputs: Mapping[str, Any]) -> Done | None:
+        """What stands there for these inputs."""
+        return _read(self._final(stage, inputs), inputs)
+
+    def begin(self, stage: str, inputs: Mapping[str, Any], *, keep_partial: bool = False) -> Path:
+        """A folder to make something for these inputs in; :meth:`settle` gives it its final name."""
+        final = self._final(stage, inputs)
         partial = final.with_name(final.name + files.PARTIAL)
         with disk_errors(partial):
             if keep_partial and final.exists() and not partial.exists():
@@ -77,12 +88,35 @@ class Store:
             if not keep_partial:
                 files.remove(partial)
             partial.mkdir(parents=True, exist_ok=True)
-            facts = make(partial)
+        return partial
+
+    def settle(self, stage: str, inputs: Mapping[str, Any], facts: Mapping[str, Any]) -> Done:
+        """Say that the folder of these inputs is complete, with everything that is in it."""
+        final = self._final(stage, inputs)
+        partial = final.with_name(final.name + files.PARTIAL)
+        with disk_errors(partial):
             receipts = [files.receipt(p, partial) for p in sorted(partial.rglob("*")) if _is_output(p)]
             record = {"inputs": inputs, "facts": facts, "files": [asdict(r) for r in receipts]}
             files.write_text(partial / RECEIPT, files.pretty(record))
             files.settle(partial, final)
         return Done(final, facts, tuple(receipts), fresh=True)
+
+    def all(self, stage: str) -> Iterator[tuple[Mapping[str, Any], Done]]:
+        """Everything that was ever finished in a stage and still stands, with what went in."""
+        for folder in sorted((self.root / stage).glob("*")):
+            try:
+                inputs = json.loads((folder / RECEIPT).read_text())["inputs"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if done := _read(folder, inputs):
+                yield inputs, done
+
+    def scratch(self, stage: str) -> Path:
+        """Where a stage may keep what is of use to its next run only."""
+        return self.root / stage / "work"
+
+    def _final(self, stage: str, inputs: Mapping[str, Any]) -> Path:
+        return self.root / stage / key(inputs)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

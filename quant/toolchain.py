@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +32,8 @@ LAST_WORDS = 12
 
 LITTLE_BYTES = 4 * 2**20
 """A disk with less than this is full: tools write in pieces of about this size."""
+
+LOOK_SECONDS = 1.0
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
@@ -111,19 +113,25 @@ def find(folder: str | Path | None = None) -> Toolchain:
             raise ToolError(f"{root}: llama.cpp: no such folder ({'--llama-cpp' if folder else SETTING})")
         places = [root, root / "bin", root / "build" / "bin"]
     else:
-        on_path = shutil.which("llama-quantize")
+        on_path = shutil.which("llama-server")
         places = [Path(sys.prefix) / "bin", *([Path(on_path).resolve().parent] if on_path else [])]
-    return Toolchain(next((p for p in places if (p / "llama-quantize").exists()), places[0]))
+    return Toolchain(next((p for p in places if (p / "llama-server").exists()), places[0]))
 
 
 def run(
-    command: Sequence[str | Path], *, cwd: Path, log: Path, env: dict[str, str] | None = None, name: str | None = None
-) -> None:
-    """Run one program to its end; raises ToolError that quotes its last words when it does not end well."""
+    command: Sequence[str | Path], *, cwd: Path, log: Path, env: dict[str, str] | None = None, name: str | None = None,
+    meanwhile: Callable[[], None] | None = None,
+) -> None:  # fmt: skip
+    """Run one program to its end; raises ToolError that quotes its last words when it does not end well.
+
+    ``meanwhile`` is called every second while it runs.
+    """
     with _logged(command, log) as out:
         process = _start(command, cwd, out, env)
         try:
-            code = process.wait()
+            while (code := _wait(process, LOOK_SECONDS if meanwhile else None)) is None:
+                assert meanwhile
+                meanwhile()
         finally:
             _stop(process)
     if code and (reason := no_room(cwd)):
@@ -199,6 +207,14 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float | None) -> int | None:
+    """The exit code of a process, or none when it still runs after so many seconds."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _how_it_ended(code: int) -> str:

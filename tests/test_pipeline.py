@@ -124,7 +124,6 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(some: Path, tmp_pa
         "imatrix",
         "plan",
         "quantize",
-        "shard",
         "smoke",
         "package",
     ):
@@ -138,7 +137,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(some: Path, tmp_pa
         process.wait()
         process.stderr.close()
         assert not (tmp_path / "tiny-glm").exists() or stage == "package"
-    assert len(killed) == 10
+    assert len(killed) == 9
     done = run("demo", "--out", tmp_path, *SOME)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "tiny-glm") == contents(some / "tiny-glm")
@@ -231,12 +230,12 @@ def test_a_missing_tool_is_named_with_what_brings_it(tmp_path: Path) -> None:
 def test_a_tool_that_fails_is_quoted(some: Path, tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
-    for tool in ("llama-imatrix", "llama-gguf-split", "llama-server"):
+    for tool in ("llama-quantize", "llama-gguf-split", "llama-server"):
         (tools / tool).symlink_to(find().bin / tool)
-    (tools / "llama-quantize").write_text("#!/bin/sh\necho 'the sky fell down'; exit 7\n")
-    (tools / "llama-quantize").chmod(0o755)
+    (tools / "llama-imatrix").write_text("#!/bin/sh\necho 'the sky fell down'; exit 7\n")
+    (tools / "llama-imatrix").chmod(0o755)
     refused = run("demo", "-o", tmp_path / "out", "-v", "Q4_1", "--llama-cpp", tools)
-    assert_refused(refused, tmp_path / "out", "llama-quantize exited with 7", "the sky fell down")
+    assert_refused(refused, tmp_path / "out", "llama-imatrix exited with 7", "the sky fell down")
 
 
 def test_a_taken_port_is_refused(some: Path) -> None:

@@ -1,9 +1,13 @@
 """What the commands share: the group they belong to, and the options that mean the same everywhere."""
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from quant.engine.job import Settings
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -14,6 +18,13 @@ work_option = click.option(
     "--work", type=FOLDER, envvar="QUANT_WORK", help="Where finished stages are kept.  [OUT/.work]"
 )
 tools_option = click.option("--llama-cpp", type=FOLDER, help="A llama.cpp of your own.  [$QUANT_LLAMA_CPP]")
+jobs_option = click.option("--jobs", type=click.IntRange(1), help="Threads that quantise.  [one a core]")
+memory_option = click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=lambda _c, _p, text: size(text),
+    help="What quantising may take: 900M, 2G.  [1 GiB]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 
 
@@ -21,6 +32,24 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON doc
 @click.version_option(package_name="gguf-foundry")
 def quant() -> None:
     """From a model's BF16 weights on the hub to a tested GGUF release."""
+
+
+def size(text: str | None) -> int | None:
+    """``2G`` as bytes. Raises BadParameter for anything else."""
+    from quant.recipe import SIZE, shard_bytes
+
+    if text is None:
+        return None
+    if not re.fullmatch(SIZE, text):
+        raise click.BadParameter(f"expected a number with M or G behind it, found {text!r}")
+    return shard_bytes(text)
+
+
+def settings(jobs: int | None, memory: int | None) -> "Settings":
+    """How much of the machine quantising may take, as it was said on the command line."""
+    from quant.engine.job import Settings
+
+    return Settings(jobs, memory) if memory else Settings(jobs)
 
 
 def one_line(value: Any) -> str:

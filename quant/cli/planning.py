@@ -51,7 +51,7 @@ def plan(
         _show_classes(plans[0])
     _show_variants(recipe, plans, weights, context or recipe.ollama.num_ctx)
     base = sum(t.bytes for t in weights.tensors)
-    needed = 2 * base + sum(2 * p.bytes for p in plans if not p.is_base)
+    needed = 2 * base + sum(p.bytes for p in plans if not p.is_base)
     click.echo(
         f"{len(weights.tensors):,} tensors, {sum(t.elements for t in weights.tensors):,} weights. A build of these takes"
         f" about {human_bytes(needed)} of disk: weights, BF16 file, every variant whole and in shards."

@@ -10,7 +10,11 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from quant.ongoing import heard
+
 T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 30.0
+"""Of a stage that takes long, in a log."""
 
 
 def say(line: str) -> None:
@@ -27,8 +31,16 @@ class Lines:
 
     def __call__(self, stage: str, subject: str, work: Callable[[], T]) -> T:
         """Do one stage and say how long it took."""
-        began = time.monotonic()
-        result = work()
+        began = told = time.monotonic()
+
+        def hear(share: float) -> None:
+            nonlocal told
+            if (now := time.monotonic()) - told >= SECONDS_BETWEEN_LINES:
+                told = now
+                say(f"{'':>{2 * len(str(self.total)) + 3}} {stage:<9} {subject}  {said(share, now - began)}")
+
+        with heard(hear):
+            result = work()
         self.done += 1
         say(
             f"[{self.done:>{len(str(self.total))}}/{self.total}] {stage:<9} {subject}  {time.monotonic() - began:.1f} s"
@@ -48,10 +60,27 @@ class Bar:
 
     def __call__(self, stage: str, subject: str, work: Callable[[], T]) -> T:
         """Do one stage with its name beside the bar."""
+        began = time.monotonic()
+
+        def hear(share: float) -> None:
+            about = said(share, time.monotonic() - began)
+            self.progress.update(self.task, description=f"{stage} {subject}  {about}")
+
         self.progress.update(self.task, description=f"{stage} {subject}")
-        result = work()
+        with heard(hear):
+            result = work()
         self.progress.advance(self.task)
         return result
+
+
+def said(share: float, seconds: float) -> str:
+    """How far a stage is that has run for some seconds, and how long it will take."""
+    if not share:
+        return "0 %"
+    left = round(seconds / share - seconds)
+    hours, minutes = divmod(left // 60, 60)
+    clock = f"{hours}:{minutes:02}:{left % 60:02}" if hours else f"{minutes}:{left % 60:02}"
+    return f"{100 * share:.0f} %, {clock} left"
 
 
 @contextmanager

@@ -2,11 +2,24 @@
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from quant.cli import progress, tables
-from quant.cli.options import FOLDER, quant, tools_option, variants_option, work_option
+from quant.cli.options import (
+    FOLDER,
+    jobs_option,
+    memory_option,
+    quant,
+    settings,
+    tools_option,
+    variants_option,
+    work_option,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from quant.engine.job import Settings
 
 
 @quant.command()
@@ -16,7 +29,7 @@ from quant.cli.options import FOLDER, quant, tools_option, variants_option, work
 @tools_option
 def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Path | None) -> None:
     """The whole way, on the tiny model that the project ships: a few minutes, no download."""
-    _build("tiny-glm", variants, out, work, None, llama_cpp)
+    _build("tiny-glm", variants, out, work, None, llama_cpp, settings(None, None))
 
 
 @quant.command()
@@ -25,12 +38,15 @@ def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Pat
 @click.option("--revision", metavar="COMMIT", help="The commit of the hub repo, if the recipe does not pin it.")
 @variants_option
 @work_option
+@jobs_option
+@memory_option
 @tools_option
 def build(
-    model: str, out: Path, revision: str | None, variants: tuple[str, ...], work: Path | None, llama_cpp: Path | None
-) -> None:
+    model: str, out: Path, revision: str | None, variants: tuple[str, ...], work: Path | None, jobs: int | None,
+    memory: int | None, llama_cpp: Path | None,
+) -> None:  # fmt: skip
     """Build the release of MODEL: a name of recipes/models, or a path to such a file."""
-    _build(model, variants, out, work, revision, llama_cpp)
+    _build(model, variants, out, work, revision, llama_cpp, settings(jobs, memory))
 
 
 @quant.command()
@@ -76,13 +92,14 @@ def verify(release: Path) -> None:
 
 
 def _build(
-    model: str, variants: tuple[str, ...], out: Path, work: Path | None, revision: str | None, llama_cpp: Path | None
-) -> None:
+    model: str, variants: tuple[str, ...], out: Path, work: Path | None, revision: str | None, llama_cpp: Path | None,
+    within: "Settings",
+) -> None:  # fmt: skip
     from quant import build as builds
     from quant.package import variants_table
 
     began = time.monotonic()
-    job = builds.prepare(model, variants, out=out, work=work, revision=revision, llama_cpp=llama_cpp)
+    job = builds.prepare(model, variants, out=out, work=work, revision=revision, llama_cpp=llama_cpp, settings=within)
     with progress.shown(job.steps) as do:
         built = builds.build(job, do)
     tables.show(("variant", ">bytes", ">bits/weight", ">files", "smoke test"), variants_table(built.release.manifest))

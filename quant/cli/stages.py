@@ -3,12 +3,25 @@
 import json
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
 
 from quant.cli import progress, tables
-from quant.cli.options import FILE, FOLDER, json_option, one_line, quant, tools_option, variants_option
+from quant.cli.options import (
+    FILE,
+    FOLDER,
+    jobs_option,
+    json_option,
+    memory_option,
+    one_line,
+    quant,
+    settings,
+    size,
+    tools_option,
+    variants_option,
+)  # fmt: skip
 
 
 @quant.command()
@@ -69,39 +82,65 @@ def imatrix(base: Path, out: Path, calibration: str, context: int, llama_cpp: Pa
 
 @quant.command()
 @click.argument("base", type=FILE)
-@click.option("--imatrix", "matrix", type=FILE, required=True, help="Its importance matrix.")
+@click.option("--imatrix", "matrix", type=FILE, help="Its importance matrix.  [none: types that need none]")
 @click.option("--out", "-o", type=FOLDER, required=True, help="The folder for the files.")
 @click.option("--tensor-types", type=FILE, help="Lines `REGEX=type` for whole names, first match wins; instead of -v.")
-@click.option("--jobs", type=click.IntRange(1), help="Threads.  [one a core]")
+@click.option("--max-size", metavar="SIZE", help="Cut the files into shards of at most 50G, 500M ...  [whole files]")
+@jobs_option
+@memory_option
 @variants_option
 @tools_option
 def quantize(
-    base: Path, matrix: Path, out: Path, tensor_types: Path | None, jobs: int | None, variants: tuple[str, ...],
-    llama_cpp: Path | None,
+    base: Path, matrix: Path | None, out: Path, tensor_types: Path | None, max_size: str | None, jobs: int | None,
+    memory: int | None, variants: tuple[str, ...], llama_cpp: Path | None,
 ) -> None:  # fmt: skip
-    """Quantise BASE, a BF16 GGUF, into variants: names of recipes/variants or paths to such files."""
+    """Quantise BASE, a BF16 GGUF, into all variants in one pass: names of recipes/variants or paths to such files.
+
+    A run that was ended continues when it is called again. Beside each file, NAME.gguf.json says what every tensor is: its
+    type, its sha256, and the share of its weighted squares that was lost.
+    """
     from quant import files, toolchain
     from quant import imatrix as matrices
-    from quant.errors import InputError
+    from quant.errors import InputError, refuse
     from quant.header import read_header
     from quant.plan import plan
-    from quant.quantize import write_variant
+    from quant.quantize import Target, stands, write
     from quant.recipe import load_variant, variant_of_types
+    from quant.store import Store
 
+    size(max_size)
     chosen = [variant_of_types(tensor_types)] if tensor_types else [load_variant(v) for v in variants]
     if not chosen or (tensor_types and variants):
         raise click.UsageError("expected --variant or --tensor-types, and not both")
-    header, covered = read_header(base), matrices.read(matrix).unvisited
+    if bases := [v.name for v in chosen if v.is_base]:
+        raise InputError(f"variant {bases[0]}: expected rules to quantise by, found none; that is {base} itself")
+    header, covered = read_header(base), matrices.read(matrix).unvisited if matrix else ()
     if header.metadata.get("split.count", 1) > 1:
         raise InputError(f"{base}: expected the whole file, found a shard of one; `quant merge` puts it together")
     plans = [plan(v, header.tensors, covered) for v in chosen]
+    stem = base.stem.removesuffix("-BF16")
+    targets = [Target(p, out.resolve() / f"{stem}-{p.variant.name}.gguf", max_size) for p in plans]
+    seen = [p.resolve().stat() for p in (base, matrix) if p]
+    identity = files.canonical([(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in seen])
+    refuse(
+        f"{there}: exists already; name another folder or take it away"
+        for t in targets
+        if not stands(t, identity)
+        for there in (*t.path.parent.glob(t.path.name), *t.path.parent.glob(f"{t.path.stem}-*-of-*.gguf"))
+    )
     tools = toolchain.find(llama_cpp)
-    for p in plans:
-        target = absent(out / f"{base.stem.removesuffix('-BF16')}-{p.variant.name}.gguf")
-        with files.scratch(target) as folder:
-            write_variant(base.resolve(), matrix.resolve(), p, tools, folder / target.name, jobs)
-            files.adopt(folder / target.name, target)
-        progress.say(f"{target}: {target.stat().st_size:,} bytes, {p.bits_per_weight:.2f} bits per weight")
+    work = Store(out.resolve() / ".quantize")
+    pass_over = partial(
+        write, base.resolve(), matrix and matrix.resolve(), targets, identity, tools, work.root, settings(jobs, memory)
+    )
+    with work.alone(), progress.shown(1) as do:
+        written = do("quantize", stem, pass_over)
+    files.remove(work.root)
+    for t, facts in zip(targets, written, strict=True):
+        paths = [t.path.with_name(name) for name in facts["files"]]
+        more = f" and {len(paths) - 1} more" if paths[1:] else ""
+        whole = sum(p.stat().st_size for p in paths)
+        progress.say(f"{paths[0]}{more}: {whole:,} bytes, {t.plan.bits_per_weight:.2f} bits per weight")
 
 
 @quant.command()

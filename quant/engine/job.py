@@ -23,12 +23,15 @@ RESERVE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Wanted:
-    """One file that is to be made."""
+    """One variant that is to be made."""
 
     path: Path
+    """Of the whole file; shards are called after it."""
     types: Mapping[str, str]
     """The type of every tensor."""
     file_type: str
+    max_bytes: int | None = None
+    """Cut it into shards with at most so many bytes of tensors."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def write(path: Path, job: Job) -> None:
 def read(path: Path) -> Job:
     """The job that was written there."""
     told = json.loads(path.read_text())
-    wanted = tuple(Wanted(Path(w["path"]), w["types"], w["file_type"]) for w in told["wanted"])
+    wanted = tuple(Wanted(Path(w["path"]), w["types"], w["file_type"], w["max_bytes"]) for w in told["wanted"])
     finished = tuple(
         Finished(Path(f["path"]), {name: Made(**made) for name, made in f["tensors"].items()}) for f in told["finished"]
     )
@@ -89,7 +92,8 @@ def problems(job: Job, source: Source, matrix: Matrix | None) -> Iterator[str]:
         yield from matrix.problems(source.header.tensors)
     for wanted in job.wanted:
         for tensor in source.header.tensors:
-            if problem := _type_problem(tensor, wanted.types.get(tensor.name), matrix):
+            problem = _type_problem(tensor, wanted.types.get(tensor.name), matrix) or _size_problem(tensor, wanted)
+            if problem:
                 yield f"{wanted.path.name}: tensor {tensor.name}: {problem}"
 
 
@@ -110,12 +114,19 @@ def _type_problem(tensor: TensorSpec, name: str | None, matrix: Matrix | None) -
     return None
 
 
+def _size_problem(tensor: TensorSpec, wanted: Wanted) -> str | None:
+    size = TYPES[wanted.types[tensor.name]].bytes(tensor.elements)
+    too_large = wanted.max_bytes is not None and size > wanted.max_bytes
+    return f"expected at most {wanted.max_bytes} bytes, a shard, found {size}" if too_large else None
+
+
 def room_problems(layouts: Mapping[Path, Layout]) -> Iterator[str]:
     """The folders that cannot hold what is still to be written."""
     needed: dict[Path, int] = {}
     for path, layout in layouts.items():
-        partial = path.with_name(path.name + files.PARTIAL)
-        there = partial.stat().st_blocks * 512 if partial.exists() else 0
+        names = layout.names(path.name.removesuffix(".gguf"))
+        partials = (path.with_name(name + files.PARTIAL) for name in names)
+        there = sum(p.stat().st_blocks * 512 for p in partials if p.exists())
         needed[path.parent] = needed.get(path.parent, 0) + max(layout.bytes - there, 0)
     for folder, size in needed.items():
         free = shutil.disk_usage(folder).free

@@ -1,22 +1,36 @@
-"""Where every byte of a variant's file will lie: its head, as llama-quantize writes it, and the place of each tensor.
+"""Where every byte of a variant's files will lie: their heads, as llama-quantize writes them, and each tensor's place.
 
 Pure: the head of the BF16 file and a table of types in, a layout out. Every length is known before anything is written.
 
 llama-quantize copies the keys of its input in their order; a key that it sets is taken out and stands at the end again
 (gguf_set_val_*): version and file type first, then what it says of the imatrix (src/llama-quant.cpp and
-tools/quantize/quantize.cpp).
+tools/quantize/quantize.cpp). Shards are those of llama-gguf-split (tools/gguf-split): the first repeats all keys.
 """
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
-from quant.footprint import MAX_STRING, stored_shape
+from quant.footprint import MAX_STRING, runs, stored_shape
 from quant.ggml_types import FILE_TYPES, TYPES, GGMLType
-from quant.header import ALIGNMENT, ARRAY, MAGIC, SCALARS, STRING, UINT32, VERSION, Header, TensorSpec, padded
+from quant.header import (
+    ALIGNMENT,
+    ARRAY,
+    INT32,
+    MAGIC,
+    SCALARS,
+    STRING,
+    UINT16,
+    UINT32,
+    VERSION,
+    Header,
+    TensorSpec,
+    padded,
+)
 from quant.plan import file_order
 
 QUANTIZATION_VERSION = 2
@@ -32,8 +46,10 @@ class Placed:
     source: TensorSpec
     """As it is in the BF16 file."""
     type: GGMLType
+    part: int
+    """Which of the files holds it."""
     offset: int
-    """From the start of the file."""
+    """From the start of that file."""
 
     @property
     def name(self) -> str:
@@ -58,44 +74,84 @@ class Placed:
 
 @dataclass(frozen=True)
 class Layout:
-    """A whole file that is still to be written."""
+    """The files of one variant, which are still to be written: a whole one, or shards."""
 
-    head: bytes
-    """Everything before the data, padding included."""
+    heads: tuple[bytes, ...]
+    """Of each file, everything before the data, padding included."""
     tensors: tuple[Placed, ...]
+    split: bool
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Length of each file."""
+        ends = [len(head) for head in self.heads]
+        for t in self.tensors:
+            ends[t.part] = padded(t.offset + t.bytes)
+        return tuple(ends)
 
     @property
     def bytes(self) -> int:
-        """Length of the file."""
-        last = self.tensors[-1]
-        return padded(last.offset + last.bytes)
+        """Length of all files."""
+        return sum(self.sizes)
 
     @cached_property
     def digest(self) -> str:
-        """The sha256 of all that it says: the head holds every name, shape, type and offset."""
+        """The sha256 of all that it says: the heads hold every name, shape, type and offset."""
         sources = "".join(f"{t.source.type.name} {t.source.offset}\n" for t in self.tensors)
-        return hashlib.sha256(self.head + sources.encode()).hexdigest()
+        return hashlib.sha256(b"".join(self.heads) + sources.encode()).hexdigest()
+
+    def names(self, stem: str) -> tuple[str, ...]:
+        """What the files are called, by llama.cpp's rule for shards."""
+        count = len(self.heads)
+        return (
+            tuple(f"{stem}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1))
+            if self.split
+            else (f"{stem}.gguf",)
+        )
 
 
-def lay_out(base: Header, head: bytes, types: Mapping[str, str], file_type: str, about: Mapping[str, Any]) -> Layout:
+def lay_out(
+    base: Header, head: bytes, types: Mapping[str, str], file_type: str, about: Mapping[str, Any],
+    max_bytes: int | None = None,
+) -> Layout:  # fmt: skip
     """The file that a table of types makes of a BF16 file, whose first bytes are ``head``.
 
-    ``about`` is what is said of the imatrix: :func:`about_matrix`, or nothing where there is none.
+    ``about`` is what is said of the imatrix: :func:`about_matrix`, or nothing where there is none. With ``max_bytes``
+    it is cut into shards with at most so many bytes of tensors, which each tensor has to fit into.
     """
     added = {"general.quantization_version": QUANTIZATION_VERSION, "general.file_type": FILE_TYPES[file_type], **about}
     kept = [raw for name, raw in keys(head) if name not in added and name not in SPLIT_KEYS]
     entries = [*kept, *(_entry(name, value) for name, value in added.items())]
-    order = file_order(base.tensors)
-    infos, offset = [], 0
-    placed = []
-    for tensor in order:
-        made = replace(tensor, type=TYPES[types[tensor.name]], shape=stored_shape(tensor))
-        infos.append(_info(made, offset))
-        placed.append((tensor, made.type, offset))
-        offset += padded(made.bytes)
-    start = HEAD.pack(MAGIC, VERSION, len(order), len(entries)) + b"".join(entries) + b"".join(infos)
-    start += bytes(-len(start) % ALIGNMENT)
-    return Layout(start, tuple(Placed(tensor, kind, len(start) + at) for tensor, kind, at in placed))
+    order = [replace(t, type=TYPES[types[t.name]], shape=stored_shape(t)) for t in file_order(base.tensors)]
+    shards = [len(run) for run in runs((padded(t.bytes) for t in order), max_bytes)] if max_bytes else [len(order)]
+    heads, placed, first = [], [], 0
+    for part, count in enumerate(shards):
+        about_split = _split_entries(part, len(shards), len(order)) if max_bytes else []
+        start, offsets = _head([*(entries if part == 0 else []), *about_split], order[first : first + count])
+        heads.append(start)
+        for made, offset in zip(order[first : first + count], offsets, strict=True):
+            placed.append(Placed(base.by_name[made.name], made.type, part, offset))
+        first += count
+    return Layout(tuple(heads), tuple(placed), max_bytes is not None)
+
+
+def _head(entries: Sequence[bytes], tensors: Sequence[TensorSpec]) -> tuple[bytes, list[int]]:
+    """Everything before the data of a file that holds these keys and tensors, and where each of them begins."""
+    offsets = [0, *accumulate(padded(t.bytes) for t in tensors)]
+    infos = b"".join(_info(t, offset) for t, offset in zip(tensors, offsets, strict=False))
+    head = HEAD.pack(MAGIC, VERSION, len(tensors), len(entries)) + b"".join(entries) + infos
+    head += bytes(-len(head) % ALIGNMENT)
+    return head, [len(head) + offset for offset in offsets[:-1]]
+
+
+def _split_entries(part: int, parts: int, tensors: int) -> list[bytes]:
+    """What llama-gguf-split says in every shard, in its order: it writes the count last."""
+    said = (
+        ("split.no", UINT16, "H", part),
+        ("split.tensors.count", INT32, "i", tensors),
+        ("split.count", UINT16, "H", parts),
+    )
+    return [_text(name.encode()) + struct.pack(f"<I{code}", kind, value) for name, kind, code, value in said]
 
 
 def about_matrix(metadata: Mapping[str, Any], entries: int, name: str) -> dict[str, Any]:

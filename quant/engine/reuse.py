@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quant.engine.chunks import chunks
 from quant.engine.journal import Sums
+from quant.engine.layout import Placed
 from quant.engine.output import Made, Output, digest_at
 from quant.errors import InputError
 from quant.header import Header, TensorSpec, read_header
@@ -67,26 +68,27 @@ def _copied(path: Path, offset: int, output: Output, tensor: int, sha256: str) -
     try:
         if digest_at(fd, offset, placed.bytes) != sha256:
             return False
-        _copy(fd, offset, output, placed.offset, placed.bytes)
+        _copy(fd, offset, output, placed)
     finally:
         os.close(fd)
     return True
 
 
-def _copy(fd: int, offset: int, output: Output, to: int, size: int) -> None:
+def _copy(fd: int, offset: int, output: Output, placed: Placed) -> None:
     """By the kernel, which shares the blocks where the file system can; else through memory."""
+    to, size = placed.offset, placed.bytes
     while size:
         try:
-            n = os.copy_file_range(fd, output.fd, min(size, COPY_BYTES), offset, to)
+            n = os.copy_file_range(fd, output.fds[placed.part], min(size, COPY_BYTES), offset, to)
         except OSError as e:
             if e.errno not in _ELSEWHERE:
-                e.filename = str(output.partial)
+                e.filename = str(output.partials[placed.part])
                 raise
             n = 0
         if not n:
             data = os.pread(fd, min(size, 4 * 2**20), offset)
             if not data:
-                raise InputError(f"{output.partial}: a finished file became shorter while it was copied")
-            output.put(to, memoryview(data))
+                raise InputError(f"{output.path}: a finished file became shorter while it was copied")
+            output.put(placed.part, to, memoryview(data))
             n = len(data)
         offset, to, size = offset + n, to + n, size - n

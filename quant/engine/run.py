@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quant import files, toolchain
+from quant import files, ongoing, toolchain
 from quant.engine import job as jobs
 from quant.engine import slots
 from quant.engine.job import Job
-from quant.engine.output import record_path
+from quant.engine.output import finished, record_path
 from quant.engine.worker import FAILURE, raise_failure
 from quant.errors import ToolError, disk_errors
 
@@ -19,22 +19,17 @@ JOB, LOG = "job.json", "log"
 
 
 def run(job: Job, folder: Path) -> Mapping[Path, Mapping[str, Any]]:
-    """The wanted files, each with what is said of it; those that stand already are not made again.
+    """The wanted variants, each with what is said of it; those that stand already are not made again.
 
     ``folder`` is for the job, its log and what is in work. Raises InputError for what is wrong with the weights, the
     imatrix or the disk, CheckFailed for a wrong result, and ToolError with the tensors in work when ggml ends the process.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        todo = tuple(w for w in job.wanted if not _stands(w.path))
+        todo = tuple(w for w in job.wanted if not finished(w.path, job.identity))
         if todo:
             _start(Job(**{**vars(job), "wanted": todo}), folder)
     return {w.path: json.loads(record_path(w.path).read_text()) for w in job.wanted}
-
-
-def _stands(path: Path) -> bool:
-    """The record is written before the final name is given."""
-    return path.exists() and record_path(path).exists()
 
 
 def _start(job: Job, folder: Path) -> None:
@@ -44,6 +39,7 @@ def _start(job: Job, folder: Path) -> None:
         toolchain.run(
             [sys.executable, "-m", "quant.engine.worker", folder / JOB],
             cwd=folder, log=folder / LOG, env=_environment(), name="the quantiser",
+            meanwhile=lambda: ongoing.tell(slots.share(folder / slots.SHARE)),
         )  # fmt: skip
     except ToolError as e:
         raise_failure(folder)

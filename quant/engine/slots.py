@@ -1,4 +1,7 @@
-"""What every thread has in work, in a small file that outlives the process: who finds it dead can name the tensors."""
+"""What a run says while it works: the tensors that its threads have in work, and how much of all is done.
+
+It stands in small files, which outlive the process: who finds it dead can name the tensors.
+"""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SLOT_BYTES = 128
-NAME = "in-work"
+NAME, SHARE = "in-work", "share"
 
 
 class Slots:
@@ -34,3 +37,16 @@ def read(path: Path) -> tuple[str, ...]:
         return ()
     lines = (data[at : at + SLOT_BYTES] for at in range(0, len(data), SLOT_BYTES))
     return tuple(dict.fromkeys(text for line in lines if (text := line.strip(b" \0").decode(errors="replace"))))
+
+
+def tell_share(path: Path, share: float) -> None:
+    """So much of the work is done, from 0 to 1."""
+    path.write_text(f"{share:.4f}\n")
+
+
+def share(path: Path) -> float:
+    """How much is done; nothing where that was not told yet."""
+    try:
+        return float(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return 0.0

@@ -52,7 +52,9 @@ def work(job: Job, folder: Path) -> None:
     refuse(jobs.room_problems(layouts))
     outputs = [Output(layout, path, job.identity) for path, layout in layouts.items()]
     library = ggml.load(job.library)
-    run = Run(source, matrix, outputs, library, Shelf(job.finished), slots.Slots(folder / slots.NAME))
+    run = Run(
+        source, matrix, outputs, library, Shelf(job.finished), slots.Slots(folder / slots.NAME), folder / slots.SHARE
+    )
     run.go(job.settings.threads, job.settings.memory)
     source.file.check_unchanged()
     if matrix:
@@ -67,7 +69,7 @@ def _layouts(job: Job, source: Source, matrix: Matrix | None) -> Iterator[Layout
     assert len(head) >= HEAD.size
     about = about_matrix(matrix.header.metadata, len(matrix.entries), job.matrix_name) if matrix else {}
     for wanted in job.wanted:
-        yield lay_out(source.header, head, wanted.types, wanted.file_type, about)
+        yield lay_out(source.header, head, wanted.types, wanted.file_type, about, wanted.max_bytes)
 
 
 @dataclass
@@ -80,6 +82,8 @@ class Run:
     library: Library
     shelf: Shelf
     slots: slots.Slots
+    share: Path
+    """Where it is told how much is done."""
     digests: dict[tuple[int, str], str] = field(default_factory=dict)
     """By tensor and type."""
     failure: BaseException | None = None
@@ -102,6 +106,7 @@ class Run:
         self.compute = threading.Semaphore(jobs)
         self.left = Counter(self.index[p.tensor.name] for p in pieces)
         self.queue = deque(pieces)
+        self.all_cost, self.done_cost = sum(p.cost for p in pieces), 0.0
         self.to_digest = deque(i for i in range(len(self.tensors)) if not self.left[i])
         n = min(jobs + READERS, affordable(pieces, memory))
         threads = [threading.Thread(target=self.thread, args=(i,)) for i in range(n)]
@@ -170,6 +175,7 @@ class Run:
                 if output.layout.tensors[index].type == ggml_type and (index, chunk.no) not in output.done:
                     output.write(index, chunk, data, sums)
         with self.lock:
+            self.done_cost += piece.cost
             self.left[index] -= 1
             if not self.left[index]:
                 self.to_digest.append(index)
@@ -200,9 +206,10 @@ class Run:
                 self.digests[key] = output.digest(tensor)
 
     def flush(self) -> None:
-        """Every second, put what is written on the disk and mark it."""
+        """Every second, put what is written on the disk and mark it, and say how much is done."""
         try:
             while not self.over.wait(FLUSH_SECONDS):
+                slots.tell_share(self.share, self.done_cost / max(self.all_cost, 1))
                 for output in self.outputs:
                     output.sync()
         except OSError as e:

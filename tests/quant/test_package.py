@@ -7,7 +7,6 @@ from pathlib import Path
 from quant.files import Receipt
 from quant.package import modelfile, ollama_params, place, smoke_words, variants_table
 from quant.plan import Plan
-from quant.quantize import Quantized
 from quant.recipe import Variant, load_model
 from quant.shard import Sharded
 
@@ -16,9 +15,8 @@ TINY, _ = load_model("tiny-glm")
 
 def sharded(*names: str) -> Sharded:
     variant = Variant("Q4", "For tests.", "Q4_K_M")
-    quantized = Quantized(Plan(variant, ()), Path("q.gguf"), Receipt("q.gguf", "0", 3))
     receipts = tuple(Receipt(n, "0", 5) for n in names)
-    return Sharded(quantized, tuple(Path("/store/key") / n for n in names), receipts, {})
+    return Sharded(Plan(variant, ()), tuple(Path("/store/key") / n for n in names), receipts, {})
 
 
 def test_one_file_goes_to_the_root() -> None:

@@ -12,9 +12,9 @@ from quant.errors import InputError
 from quant.ggml_types import TYPES
 from quant.header import TensorSpec, padded, read_header
 from quant.plan import Plan, coverable, depths, is_moe, plan, problems, quantizable
-from quant.quantize import type_file
 from quant.recipe import Rule, Variant
 from tests.gguf_files import Tensor, key, write
+from tests.llama_quantize import type_file
 
 
 def spec(name: str, *shape: int, stored: str = "BF16") -> TensorSpec:

@@ -1,49 +1,40 @@
-"""Quantising: what llama-quantize is told, and that what it wrote is compared with the plan."""
+"""Quantising: one call for all variants, nothing done twice, and what was written is compared with the plan."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
-from quant import quantize, toolchain
-from quant.errors import CheckFailed, InputError, ToolError
-from quant.ggml_types import TYPES
+from quant import files, imatrix, toolchain
+from quant.convert import Base
+from quant.engine import run
+from quant.engine.job import Job, Wanted
+from quant.errors import CheckFailed, InputError
 from quant.header import read_header
-from quant.plan import plan
-from quant.quantize import differences, type_file, write_variant
+from quant.imatrix import ImportanceMatrix
+from quant.plan import Plan, plan
+from quant.quantize import Target, differences, quantize, write
 from quant.recipe import Rule, Variant
-from quant.toolchain import Toolchain
-from tests.gguf_files import Key, Tensor, content, key, write
+from quant.store import Done, Store
+from tests.gguf_files import Tensor, content
+from tests.gguf_files import write as write_file
+from tests.llama_quantize import llama_quantize
+from tests.quant.engine.models import LARGE, write_base, write_matrix
 
 RULES = Variant("V", "For tests.", "Q4_K_M", (Rule(r"b\..*", "Q8_0", "For tests."), Rule(".*", "Q4_K", "For tests.")))
 BASE = [Tensor("a.weight", (256, 2), "BF16"), Tensor("b.weight", (64, 2), "BF16"), Tensor("n_norm.weight", (7,), "F32")]
 MADE = [Tensor("a.weight", (256, 2), "Q4_K"), Tensor("b.weight", (64, 2), "Q8_0"), BASE[2]]
 
 
-def test_names_are_escaped_and_anchored() -> None:
-    lines = type_file({"blk.1.ffn_down.weight": "Q4_K", "a+b[0].weight": "IQ2_XXS"}).splitlines()
-    assert lines == [r"^blk\.1\.ffn_down\.weight$=q4_k", r"^a\+b\[0\]\.weight$=iq2_xxs"]
-
-
-def test_every_line_speaks_of_one_tensor_however_it_is_searched() -> None:
-    names = [f"blk.{n}.ffn_{part}.weight" for n in (1, 11, 111) for part in ("up", "up_exps", "gate_up")]
-    for line, name in zip(type_file(dict.fromkeys(names, "Q4_K")).splitlines(), names, strict=True):
-        assert [other for other in names if re.search(line.rpartition("=")[0], other)] == [name]
-
-
-def test_no_types_are_an_empty_file() -> None:
-    assert type_file({}) == ""
-
-
 def made(tmp_path: Path, tensors: list[Tensor], cut: int = 0, extra: bytes = b"") -> list[str]:
-    planned = plan(RULES, read_header(write(tmp_path / "base.gguf", BASE)).tensors)
-    path = write(tmp_path / "made.gguf", tensors, cut=cut)
+    planned = plan(RULES, read_header(write_file(tmp_path / "base.gguf", BASE)).tensors)
+    path = write_file(tmp_path / "made.gguf", tensors, cut=cut)
     path.write_bytes(path.read_bytes() + extra)
     expected_bytes = len(content(MADE))
-    return [line.removeprefix(f"{path}: ") for line in differences(planned, read_header(path), expected_bytes)]
+    return [line.removeprefix(f"{path}: ") for line in differences(planned, [read_header(path)], expected_bytes)]
 
 
 def test_a_file_as_planned_has_no_differences(tmp_path: Path) -> None:
@@ -77,78 +68,127 @@ def test_a_file_of_another_length_is_told(tmp_path: Path) -> None:
     assert re.fullmatch(r"expected \d+ bytes, found \d+", shorter)
 
 
-def test_what_the_tool_wrote_wrongly_stops_the_work(fake_tools: Callable[..., Toolchain], tmp_path: Path) -> None:
-    base = write(tmp_path / "base.gguf", BASE)
-    matrix = write(tmp_path / "matrix.gguf", [])
-    work = tmp_path / "work"
-    work.mkdir()
-    tools = fake_tools(llama_quantize=f"cp {base} V.gguf")  # the copy of a file is not what was asked for
-    planned = plan(RULES, read_header(base).tensors)
-    with pytest.raises(CheckFailed) as caught:
-        write_variant(base, matrix, planned, tools, work / "V.gguf")
-    assert [p.split(": ")[1] for p in caught.value.problems[:2]] == ["tensor a.weight", "tensor b.weight"]
-    assert (work / "types.txt").read_text() == "^a\\.weight$=q4_k\n^b\\.weight$=q8_0\n"
+def test_shards_are_compared_as_one(tmp_path: Path) -> None:
+    planned = plan(RULES, read_header(write_file(tmp_path / "base.gguf", BASE)).tensors)
+    shards = [read_header(write_file(tmp_path / f"{n}.gguf", [tensor])) for n, tensor in enumerate(MADE)]
+    assert list(differences(planned, shards)) == []
+    assert [line.split(": ")[1] for line in differences(planned, shards[:2])] == ["tensor n_norm.weight"]
 
 
-def test_a_disk_without_room_is_told_before_any_work(
-    fake_tools: Callable[..., Toolchain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# ---- the stage, with ggml's own library
+
+
+SMALL = Variant("S", "x", "Q4_K_M", (Rule(".*", "Q4_K", "x", narrow="Q8_0"),))
+OTHER = replace(SMALL, name="O", rules=(Rule(r"output\.weight", "Q6_K", "x"), *SMALL.rules))
+BF16 = Variant("BF16", "x", "BF16")
+WHOLE = "50G"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """A model in BF16."""
+    path = write_base(tmp_path_factory.mktemp("base") / "base.gguf", LARGE)
+    return Base(path, files.receipt(path, path.parent))
+
+
+@pytest.fixture(scope="module")
+def matrix(base: Base) -> ImportanceMatrix:
+    """Its importance matrix."""
+    return imatrix.read(write_matrix(base.path.parent / "imatrix.gguf", base.path))
+
+
+def planned(base: Base, matrix: ImportanceMatrix, *variants: Variant) -> list[Plan]:
+    return [plan(v, base.header.tensors, matrix.unvisited) for v in variants]
+
+
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, nobody may quantise."""
+
+    def start(*_: object) -> None:
+        raise AssertionError("work that was done is done again")
+
+    monkeypatch.setattr("quant.engine.run._start", start)
+
+
+@pytest.mark.tools
+def test_all_variants_come_out_of_one_call_and_the_base_is_none_of_them(
+    base: Base, matrix: ImportanceMatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantize, "RESERVE_BYTES", 2**62)
-    base = write(tmp_path / "base.gguf", BASE)
-    planned = plan(RULES, read_header(base).tensors)
-    with pytest.raises(InputError, match=r"expected \d+ bytes free, found \d+; free some and run again"):
-        write_variant(base, base, planned, fake_tools(), tmp_path / "V.gguf")
-    assert not (tmp_path / "types.txt").exists()
-
-
-LLAMA: list[Key] = [
-    key("general.architecture", "llama"), key("llama.block_count", 1), key("llama.context_length", 32),
-    key("llama.embedding_length", 256), key("llama.feed_forward_length", 256), key("llama.attention.head_count", 4),
-    key("llama.attention.layer_norm_rms_epsilon", 1e-5), key("tokenizer.ggml.model", "no_vocab"),
-]  # fmt: skip
-
-
-def weights(name: str, rows: int, columns: int = 256) -> Tensor:
-    """A BF16 tensor of random, sound weights: the upper half of each float's bytes."""
-    noise = np.random.default_rng(len(name)).normal(0, 0.1, rows * columns).astype("<f4")
-    return Tensor(name, (columns, rows), "BF16", data=(noise.view("<u4") >> 16).astype("<u2").tobytes())
+    plans, store = planned(base, matrix, BF16, SMALL, OTHER), Store(tmp_path)
+    made = quantize(base, matrix, plans, "M", WHOLE, toolchain.find(), store)
+    assert [(m.name, [p.name for p in m.paths]) for m in made] == [("S", ["M-S.gguf"]), ("O", ["M-O.gguf"])]
+    for m in made:
+        assert read_header(m.paths[0]).tensor_digests() == dict(m.tensor_digests)
+        assert files.digest(m.paths[0]) == m.receipts[0].sha256
+        written = llama_quantize(base.path, matrix.path, m.plan.types(), "Q4_K_M", tmp_path / f"{m.name}.gguf")
+        assert m.paths[0].read_bytes() == written.read_bytes()
+    no_work(monkeypatch)
+    assert quantize(base, matrix, plans, "M", WHOLE, toolchain.find(), store) == made
 
 
 @pytest.mark.tools
-def test_llama_quantize_writes_what_is_planned(tmp_path: Path) -> None:
-    names = ["token_embd.weight", "output.weight", *(f"blk.{n}.ffn_down.weight" for n in (0, 1, 10, 11))]
-    base = write(tmp_path / "base.gguf", [weights(n, 4) for n in names], LLAMA)
-    matrix_keys = [
-        key("general.type", "imatrix"), key("imatrix.datasets", ["calibration.txt"]), key("imatrix.chunk_count", 1),
-        key("imatrix.chunk_size", 512),
-    ]  # fmt: skip
-    ones = np.ones(256, "<f4").tobytes()
-    entries = [
-        (f"{n}.{part}", (256, 1) if part == "in_sum2" else (1, 1), ones)
-        for n in names
-        for part in ("in_sum2", "counts")
-    ]
-    matrix = write(
-        tmp_path / "m.gguf", [Tensor(n, s, "F32", data=ones[: 4 * s[0]]) for n, s, ones in entries], matrix_keys
+def test_a_run_that_ended_between_two_variants_goes_on_with_the_second(
+    base: Base, matrix: ImportanceMatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = planned(base, matrix, SMALL, OTHER)
+    settled: list[str] = []
+    real = Store.settle
+
+    def settle(store: Store, stage: str, inputs: Mapping[str, Any], facts: Mapping[str, Any]) -> Done:
+        if settled:
+            raise KeyboardInterrupt
+        settled.append(inputs["name"])
+        return real(store, stage, inputs, facts)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Store, "settle", settle)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(base, matrix, plans, "M", WHOLE, toolchain.find(), Store(tmp_path))
+    no_work(monkeypatch)  # both were written
+    made = quantize(base, matrix, plans, "M", WHOLE, toolchain.find(), Store(tmp_path))
+    assert [m.name for m in made] == ["S", "O"] and settled == ["M-S"]
+
+
+@pytest.mark.tools
+def test_a_changed_recipe_quantises_only_what_changed(
+    base: Base, matrix: ImportanceMatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, began = Store(tmp_path), []
+    quantize(base, matrix, planned(base, matrix, SMALL), "M", WHOLE, toolchain.find(), store)
+    real = run._start
+
+    def start(job: Job, folder: Path) -> None:
+        began.append(job)
+        real(job, folder)
+
+    monkeypatch.setattr(run, "_start", start)
+    changed = replace(OTHER, name="S")
+    [made] = quantize(base, matrix, planned(base, matrix, changed), "M", "1M", toolchain.find(), store)
+    [job] = began
+    assert [f.path.name for f in job.finished] == ["M-S.gguf"]
+    assert len(made.paths) > 1  # a shard is filled from a whole file as well
+    [alone] = quantize(base, matrix, planned(base, matrix, changed), "M", "1M", toolchain.find(), Store(tmp_path / "b"))
+    assert [p.read_bytes() for p in made.paths] == [p.read_bytes() for p in alone.paths]
+
+
+@pytest.mark.tools
+def test_a_tensor_that_no_shard_holds_is_refused_before_any_work(
+    base: Base, matrix: ImportanceMatrix, tmp_path: Path
+) -> None:
+    large = replace(SMALL, rules=(Rule(".*", "BF16", "x"),))
+    with pytest.raises(InputError) as caught:
+        quantize(base, matrix, planned(base, matrix, large), "M", "1M", toolchain.find(), Store(tmp_path))
+    assert "tensor output.weight: expected at most 1M a shard, found 1536000 bytes" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.tools
+def test_a_file_that_is_not_as_planned_stops_the_work(
+    base: Base, matrix: ImportanceMatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [asked] = planned(base, matrix, SMALL)
+    monkeypatch.setattr(
+        Target, "wanted", Wanted(tmp_path / "V.gguf", planned(base, matrix, OTHER)[0].types(), "Q4_K_M")
     )
-    rules = Variant("V", "x", "Q3_K_M", (
-        Rule(r"token_embd\.weight", "Q2_K", "x"), Rule(r"output\.weight", "Q6_K", "x"),
-        Rule(r"blk\.1\..*", "IQ4_XS", "x"), Rule(r"blk\.\d+\..*", "Q3_K", "x"),
-    ))  # fmt: skip
-    planned = plan(rules, read_header(base).tensors, names)
-    (tmp_path / "work").mkdir()
-    facts = write_variant(base, matrix, planned, toolchain.find(), tmp_path / "work" / "V.gguf", jobs=1)
-    found = {t.name: t.type for t in read_header(tmp_path / "work" / "V.gguf").tensors}
-    assert found["blk.1.ffn_down.weight"] == TYPES["IQ4_XS"]
-    assert found["blk.11.ffn_down.weight"] == TYPES["Q3_K"]
-    assert facts["file_type"] == "Q3_K_M"
-    assert "imatrix.gguf" not in [p.name for p in (tmp_path / "work").iterdir()]
-
-
-@pytest.mark.tools
-def test_llama_quantizes_own_refusal_is_quoted(tmp_path: Path) -> None:
-    base = write(tmp_path / "base.gguf", [weights("token_embd.weight", 4)], LLAMA)
-    planned = plan(replace(RULES, rules=(Rule(".*", "Q4_K", "x"),)), read_header(base).tensors)
-    (tmp_path / "work").mkdir()
-    with pytest.raises(ToolError, match="llama-quantize exited with 1; its last words"):
-        write_variant(base, base, planned, toolchain.find(), tmp_path / "work" / "V.gguf")
+    with pytest.raises(CheckFailed, match=r"tensor output\.weight: expected .*Q4_K.*, found .*Q6_K"):
+        write(base.path, matrix.path, [Target(asked, tmp_path / "V.gguf")], "x", toolchain.find(), tmp_path / "work")

@@ -20,10 +20,11 @@ from quant.convert import Words, write_vision
 from quant.footprint import forecast_bytes, shard_bytes_of
 from quant.header import Header, read_header
 from quant.plan import plan
-from quant.quantize import type_file, write_variant
+from quant.quantize import Target, write
 from quant.recipe import Imatrix, Variant, known, load_variant
 from quant.shard import split
 from quant.template import patch
+from tests.llama_quantize import type_file
 from tests.models import twins
 from tests.models.checkpoints import add_prediction, dequantised, in_fp8
 from tests.models.conversion import convert, dry_run
@@ -76,7 +77,7 @@ def quantised(model: Made, variant: Variant, out: Path) -> Header:
     """A variant, written and compared with its plan and its forecast."""
     out.parent.mkdir()
     planned = plan(variant, read_header(model.base).tensors, imatrix.read(model.matrix).unvisited)
-    write_variant(model.base, model.matrix, planned, toolchain.find(), out)
+    write(model.base, model.matrix, [Target(planned, out)], "twin", toolchain.find(), out.parent / "work")
     return read_header(out)
 
 

@@ -33,6 +33,11 @@ SHAPES = {
     "blk.2.ffn_up.weight":         (1024, 61),
 }  # fmt: skip
 """Rows that no power of two divides, two blocks that are not in the order of their names, one matrix of a single row."""
+LARGE = {
+    "token_embd.weight": (512, 1500), "output.weight": (512, 1500), "output_norm.weight": (512,),
+    **{f"blk.{n}.ffn_{part}.weight": (768, 700) for n in (0, 2, 10) for part in ("up", "down")},
+}  # fmt: skip
+"""Several tensors of a megabyte, for shards."""
 IN_F32 = ("_norm.weight", "ffn_gate_inp.weight", ".bias", "blk.2.ffn_up.weight")
 IN_F16 = ("blk.0.attn_v.weight",)
 BLIND = ("blk.10.ffn_down.weight",)

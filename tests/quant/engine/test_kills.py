@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from quant.engine import chunks, journal
 from quant.engine import job as jobs
 from quant.engine.job import Job
-from quant.engine.output import record_path
+from quant.engine.output import finished, record_path
 from quant.engine.work import READERS, Run, work
 from quant.header import read_header
 from quant.plan import file_order
@@ -57,11 +58,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def told(model: Path, folder: Path) -> Job:
-    """Three files that share some work, in that folder."""
+    """Three variants that share some work, in that folder, one of them in shards."""
     base = model / "base.gguf"
     wanted = {folder / f"{t}.gguf": types(base, t) for t in TYPES}
     wanted[folder / "Q4_K.gguf"]["output.weight"] = "Q8_0"
-    return job(base, model / MATRIX_NAME, wanted, jobs=2)
+    doing = job(base, model / MATRIX_NAME, wanted, jobs=2)
+    first, *rest = doing.wanted
+    return replace(doing, wanted=(replace(first, max_bytes=200_000), *rest))
 
 
 def drive(doing: Job, moment: int) -> subprocess.CompletedProcess[str]:
@@ -76,7 +79,7 @@ def drive(doing: Job, moment: int) -> subprocess.CompletedProcess[str]:
 
 def again(doing: Job) -> None:
     """What is not there yet, as :func:`quant.engine.run.run` does it."""
-    todo = tuple(w for w in doing.wanted if not w.path.exists())
+    todo = tuple(w for w in doing.wanted if not finished(w.path, doing.identity))
     if todo:
         work(Job(**{**vars(doing), "wanted": todo}), doing.wanted[0].path.parent)
 
@@ -87,7 +90,8 @@ def test_fifty_moments(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     done = drive(whole, 0)
     assert done.returncode == 0, done.stderr
     calls = int(done.stdout)
-    expected = {w.path.name: w.path.read_bytes() for w in whole.wanted}
+    expected = {p.name: p.read_bytes() for p in (tmp_path / "whole").glob("*.gguf")}
+    assert len(expected) > len(TYPES) + 1
     records = {w.path.name: record_path(w.path).read_bytes() for w in whole.wanted}
     continued = 0
     for n in range(MOMENTS):
@@ -98,9 +102,8 @@ def test_fifty_moments(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert killed.returncode == -9 or n >= MOMENTS - 2, killed.stderr
         for final in folder.glob("*.gguf"):
             assert final.read_bytes() == expected[final.name], (n, final.name)
-        for partial in folder.glob("*.gguf.partial"):
-            left = journal.path_of(partial.with_suffix(""))
-            continued += left.exists() and left.stat().st_size > journal.HEAD.size + 2 * journal.RECORD.size
+        for left in folder.glob("*.journal"):
+            continued += left.stat().st_size > journal.HEAD.size + 2 * journal.RECORD.size
         again(doing)
         assert {p.name: p.read_bytes() for p in folder.glob("*.gguf")} == expected, n
         assert {w.path.name: record_path(w.path).read_bytes() for w in doing.wanted} == records, n

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quant.engine.layout import Layout, about_matrix, keys, lay_out
 from quant.ggml_types import TYPES
-from quant.header import TensorSpec, padded, read_header
+from quant.header import TensorSpec, padded, read_header, read_headers
 from tests.gguf_files import ARRAY, LLAMA, STRING, Key, Tensor, array, content, key, text, write
 
 NAMES = ("token_embd.weight", "output.weight", "blk.10.a.weight", "blk.2.b.weight", "blk.2.a.weight", "blk.0.c.weight")
@@ -17,9 +17,11 @@ COMPUTED = ("general.quantization_version", "general.file_type")
 QUANTIZE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 
 
-def laid(base: Path, types: dict[str, str], about: dict[str, Any] | None = None) -> Layout:
+def laid(
+    base: Path, types: dict[str, str], about: dict[str, Any] | None = None, max_bytes: int | None = None
+) -> Layout:
     header = read_header(base)
-    return lay_out(header, base.read_bytes()[: header.head_bytes], types, "Q4_K_M", about or {})
+    return lay_out(header, base.read_bytes()[: header.head_bytes], types, "Q4_K_M", about or {}, max_bytes)
 
 
 @st.composite
@@ -40,9 +42,9 @@ def test_a_file_of_a_layout_is_what_was_asked_for(tmp_path: Path, model: tuple[l
     base = write(tmp_path / "base.gguf", tensors)
     layout = laid(base, types)
     made = tmp_path / "made.gguf"
-    made.write_bytes(layout.head + bytes(layout.bytes - len(layout.head)))
+    made.write_bytes(layout.heads[0] + bytes(layout.bytes - len(layout.heads[0])))
     header = read_header(made)  # refuses gaps, overlaps and tensors beyond the end
-    assert header.data_start == len(layout.head) and len(layout.head) % 32 == 0
+    assert header.data_start == len(layout.heads[0]) and len(layout.heads[0]) % 32 == 0
     assert {t.name: t.type.name for t in header.tensors} == types
     assert [header.data_start + t.offset for t in header.tensors] == [t.offset for t in layout.tensors]
     last = header.tensors[-1]
@@ -55,6 +57,26 @@ def test_a_file_of_a_layout_is_what_was_asked_for(tmp_path: Path, model: tuple[l
     for t in header.tensors:
         asked = shapes[t.name]
         assert t.shape == asked or (asked[len(t.shape) :] == (1,) * (len(asked) - len(t.shape)))
+
+
+@QUANTIZE
+@given(models(), st.integers(12_000, 40_000))
+def test_shards_hold_every_tensor_once_in_order_and_no_more_than_the_limit(
+    tmp_path: Path, model: tuple[list[Tensor], dict[str, str]], limit: int
+) -> None:
+    tensors, types = model
+    base = write(tmp_path / "base.gguf", tensors)
+    whole, cut = laid(base, types), laid(base, types, max_bytes=limit)
+    written: list[TensorSpec] = []
+    for name, head, size in zip(cut.names("M"), cut.heads, cut.sizes, strict=True):
+        (tmp_path / name).write_bytes(head + bytes(size - len(head)))
+        header = read_header(tmp_path / name)
+        written += header.tensors
+        assert size - header.data_start <= limit or len(header.tensors) == 1
+    assert [(t.name, t.type) for t in written] == [(t.name, t.type) for t in whole.tensors]
+    headers = read_headers(tmp_path / cut.names("M")[0])  # refuses shards that do not count alike
+    assert {h.metadata["split.tensors.count"] for h in headers} == {len(tensors)}
+    assert read_header(base).metadata.items() <= headers[0].metadata.items()
 
 
 def test_tensors_stand_by_the_number_of_their_block_and_not_by_its_digits(tmp_path: Path) -> None:
@@ -72,7 +94,7 @@ def test_keys_that_are_set_stand_at_the_end_and_split_keys_are_gone(tmp_path: Pa
     about = about_matrix({"imatrix.datasets": ["d" * 200], "imatrix.chunk_count": 3}, 12, "imatrix.gguf")
     layout = laid(base, {"a.weight": "F32"}, about)
     made = tmp_path / "made.gguf"
-    made.write_bytes(layout.head + bytes(layout.bytes - len(layout.head)))
+    made.write_bytes(layout.heads[0] + bytes(layout.bytes - len(layout.heads[0])))
     found = read_header(made).metadata
     given = read_header(base).metadata
     kept = [k for k in given if k not in COMPUTED and not k.startswith("split.")]

@@ -1,24 +1,39 @@
 """Whole files, byte for byte those of llama-quantize: every type, with and without an imatrix, dense and with experts."""
 
+import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from quant import files
 from quant.engine import chunks
 from quant.engine.run import run
 from quant.engine.work import work
 from quant.ggml_types import TYPES
-from quant.header import read_header
-from quant.plan import quantizable
-from quant.quantize import type_file
+from quant.recipe import shard_bytes
 from quant.toolchain import find
-from tests.quant.engine.models import MATRIX_NAME, job, types, write_base, write_matrix
+from tests.llama_quantize import llama_quantize, type_file
+from tests.quant.engine.models import LARGE, MATRIX_NAME, job, types, write_base, write_matrix
 
 pytestmark = pytest.mark.tools
 
 TRIED = [t.name for t in TYPES.values() if t.name not in ("F64", "I8", "I16", "I32", "I64")]
+
+
+def test_names_are_escaped_and_anchored() -> None:
+    lines = type_file({"blk.1.ffn_down.weight": "Q4_K", "a+b[0].weight": "IQ2_XXS"}).splitlines()
+    assert lines == [r"^blk\.1\.ffn_down\.weight$=q4_k", r"^a\+b\[0\]\.weight$=iq2_xxs"]
+
+
+def test_every_line_speaks_of_one_tensor_however_it_is_searched() -> None:
+    names = [f"blk.{n}.ffn_{part}.weight" for n in (1, 11, 111) for part in ("up", "up_exps", "gate_up")]
+    for line, name in zip(type_file(dict.fromkeys(names, "Q4_K")).splitlines(), names, strict=True):
+        assert [other for other in names if re.search(line.rpartition("=")[0], other)] == [name]
+
+
+def test_no_types_are_an_empty_file() -> None:
+    assert type_file({}) == ""
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("oracle")
     write_matrix(made / MATRIX_NAME, write_base(made / "base.gguf"))
     return made
-
-
-def oracle(folder: Path, chosen: dict[str, str], out: Path, *, matrix: bool, file_type: str = "Q8_0") -> bytes:
-    """What llama-quantize makes of the same table."""
-    tensors = read_header(folder / "base.gguf").by_name
-    table = folder / f"{out.name}.txt"
-    files.write_text(table, type_file({n: t for n, t in chosen.items() if quantizable(tensors[n])}))
-    given = ["--imatrix", MATRIX_NAME] if matrix else []
-    command = [*given, "--tensor-type-file", table.name, "base.gguf", out.name, file_type, "2"]
-    done = subprocess.run(
-        [find().path("llama-quantize"), *command], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return (folder / out.name).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,9 @@ def with_matrix(folder: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", TRIED)
 def test_with_an_imatrix(name: str, folder: Path, with_matrix: dict[str, Path]) -> None:
-    expected = oracle(folder, types(folder / "base.gguf", name), folder / f"{name}.oracle", matrix=True)
-    assert with_matrix[name].read_bytes() == expected
+    base, matrix = folder / "base.gguf", folder / MATRIX_NAME
+    expected = llama_quantize(base, matrix, types(base, name), "Q8_0", folder / f"{name}.oracle")
+    assert with_matrix[name].read_bytes() == expected.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,22 @@ def without_matrix(folder: Path) -> dict[str, Path]:
 def test_without_an_imatrix_in_chunks_that_do_not_divide_the_rows(
     name: str, folder: Path, without_matrix: dict[str, Path]
 ) -> None:
-    chosen = types(folder / "base.gguf", name)
-    expected = oracle(folder, chosen, folder / f"{name}-static.oracle", matrix=False, file_type="Q4_K_M")
-    assert without_matrix[name].read_bytes() == expected
+    base = folder / "base.gguf"
+    expected = llama_quantize(base, None, types(base, name), "Q4_K_M", folder / f"{name}-static.oracle")
+    assert without_matrix[name].read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("size", ["1M", "2M", "3M"])
+def test_shards_are_those_of_llama_gguf_split(size: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf", LARGE)
+    matrix = write_matrix(tmp_path / MATRIX_NAME, base)
+    whole, cut = tmp_path / "whole" / "M-V.gguf", tmp_path / "cut" / "M-V.gguf"
+    doing = job(base, matrix, {whole: types(base, "Q8_0"), cut: types(base, "Q8_0")})
+    work(replace(doing, wanted=(doing.wanted[0], replace(doing.wanted[1], max_bytes=shard_bytes(size)))), tmp_path)
+    expected = tmp_path / "expected"
+    expected.mkdir()
+    command: list[str | Path] = ["--split", "--split-max-size", size, whole, expected / "M-V"]
+    subprocess.run([find().path("llama-gguf-split"), *command], check=True, capture_output=True)
+    found = {p.name: p.read_bytes() for p in cut.parent.glob("*.gguf")}
+    assert found == {p.name: p.read_bytes() for p in expected.iterdir()}
+    assert len(found) > 1

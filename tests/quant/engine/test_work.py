@@ -131,7 +131,7 @@ def test_tensors_of_a_finished_file_are_copied(model: Path, tmp_path: Path, call
     record = json.loads(record_path(tmp_path / "a.gguf").read_text())
     work(told(model, tmp_path, b=changed), tmp_path)
     assert (tmp_path / "b.gguf").read_bytes() == copied
-    assert json.loads(record_path(tmp_path / "b.gguf").read_text()) == record
+    assert json.loads(record_path(tmp_path / "b.gguf").read_text())["tensors"] == record["tensors"]
 
 
 def test_a_tensor_that_was_damaged_since_is_made_anew(model: Path, tmp_path: Path, calls: Counter[Any]) -> None:

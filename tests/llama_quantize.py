@@ -1,0 +1,47 @@
+"""llama-quantize, called with an explicit type for every tensor: the oracle of the engine."""
+
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from quant import files
+from quant.footprint import MATRIX_NAME
+from quant.header import read_header
+from quant.plan import quantizable
+from quant.toolchain import find
+
+
+def llama_quantize(
+    base: Path, matrix: Path | None, types: Mapping[str, str], file_type: str, out: Path, *, threads: int = 2
+) -> Path:
+    """Write ``out`` with these types; its folder gets the table, and the matrix under the name that the file tells."""
+    tensors = read_header(base).by_name
+    table = out.with_name(f"{out.name}.types")
+    files.write_text(table, type_file({n: t for n, t in types.items() if quantizable(tensors[n])}))
+    if matrix and not (out.parent / MATRIX_NAME).exists():
+        files.share(matrix, out.parent / MATRIX_NAME)
+    given = ["--imatrix", MATRIX_NAME] if matrix else []
+    command: list[str | Path] = [
+        *given,
+        "--tensor-type-file",
+        table.name,
+        base.resolve(),
+        out.name,
+        file_type,
+        str(threads),
+    ]
+    done = subprocess.run(
+        [find().path("llama-quantize"), *command], cwd=out.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def type_file(types: Mapping[str, str]) -> str:
+    """The ``--tensor-type-file`` that means exactly this table.
+
+    llama-quantize searches every name with a regular expression that is not anchored and takes the first hit, so
+    ``blk.1`` would also be ``blk.11``: every name is escaped and anchored.
+    """
+    return "".join(f"^{re.escape(name)}$={ggml_type.lower()}\n" for name, ggml_type in types.items())
