@@ -34,7 +34,7 @@ def test_a_lock_names_the_commit_of_the_branch_and_a_digest_of_every_file(hub: H
     done = quant(hub, tmp_path, "lock", "tiny.toml")
     assert done.returncode == 0, done.stderr
     locked = lock_of(tmp_path)
-    assert locked["revision"] == list(hub.repos[REPO])[-1]
+    assert locked["revision"] == hub.head(REPO).oid
     by_path = {f["path"]: f for f in locked["files"]}  # type: ignore[attr-defined]
     assert set(by_path) == set(CHECKPOINT)
     assert by_path[SHARDS[0]]["sha256"] == hubs.sha256(CHECKPOINT[SHARDS[0]])
