@@ -11,6 +11,7 @@ STAGES = (
     "shard",
     "smoke",
     "package",
+    "deliver",
     "publish",
 )
 """The way of a release. ``quant.build`` walks it; every name is a module of this package with a verb of its own."""

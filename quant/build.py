@@ -15,13 +15,13 @@ from quant import files, ggml, toolchain
 from quant import source as sources
 from quant.calibrate import calibrate
 from quant.convert import convert, convert_vision, words
+from quant.deliver import deliver
 from quant.engine.job import Settings
 from quant.errors import InputError, refuse
 from quant.imatrix import imatrix
 from quant.lock import Lock, check, pinned, read_lock
 from quant.package import Ingredients, Release, package
 from quant.plan import Plan, plan
-from quant.publish import publish
 from quant.quantize import quantize
 from quant.recipe import Model, Variant, load_model, load_template_patch, load_variant
 from quant.shard import Sharded, shard
@@ -144,11 +144,11 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
         heard = [(v, do("smoke", v.name, partial(smoke, v, model, tools, store))) for v in made]
         whole = Ingredients(model, checkpoint, template, base, vision, text, matrix, tuple(heard), str(tools.version))
         release = do("package", model.title, partial(package, whole, store))
-        published = do("publish", model.title, partial(publish, release, job.out))
+        delivered = do("deliver", model.title, partial(deliver, release, job.out))
         verdicts = tuple(verdict for _, verdict in heard)
-        if published.fresh:
-            _record(job, published.folder, began, verdicts)
-    return Built(published.folder, release, tuple(plans), verdicts, published.fresh)
+        if delivered.fresh:
+            _record(job, delivered.folder, began, verdicts)
+    return Built(delivered.folder, release, tuple(plans), verdicts, delivered.fresh)
 
 
 def pinned_model(name: str, revision: str | None = None) -> tuple[Model, Path, Lock | None]:

@@ -5,19 +5,17 @@ The only module that downloads weights. A commit is named by its 40 letters, bec
 
 import hashlib
 import json
-import re
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from quant import files
-from quant.errors import CheckFailed, InputError, Unreachable, refuse
+from quant import files, hub, memory
+from quant.errors import CheckFailed, refuse
 from quant.files import Receipt
 from quant.recipe import COMMIT, REPO, Source
 from quant.store import Store
@@ -133,26 +131,11 @@ def safetensors_problems(path: Path) -> Iterator[str]:
 def digests(folder: Path, store: Store | None) -> tuple[Receipt, ...]:
     """A receipt for every file of a checkpoint's folder.
 
-    A digest is remembered with the file's length, inode and both of its times, and used again while all of them stand:
-    hashing 700 GB on every start would cost minutes. The change time cannot be set back by copying or touching.
+    Digests are remembered in the store: hashing 700 GB on every start would cost minutes.
     """
-    memory: dict[str, Any] = {}
-    if store:
-        with suppress(OSError, ValueError):
-            memory = json.loads((store.root / DIGESTS).read_text())
     wanted = sorted({p for pattern in WANTED for p in folder.glob(pattern) if p.is_file()})
-    fresh = {str(p): _remembered(p, memory.get(str(p))) for p in wanted}
-    if store and any(memory.get(name) != entry for name, entry in fresh.items()):
-        files.write_text(store.root / DIGESTS, files.pretty(memory | fresh))
-    return tuple(Receipt(p.name, fresh[str(p)]["sha256"], p.stat().st_size) for p in wanted)
-
-
-def _remembered(path: Path, entry: Any) -> dict[str, Any]:
-    stat = path.stat()
-    state = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-    if isinstance(entry, dict) and entry.get("state") == state:
-        return entry
-    return {"state": state, "sha256": files.digest(path)}
+    found = memory.digests(wanted, store.root / DIGESTS if store else None)
+    return tuple(Receipt(p.name, found[p], p.stat().st_size) for p in wanted)
 
 
 def _config_problems(path: Path) -> Iterator[str]:
@@ -204,7 +187,7 @@ def _download(repo: str, revision: str, partial: Path) -> dict[str, Any]:
     _, entries = listing(repo, revision)
     refuse(_listing_problems(f"{repo}@{revision}", entries))
     wanted = wanted_of(entries)
-    with _hub_errors(repo, revision):
+    with hub.errors(repo, revision):
         _fetch(repo, revision, folder)
     files.remove(folder / ".cache")
     wrong = list(_differences(folder, wanted))
@@ -235,7 +218,7 @@ def _fetch(repo: str, revision: str, folder: Path) -> None:
 
     with ThreadPoolExecutor(1) as beside:
         fetching = beside.submit(
-            snapshot_download, repo, revision=revision, local_dir=folder,
+            snapshot_download, repo, revision=revision, local_dir=folder, token=hub.token() or False,
             allow_patterns=list(WANTED), ignore_patterns=["*/*"], tqdm_class=Bar,
         )  # fmt: skip
         try:
@@ -252,12 +235,12 @@ def listing(repo: str, revision: str) -> tuple[str, dict[str, Any]]:
     A checkpoint has nothing deeper that is read. Raises InputError for what the hub does not have, Unreachable when it
     does not answer.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    with _hub_errors(repo, revision):
-        commit = revision if COMMIT.fullmatch(revision) else str(HfApi().repo_info(repo, revision=revision).sha)
-        tree = HfApi().list_repo_tree(repo, revision=commit)
+    with hub.errors(repo, revision):
+        api = hub.client()
+        commit = revision if COMMIT.fullmatch(revision) else str(api.repo_info(repo, revision=revision).sha)
+        tree = api.list_repo_tree(repo, revision=commit)
         return commit, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
@@ -293,31 +276,3 @@ def git_digest(path: Path) -> str:
     """The name that git gives to a file's bytes; the hub knows small files by it."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-@contextmanager
-def _hub_errors(repo: str, revision: str) -> Iterator[None]:
-    """Say in one line what the hub's client means: something to be mended, or something that may pass."""
-    from httpx2 import HTTPError
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, XetDownloadError
-
-    try:
-        yield
-    except GatedRepoError as e:
-        raise InputError(
-            f"{repo}: its owners ask for something first; see https://huggingface.co/{repo}, then log in: hf auth login"
-        ) from e
-    except RepositoryNotFoundError as e:
-        raise InputError(f"{repo}: not on the hub, or private; if it is private, log in: hf auth login") from e
-    except RevisionNotFoundError as e:
-        raise InputError(f"{repo}: expected a commit of it, found {revision!r}, which it does not have") from e
-    except (HTTPError, OSError, RuntimeError, XetDownloadError) as e:
-        if isinstance(e, OSError) and e.errno is not None:
-            raise  # the disk's, not the hub's
-        raise Unreachable(f"{repo}@{revision}: the hub did not deliver ({_said(e)}); run again to continue") from e
-
-
-def _said(e: BaseException) -> str:
-    """The first line of an error, without what follows the ``?`` of an address: that may be a signature."""
-    e = e.__cause__ if isinstance(e, FileNotFoundError) and e.__cause__ else e  # "not cached"; the cause says why
-    return re.sub(r"\?[^\s'\"]+", "", (str(e).strip().splitlines() or [type(e).__name__])[0])

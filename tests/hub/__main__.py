@@ -15,7 +15,7 @@ def main(folder: str, port: str = "8790") -> None:
     place.mkdir(parents=True, exist_ok=True)
     with running(place, int(port)) as hub:
         hub.tokens[TOKEN] = "write"
-        print(f"export HF_ENDPOINT={hub.url} HF_HUB_DISABLE_XET=1 HF_TOKEN={TOKEN}", flush=True)
+        print(f"export HF_ENDPOINT={hub.url} HF_HUB_DISABLE_XET=1 HF_TOKEN={TOKEN}", flush=True)  # noqa: T201 - a program of its own
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
 
 

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from tests.hub.repos import MAIN, Blob, Commit, Fault, Hub, Repo, Request, is_large
 
@@ -70,6 +70,7 @@ CUED = {
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     hub: ClassVar[Hub]
     routes: ClassVar[tuple[tuple[str, str, str], ...]] = (
         ("GET", r"/api/whoami-v2", "whoami"),
@@ -95,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         try:
             super().handle_one_request()
-        except (ConnectionError, ValueError):  # the client went away, or a fault threw it out
+        except ConnectionError:  # the client went away, or a fault threw it out
             self.close_connection = True
 
     def do_GET(self) -> None:
@@ -320,9 +321,8 @@ class _Handler(BaseHTTPRequestHandler):
             if not self.hub.object(value["oid"]).exists():
                 raise _Refused(400, "", f"{value['path']}: the object {value['oid']} was not uploaded")
             files[value["path"]] = self.hub.blob(value["path"], value["oid"], True)
-        elif key == "deletedFile":
-            if files.pop(value["path"], None) is None:
-                raise _Refused(404, "EntryNotFound", "A file with this name doesn't exist")
+        elif key == "deletedFile" and files.pop(value["path"], None) is None:
+            raise _Refused(404, "EntryNotFound", "A file with this name doesn't exist")
 
     def answer_tag(self, repo: str, revision: str) -> None:
         self.may("write")

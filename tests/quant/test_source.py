@@ -382,9 +382,21 @@ def test_a_hub_that_cannot_be_reached_is_one_line(puller: Puller) -> None:
 @pytest.mark.parametrize(
     ("path", "fault", "said"),
     [
-        (REPO, Fault.GATED, "org/tiny: its owners ask for something first; see https://huggingface.co/org/tiny"),
-        (SHARDS[1], Fault.GATED, "org/tiny: its owners ask for something first; see https://huggingface.co/org/tiny"),
-        ("missing", None, "org/tiny: not on the hub, or private; if it is private, log in: hf auth login"),
+        (
+            REPO,
+            Fault.GATED,
+            "org/tiny: its owners ask for something first; see https://huggingface.co/org/tiny, and set HF_TOKEN",
+        ),
+        (
+            SHARDS[1],
+            Fault.GATED,
+            "org/tiny: its owners ask for something first; see https://huggingface.co/org/tiny, and set HF_TOKEN",
+        ),
+        (
+            "missing",
+            None,
+            "org/tiny: not on the hub, or private; if it is private, set HF_TOKEN to a token that may read it",
+        ),
         ("commit", None, "org/tiny: expected a commit of it, found '" + "0" * 40),
         ("weights", None, ": expected weights in *.safetensors, found pytorch_model.bin; name a repo"),
     ],
