@@ -3,11 +3,12 @@
 import re
 from typing import Any
 
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from quant.build import Built
 from quant.package import variants_table
 from quant.plan import Plan
+from quant.publish import Change, Published
 from quant.smoke import Verdict
 
 
@@ -17,6 +18,10 @@ def tell(stage: str, subject: str, result: Any) -> None:
         tell_plan(f"{stage}-{subject}", result)
     elif isinstance(result, Verdict):
         tell_conversation(f"{stage}-{subject}", result)
+    elif isinstance(result, Change):
+        tell_change(f"{stage}-{result.target.repo}-change", result)
+    elif isinstance(result, Published):
+        create_link_artifact(key=_key(f"{stage}-{result.repo}"), link=result.url, description=f"Commit {result.commit}")
 
 
 def tell_plan(key: str, plan: Plan) -> None:
@@ -38,6 +43,11 @@ def tell_conversation(key: str, verdict: Verdict) -> None:
         lines += [f"> {line}" for line in (exchange.reasoning or "").splitlines()]
         lines += ["", exchange.answer]
     create_markdown_artifact(key=_key(key), markdown="\n".join(lines))
+
+
+def tell_change(key: str, change: Change) -> None:
+    """What publishing changes, file by file: who approves a run reads it."""
+    create_markdown_artifact(key=_key(key), markdown="\n".join(["```", *change.lines, "```"]))
 
 
 def tell_release(built: Built) -> None:

@@ -4,21 +4,30 @@ The stages and their order are ``quant.build``'s. Prefect's cache is off, becaus
 one; a run that is started again after a crash continues there.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from prefect import flow, task
+from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.flow_runs import pause_flow_run
 
 from flows.artifacts import tell, tell_release
 from quant import build as builds
 from quant.errors import CheckFailed, Unreachable
+from quant.hub import TOKEN
+from quant.publish import Change
 
 T = TypeVar("T")
-RETRIES = {"source": 3}
+RETRIES = {"source": 3, "publish": 3}
 """How often a stage is tried again after a failure that may pass."""
 RETRY_SECONDS = 30
+APPROVAL_SECONDS = 14 * 24 * 3600
+"""How long a release waits for the one who approves it; a run that waited longer fails, and a new one continues."""
 
 
 @flow(name="quantize", flow_run_name="{model}", persist_result=False)
@@ -29,8 +38,15 @@ def quantize(
     revision: str | None = None,
     work: str | None = None,
     llama_cpp: str | None = None,
+    publish: bool = True,
+    repo: str | None = None,
+    private: bool = False,
+    pull_request: bool = False,
+    dry_run: bool = False,
+    approve: bool = False,
+    token_secret: str | None = None,
 ) -> str:
-    """Build the release of a model and return its folder.
+    """Build the release of a model, publish it if there is a repo, and return its folder.
 
     Args:
         model: A name of recipes/models, or a path to such a file.
@@ -39,15 +55,30 @@ def quantize(
         revision: The commit of the hub repo, 40 letters, if the recipe does not pin it.
         work: Where finished stages are kept; OUT/.work when not given.
         llama_cpp: A folder with a llama.cpp of your own.
+        publish: Publish the release, if a repo is named here or in the recipe.
+        repo: The hub repo to publish to, OWNER/NAME; the recipe's when not given.
+        private: If the repo has to be made, make it private.
+        pull_request: Propose the release as a pull request, and let the repo's owners merge it.
+        dry_run: Only say what publishing would change.
+        approve: Show what publishing will change, and wait until this run is resumed.
+        token_secret: The name of a Prefect secret block that holds the hub's token; HF_TOKEN when not given.
     """
-    job = builds.prepare(model, variants or (), out=out, work=work, revision=revision, llama_cpp=llama_cpp)
-    built = builds.build(job, as_task)
+    with shown_token(token_secret):
+        target = builds.target(model, repo, private=private, pull_request=pull_request) if publish else None
+        job = builds.prepare(
+            model, variants or (), out=out, work=work, revision=revision, llama_cpp=llama_cpp,
+            target=target, dry_run=dry_run,
+        )  # fmt: skip
+        built = builds.build(job, partial(as_task, approve=approve and not dry_run))
     tell_release(built)
     return str(built.folder)
 
 
-def as_task(stage: str, subject: str, work: Callable[[], T]) -> T:
-    """Run one stage as a Prefect task, and leave what it found as an artifact of that task."""
+def as_task(stage: str, subject: str, work: Callable[[], T], approve: bool = False) -> T:
+    """Run one stage as a Prefect task, and leave what it found as an artifact of that task.
+
+    With ``approve``, the flow waits after it has said what publishing will change, until somebody resumes it.
+    """
 
     @task(
         name=stage,
@@ -63,7 +94,25 @@ def as_task(stage: str, subject: str, work: Callable[[], T]) -> T:
         tell(stage, subject, result)
         return result
 
-    return run()
+    result = run()
+    if approve and isinstance(result, Change) and not result.is_empty:
+        pause_flow_run(timeout=APPROVAL_SECONDS)
+    return result
+
+
+@contextmanager
+def shown_token(secret: str | None) -> Iterator[None]:
+    """Let the hub's client find the token of a secret block where it looks for one, as long as the run lasts."""
+    before = os.environ.get(TOKEN)
+    if secret:
+        os.environ[TOKEN] = Secret.load(secret).get()  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        if secret:
+            os.environ.pop(TOKEN, None)
+        if before is not None:
+            os.environ[TOKEN] = before
 
 
 def may_pass(_task: Any, _run: Any, state: State[Any]) -> bool:

@@ -22,6 +22,7 @@ from quant.imatrix import imatrix
 from quant.lock import Lock, check, pinned, read_lock
 from quant.package import Ingredients, Release, package
 from quant.plan import Plan, plan
+from quant.publish import Change, Published, Target, change, publish, welcome
 from quant.quantize import quantize
 from quant.recipe import Model, Variant, load_model, load_template_patch, load_variant
 from quant.shard import Sharded, shard
@@ -59,13 +60,18 @@ class Job:
     """What the source's files have to be, where the recipe was locked."""
     settings: Settings = field(default_factory=Settings)
     """How much of the machine quantising may take."""
+    target: Target | None = None
+    """Where to publish it, if that was asked for."""
+    dry_run: bool = False
+    """Only say what publishing would change."""
 
     @property
     def steps(self) -> int:
         """How many stages will be run; a bar needs to know."""
         bases = sum(v.is_base for v in self.variants)
         passes = bases < len(self.variants)
-        return 7 + self.model.sees + passes + bases + 2 * len(self.variants)
+        publishing = (2 - self.dry_run) if self.target else 0
+        return 7 + self.model.sees + passes + bases + 2 * len(self.variants) + publishing
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,9 @@ class Built:
     verdicts: tuple[Verdict, ...]
     fresh: bool
     """False when it stood already and nothing was done."""
+    change: Change | None = None
+    """What publishing it changes, if that was asked for."""
+    published: Published | None = None
 
 
 def prepare(
@@ -89,10 +98,13 @@ def prepare(
     revision: str | None = None,
     llama_cpp: str | Path | None = None,
     settings: Settings | None = None,
+    target: Target | None = None,
+    dry_run: bool = False,
 ) -> Job:
-    """A job from what a person says: names or paths of recipes, and folders.
+    """A job from what a person says: names or paths of recipes, folders, and where to publish.
 
-    Raises InputError with everything that is wrong with the recipes, ToolError for tools that are missing or too old.
+    Raises InputError with everything that is wrong with the recipes or forbids to publish, ToolError for tools that are
+    missing or too old: all of it before hours of work.
     """
     recipe, path, locked = pinned_model(model, revision)
     loaded = tuple(load_variant(name) for name in _all_known(variants or recipe.variants))
@@ -103,8 +115,10 @@ def prepare(
     ggml.find(tools.bin)
     out = Path(out).expanduser().resolve()
     store = Store(Path(work).expanduser().resolve() if work else out / WORK)
+    if target:
+        welcome(target, recipe.card.license)
     settings = settings or Settings()
-    return Job(recipe, path, loaded, out, Store(store.root / recipe.name), tools, locked, settings)
+    return Job(recipe, path, loaded, out, Store(store.root / recipe.name), tools, locked, settings, target, dry_run)
 
 
 def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
@@ -148,7 +162,21 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
         verdicts = tuple(verdict for _, verdict in heard)
         if delivered.fresh:
             _record(job, delivered.folder, began, verdicts)
-    return Built(delivered.folder, release, tuple(plans), verdicts, delivered.fresh)
+        planned = published = None
+        if job.target:
+            planned = do("publish", f"{job.target.repo}: what changes", partial(change, delivered.folder, job.target))
+            if not job.dry_run:
+                published = do("publish", job.target.repo, partial(publish, planned))
+    return Built(delivered.folder, release, tuple(plans), verdicts, delivered.fresh, planned, published)
+
+
+def target(model: str, repo: str | None = None, private: bool = False, pull_request: bool = False) -> Target | None:
+    """Where a model's releases are published: the repo that was named, else the recipe's; none when there is none."""
+    recipe, _ = load_model(model)
+    default = recipe.publish
+    if not (named := repo or default.repo):
+        return None
+    return Target(named, private=private or default.private, pull_request=pull_request or default.pull_request)
 
 
 def pinned_model(name: str, revision: str | None = None) -> tuple[Model, Path, Lock | None]:

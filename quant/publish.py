@@ -43,7 +43,7 @@ class Target:
     """release-<begin of the manifest's digest> when not given."""
     parent: str | None = None
     """The commit that it has to follow; what the repo is at now, when not given."""
-    jobs: int = 4
+    uploads: int = 4
     """Files that are sent at the same time."""
 
 
@@ -111,6 +111,18 @@ class Published:
         return self.pull_request or f"https://huggingface.co/{self.repo}/tree/{self.tag}"
 
 
+def welcome(target: Target, licence: str) -> None:
+    """Ask before hours of work what publishing will need at their end: the token, the repo, a licence.
+
+    Raises InputError with everything that forbids it, Unreachable when the hub does not answer.
+    """
+    refuse([*_target_problems(target), *_licence_problems(licence, "card.license")])
+    with hub.errors(target.repo):
+        api = hub.client()
+        hub.patiently(api.whoami)
+        _head(api, target)
+
+
 def change(folder: Path, target: Target) -> Change:
     """What publishing the release in a folder would change; asks the hub, and does nothing to it.
 
@@ -118,7 +130,8 @@ def change(folder: Path, target: Target) -> Change:
     """
     refuse(_target_problems(target))
     release = find(folder)
-    refuse(_licence_problems(release.manifest, folder))
+    licence = str(release.manifest["recipe"]["card"].get("license", ""))
+    refuse(_licence_problems(licence, f"{folder / MANIFEST}: recipe.card.license"))
     with hub.errors(target.repo):
         api = hub.client()
         head = _head(api, target)
@@ -156,7 +169,7 @@ def publish(change: Change) -> Published:
 
 def _target_problems(target: Target) -> Iterator[str]:
     if not REPO.fullmatch(target.repo):
-        yield f"repo: expected OWNER/NAME, found {target.repo!r}"
+        yield f"repo: expected OWNER/NAME, found {hub.hidden(target.repo)!r}"
     if target.parent and not COMMIT.fullmatch(target.parent):
         yield f"parent: expected a commit (40 letters of hex), found {target.parent!r}"
     if target.tag is not None and (not target.tag.strip() or any(c in target.tag for c in " ~^:?*[\\\n")):
@@ -165,11 +178,10 @@ def _target_problems(target: Target) -> Iterator[str]:
         yield f"{hub.TOKEN}: not set; publishing needs a token that may write to {target.repo}"
 
 
-def _licence_problems(manifest: Mapping[str, Any], folder: Path) -> Iterator[str]:
+def _licence_problems(licence: str, where: str) -> Iterator[str]:
     """A release without a licence may not be passed on."""
-    licence = manifest["recipe"]["card"].get("license", "").strip()
-    if not licence or licence.lower() in ("other", "unknown"):
-        yield f"{folder / MANIFEST}: recipe.card.license: expected a licence, found {licence or 'none'!r}; say it in the recipe"
+    if not licence.strip() or licence.strip().lower() in ("other", "unknown"):
+        yield f"{where}: expected a licence, found {licence.strip() or 'none'!r}; say it in the recipe"
 
 
 def _head(api: "HfApi", target: Target) -> str | None:
@@ -277,7 +289,7 @@ def _deliver(api: "HfApi", change: Change) -> tuple[str, str | None, bool]:
         return *open_one, False
     additions = list(_additions(change))
     api.preupload_lfs_files(
-        change.target.repo, additions, num_threads=change.target.jobs, create_pr=change.target.pull_request,
+        change.target.repo, additions, num_threads=change.target.uploads, create_pr=change.target.pull_request,
         free_memory=False,
     )  # fmt: skip
     return *_commit(api, change, [*additions, *map(CommitOperationDelete, change.removes)]), True
@@ -301,7 +313,7 @@ def _commit(api: "HfApi", change: Change, operations: Sequence[Any]) -> tuple[st
         try:
             made = api.create_commit(
                 target.repo, operations, commit_message=change.title, parent_commit=change.head,
-                create_pr=target.pull_request, num_threads=target.jobs,
+                create_pr=target.pull_request, num_threads=target.uploads,
             )  # fmt: skip
             return made.oid, made.pr_url
         except HTTPError as e:

@@ -117,6 +117,23 @@ class Card(Strict):
 
 
 @dataclass(frozen=True)
+class Publish(Strict):
+    """Where the releases of a model are published; the files say it too."""
+
+    repo: str | None = None
+    private: bool = False
+    pull_request: bool = False
+    """Propose a release, and let the repo's owners merge it."""
+    quantized_by: str | None = None
+    """Who makes the files; the owner of the repo, when not given."""
+
+    @property
+    def by(self) -> str | None:
+        """Who is named as the maker of the files."""
+        return self.quantized_by or (self.repo.partition("/")[0] if self.repo else None)
+
+
+@dataclass(frozen=True)
 class Turn(Strict):
     """One thing to say to a model, and what its answer must hold."""
 
@@ -156,6 +173,7 @@ class Model(Strict):
     pre_tokenizer: str | None = None
     """llama.cpp's name for the pre-tokenizer, where the converter does not know its hash."""
     imatrix: Imatrix = field(default_factory=Imatrix)
+    publish: Publish = field(default_factory=Publish)
     max_answer: int = 1024
     """Tokens that one answer of the smoke test may take."""
     context_length: int | None = None
@@ -272,6 +290,8 @@ def _model_problems(model: Model, path: Path) -> typing.Iterator[str]:
         yield f"{path}: source: expected one of repo and folder, found {'both' if source.repo else 'neither'}"
     if source.repo and not REPO.fullmatch(source.repo):
         yield f"{path}: source.repo: expected OWNER/NAME, found {source.repo!r}"
+    if model.publish.repo and not REPO.fullmatch(model.publish.repo):
+        yield f"{path}: publish.repo: expected OWNER/NAME, found {model.publish.repo!r}"
     yield from _name_problems(model.name, f"{path}: name")
     yield from _name_problems(model.title, f"{path}: title")
     if not model.variants:

@@ -27,6 +27,30 @@ memory_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 
+_TARGET = (
+    click.option("--repo", metavar="OWNER/NAME", help="Publish there; HF_TOKEN holds the token."),
+    click.option("--private", is_flag=True, help="If the repo has to be made, make it private."),
+    click.option("--pull-request", is_flag=True, help="Propose the release instead of publishing it."),
+    click.option("--tag", help="What the commit is called.  [release-<begin of the manifest's digest>]"),
+    click.option("--parent", metavar="COMMIT", help="The commit to follow.  [what the repo is at]"),
+    click.option("--uploads", type=click.IntRange(1, 32), default=4, show_default=True, help="Files sent at a time."),
+)
+
+
+def target_options(command: Any) -> Any:
+    """Give a command the options that say where to publish, and how."""
+    for option in reversed(_TARGET):
+        command = option(command)
+    return command
+
+
+def target_of(repo: str | None, settings: dict[str, Any]) -> Any:
+    """The target that these options name, which are taken out of the settings; none without a repo."""
+    from quant.publish import Target
+
+    chosen = {key: settings.pop(key) for key in ("private", "pull_request", "tag", "parent", "uploads")}
+    return Target(repo, **chosen) if repo else None
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="gguf-foundry")

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
@@ -13,13 +13,12 @@ from quant.cli.options import (
     memory_option,
     quant,
     settings,
+    target_of,
+    target_options,
     tools_option,
     variants_option,
     work_option,
 )  # fmt: skip
-
-if TYPE_CHECKING:
-    from quant.engine.job import Settings
 
 
 @quant.command()
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 @tools_option
 def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Path | None) -> None:
     """The whole way, on the tiny model that the project ships: a few minutes, no download."""
-    _build("tiny-glm", variants, out, work, None, llama_cpp, settings(None, None))
+    _build("tiny-glm", variants, out=out, work=work, llama_cpp=llama_cpp, settings=settings(None, None))
 
 
 @quant.command()
@@ -41,12 +40,15 @@ def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Pat
 @jobs_option
 @memory_option
 @tools_option
+@target_options
+@click.option("--dry-run", is_flag=True, help="With --repo: say what would change there, and publish nothing.")
 def build(
-    model: str, out: Path, revision: str | None, variants: tuple[str, ...], work: Path | None, jobs: int | None,
-    memory: int | None, llama_cpp: Path | None,
+    model: str, variants: tuple[str, ...], jobs: int | None, memory: int | None, repo: str | None, dry_run: bool,
+    **more: Any,
 ) -> None:  # fmt: skip
-    """Build the release of MODEL: a name of recipes/models, or a path to such a file."""
-    _build(model, variants, out, work, revision, llama_cpp, settings(jobs, memory))
+    """Build the release of MODEL: a name of recipes/models, or a path to such a file. With --repo, publish it there."""
+    target = target_of(repo, more)
+    _build(model, variants, settings=settings(jobs, memory), target=target, dry_run=dry_run, **more)
 
 
 @quant.command()
@@ -91,20 +93,21 @@ def verify(release: Path) -> None:
     click.echo(f"{release}: every file and every tensor is what the manifest says")
 
 
-def _build(
-    model: str, variants: tuple[str, ...], out: Path, work: Path | None, revision: str | None, llama_cpp: Path | None,
-    within: "Settings",
-) -> None:  # fmt: skip
+def _build(model: str, variants: tuple[str, ...], **asked: Any) -> None:
     from quant import build as builds
     from quant.package import variants_table
 
     began = time.monotonic()
-    job = builds.prepare(model, variants, out=out, work=work, revision=revision, llama_cpp=llama_cpp, settings=within)
+    job = builds.prepare(model, variants, **asked)
     with progress.shown(job.steps) as do:
         built = builds.build(job, do)
     tables.show(("variant", ">bytes", ">bits/weight", ">files", "smoke test"), variants_table(built.release.manifest))
     click.echo(f"{built.folder}")
-    if built.fresh:
+    if built.change and not built.published:
+        click.echo("\n".join(built.change.lines))
+    if built.published:
+        click.echo(built.published.url)
+    if built.fresh or (built.published and built.published.fresh):
         progress.say(f"done in {time.monotonic() - began:.0f} s")
     else:
         progress.say("nothing to do: this release stands already, made of the same inputs")

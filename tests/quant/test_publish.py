@@ -1,6 +1,10 @@
 """Publishing on the hub, by the real client against the stand-in: one commit or none, whatever happens in between."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +101,9 @@ def test_a_release_is_one_commit_with_a_tag_and_every_file_of_it(the_hub: Hub, f
     assert len(made(the_hub)) == 1
 
 
-def test_large_files_go_in_one_piece_or_in_parts_and_to_a_storage_that_sees_no_token(the_hub: Hub, folder: Path) -> None:
+def test_large_files_go_in_one_piece_or_in_parts_and_to_a_storage_that_sees_no_token(
+    the_hub: Hub, folder: Path
+) -> None:
     put(folder)
     sent = the_hub.asked("PUT", "^/upload/")
     assert len(sent) == 1 + 3 + 3  # 800 bytes in one, 5,000 and 6,000 in parts of 2,000
@@ -167,11 +173,16 @@ def requests_of(the_hub: Hub, folder: Path, **target: Any) -> int:
     """How many requests a publication makes when nothing happens."""
     put(folder, **target)
     count = len(the_hub.requests)
+    forget(the_hub)
+    return count
+
+
+def forget(the_hub: Hub) -> None:
+    """Let the hub be as it was before anything was published."""
     the_hub.repos.clear()
     for path in (the_hub.folder / "objects").iterdir():
         path.unlink()
     the_hub.requests.clear()
-    return count
 
 
 @pytest.mark.parametrize("fault", [Fault.REFUSED, Fault.BROKEN, Fault.BUSY, Fault.DROPPED, Fault.LOST])
@@ -203,10 +214,7 @@ def test_whichever_request_fails_nothing_is_shown_half_and_one_commit_is_made(
             the_hub.merge(REPO, 1)
         assert shown(the_hub) == whole
         assert len(made(the_hub)) == 1 + pull_request
-        for path in (the_hub.folder / "objects").iterdir():
-            path.unlink()
-        the_hub.repos.clear()
-        the_hub.requests.clear()
+        forget(the_hub)
 
 
 def test_what_was_sent_is_not_sent_again(the_hub: Hub, folder: Path) -> None:
@@ -223,11 +231,100 @@ def test_what_was_sent_is_not_sent_again(the_hub: Hub, folder: Path) -> None:
 def _log(the_hub: Hub, folder: Path) -> list[str]:
     put(folder)
     paths = [r.path for r in the_hub.requests]
-    the_hub.repos.clear()
-    for path in (the_hub.folder / "objects").iterdir():
-        path.unlink()
-    the_hub.requests.clear()
+    forget(the_hub)
     return paths
+
+
+class Publisher:
+    """``quant publish`` in a process of its own."""
+
+    def __init__(self, the_hub: Hub, folder: Path) -> None:
+        self.folder = folder
+        self.env = {
+            "PATH": os.environ["PATH"],
+            "HF_ENDPOINT": the_hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": TOKEN,
+        }
+        self.env |= {"HF_HOME": str(folder.parent / "hf"), "no_proxy": "*"}
+        self.env |= {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
+
+    def start(self, *args: str, **env: str) -> subprocess.Popen[str]:
+        line = [sys.executable, "-c", "from quant.cli import main; main()", "publish", str(self.folder), *args]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(line, env=self.env | env, **pipes)
+
+    def run(self, *args: str, **env: str) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error; the token is in neither."""
+        process = self.start(*args, **env)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert TOKEN not in out + err
+        assert "Traceback" not in err
+        return process.returncode, out, err
+
+
+@pytest.fixture
+def publisher(the_hub: Hub, folder: Path) -> Publisher:
+    return Publisher(the_hub, folder)
+
+
+def test_wherever_the_process_is_killed_nothing_is_shown_half_and_one_commit_is_made(
+    the_hub: Hub, folder: Path, publisher: Publisher
+) -> None:
+    whole = held(folder)
+    count = requests_of(the_hub, folder)
+    running: list[subprocess.Popen[str]] = []
+    for k in range(count):
+        the_hub.cues = {k: lambda: running[-1].kill()}
+        running.append(publisher.start(REPO))
+        running[-1].communicate(timeout=60)
+        assert running[-1].returncode == -signal.SIGKILL
+        assert shown(the_hub) in ({}, whole)
+        the_hub.cues = {}
+        put(folder)
+        assert shown(the_hub) == whole
+        assert len(made(the_hub)) == 1
+        forget(the_hub)
+
+
+def test_the_command_says_where_the_release_stands_and_the_second_time_that_it_stood_there(
+    the_hub: Hub, folder: Path, publisher: Publisher
+) -> None:
+    code, out, err = publisher.run(REPO)
+    assert (code, out) == (0, f"https://huggingface.co/{REPO}/tree/{change(folder, Target(REPO)).tag}\n")
+    assert err.startswith(f"{REPO} (to be made, public): one commit, tag release-")
+    assert publisher.run("--repo", REPO)[2].endswith("nothing to do: this release stands there already\n")
+
+
+def test_a_dry_run_prints_the_change(the_hub: Hub, folder: Path, publisher: Publisher) -> None:
+    code, out, _ = publisher.run(REPO, "--dry-run")
+    assert (code, out.splitlines()) == (0, list(change(folder, Target(REPO)).lines))
+    assert the_hub.repos == {}
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "code", "said"),
+    [
+        ((), {}, 2, "expected one repo to publish to, found none"),
+        ((REPO, "--repo", "other/one"), {}, 2, "found somebody/tiny-GGUF and other/one"),
+        (("tiny",), {}, 2, "repo: expected OWNER/NAME, found 'tiny'"),
+        ((REPO,), {"HF_TOKEN": ""}, 2, "HF_TOKEN: not set"),
+        ((REPO,), {"HF_TOKEN": "hf_NobodysTokenAtAllXX"}, 2, "HF_TOKEN: the hub does not know this token"),
+        ((REPO, "--parent", "main"), {}, 2, "parent: expected a commit (40 letters of hex), found 'main'"),
+        ((REPO,), {"HF_ENDPOINT": "http://127.0.0.1:9"}, 1, "the hub did not deliver"),
+        ((TOKEN,), {}, 2, "repo: expected OWNER/NAME, found '…'"),
+    ],
+)
+def test_what_cannot_be_published_is_one_line_and_an_exit_code(
+    publisher: Publisher, args: tuple[str, ...], env: dict[str, str], code: int, said: str
+) -> None:
+    found, out, err = publisher.run(*args, **env)
+    assert (found, out) == (code, "")
+    assert len(err.splitlines()) == 1
+    assert said in err
 
 
 # Somebody else's commit
@@ -270,7 +367,12 @@ def test_nothing_is_read_to_be_hashed_again(the_hub: Hub, folder: Path, monkeypa
     remember({p: hubs.sha256(p.read_bytes()) for p in folder.rglob("*") if p.is_file()}, memory_of(folder))
     read: list[str] = []
     digest = files.digest
-    monkeypatch.setattr(files, "digest", lambda path: (read.append(path.name), digest(path))[1])
+
+    def counting(path: Path) -> str:
+        read.append(path.name)
+        return digest(path)
+
+    monkeypatch.setattr(files, "digest", counting)
     monkeypatch.setattr("huggingface_hub.lfs.sha_fileobj", lambda f: pytest.fail(f"{f.name} was hashed"))
     put(folder)
     assert sorted(read) == [CHECKSUMS, MANIFEST]
@@ -378,7 +480,9 @@ def test_a_remote_file_that_differs_is_named_with_both_digests(the_hub: Hub, fol
             publish(planned)
     (said,) = e.value.problems
     expected, found = hubs.sha256(CONTENT["tiny-UD-TQ1_0.gguf"]), hubs.sha256(b"bent" * 200)
-    assert said == f"{REPO}: tiny-UD-TQ1_0.gguf: expected sha256 {expected} (800 bytes), found sha256 {found} (800 bytes)"
+    assert (
+        said == f"{REPO}: tiny-UD-TQ1_0.gguf: expected sha256 {expected} (800 bytes), found sha256 {found} (800 bytes)"
+    )
 
 
 def test_a_hub_without_room_is_told_as_that(the_hub: Hub, folder: Path) -> None:

@@ -1,0 +1,40 @@
+"""The command that puts a release on the hub. It imports what it needs when it runs, so `quant --help` stays quick."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quant.cli import progress
+from quant.cli.options import FOLDER, quant, target_of, target_options
+from quant.errors import InputError
+
+
+@quant.command()
+@click.argument("release", type=FOLDER)
+@click.argument("owner_name", metavar="[OWNER/NAME]", required=False)
+@target_options
+@click.option("--dry-run", is_flag=True, help="Say what would change, and do nothing.")
+def publish(release: Path, owner_name: str | None, repo: str | None, dry_run: bool, **settings: Any) -> None:
+    """Publish a RELEASE folder on the hub in one commit, and compare every file there with it afterwards.
+
+    The repo is OWNER/NAME, or the one that the release's recipe names. The token is read from HF_TOKEN. After an
+    interruption the same command sends only what is missing, and commits at most once.
+    """
+    from quant import publish as publishing
+    from quant.release import read_manifest
+
+    folder = release.expanduser().resolve()
+    named = repo or owner_name or read_manifest(folder)["recipe"].get("publish", {}).get("repo")
+    if not named or (repo and owner_name and repo != owner_name):
+        found = "none" if not named else f"{owner_name} and {repo}"
+        raise InputError(f"expected one repo to publish to, found {found}: quant publish RELEASE OWNER/NAME")
+    change = publishing.change(folder, target_of(named, settings))
+    if dry_run:
+        click.echo("\n".join(change.lines))
+        return
+    progress.say(change.lines[0])
+    published = publishing.publish(change)
+    click.echo(published.url)
+    if not published.fresh:
+        progress.say("nothing to do: this release stands there already")
