@@ -97,6 +97,8 @@ class Change:
 class Published:
     """A release that stands on the hub, every file of it compared."""
 
+    hub: str
+    """Its address."""
     repo: str
     commit: str
     tag: str | None
@@ -108,7 +110,7 @@ class Published:
     @property
     def url(self) -> str:
         """Where a person sees it."""
-        return self.pull_request or f"https://huggingface.co/{self.repo}/tree/{self.tag}"
+        return self.pull_request or f"{self.hub}/{self.repo}/tree/{self.tag}"
 
 
 def welcome(target: Target, licence: str) -> None:
@@ -164,7 +166,7 @@ def publish(change: Change) -> Published:
     if wrong:
         raise CheckFailed(*wrong)
     _record(change).unlink(missing_ok=True)
-    return Published(target.repo, commit, None if pull else change.tag, pull, fresh)
+    return Published(api.endpoint, target.repo, commit, None if pull else change.tag, pull, fresh)
 
 
 def _target_problems(target: Target) -> Iterator[str]:

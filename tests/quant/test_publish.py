@@ -294,7 +294,7 @@ def test_the_command_says_where_the_release_stands_and_the_second_time_that_it_s
     the_hub: Hub, folder: Path, publisher: Publisher
 ) -> None:
     code, out, err = publisher.run(REPO)
-    assert (code, out) == (0, f"https://huggingface.co/{REPO}/tree/{change(folder, Target(REPO)).tag}\n")
+    assert (code, out) == (0, f"{the_hub.url}/{REPO}/tree/{change(folder, Target(REPO)).tag}\n")
     assert err.startswith(f"{REPO} (to be made, public): one commit, tag release-")
     assert publisher.run("--repo", REPO)[2].endswith("nothing to do: this release stands there already\n")
 
