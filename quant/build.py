@@ -18,7 +18,7 @@ from quant.convert import convert, convert_vision, words
 from quant.deliver import deliver
 from quant.engine.job import Settings
 from quant.errors import InputError, refuse
-from quant.imatrix import imatrix
+from quant.imatrix import SMALL_BASE, imatrix
 from quant.lock import Lock, check, pinned, read_lock
 from quant.package import Ingredients, Release, package
 from quant.plan import Plan, plan
@@ -33,7 +33,7 @@ from quant.template import ChatTemplate, patch
 from quant.toolchain import Toolchain
 
 T = TypeVar("T")
-NEEDED = ("llama-imatrix", "llama-gguf-split", "llama-server")
+NEEDED = ("llama-tokenize", "llama-imatrix", "llama-gguf-split", "llama-server")
 WORK = ".work"
 """The store of a build, in the folder of its releases."""
 
@@ -111,7 +111,7 @@ def prepare(
     if recipe.template != "none":
         load_template_patch(recipe.template)
     tools = toolchain.find(llama_cpp)
-    tools.require(*NEEDED)
+    tools.require(*NEEDED, *(["llama-quantize"] if recipe.imatrix.base == SMALL_BASE else []))
     ggml.find(tools.bin)
     out = Path(out).expanduser().resolve()
     store = Store(Path(work).expanduser().resolve() if work else out / WORK)
@@ -137,10 +137,11 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
             vision = do(
                 "convert", f"{model.title} mmproj", partial(convert_vision, checkpoint, words(model), tools, store)
             )
-        text = do("calibrate", model.imatrix.calibration, partial(calibrate, model, template, store))
+        text = do("calibrate", model.imatrix.calibration, partial(calibrate, model, template, base, tools, store))
         matrix = do("imatrix", model.title, partial(imatrix, base, text, model, tools, store))
         tensors = base.header.tensors
-        plans = [do("plan", v.name, partial(plan, v, tensors, matrix.unvisited)) for v in job.variants]
+        doubt = matrix.doubt(tensors, model.imatrix.coverage)
+        plans = [do("plan", v.name, partial(plan, v, tensors, matrix.covered, doubt)) for v in job.variants]
         made: list[Sharded] = []
         if todo := [p for p in plans if not p.is_base]:
             subject = todo[0].variant.name if len(todo) == 1 else f"{len(todo)} variants"

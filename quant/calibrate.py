@@ -7,11 +7,14 @@ from pathlib import Path
 from calibration import documents
 from calibration.documents import Document
 from quant import files
+from quant.convert import Base
 from quant.errors import InputError
 from quant.files import Receipt
-from quant.recipe import Model
+from quant.recipe import Imatrix, Model
 from quant.store import Store
 from quant.template import ChatTemplate, render
+from quant.tokens import Tokenizer
+from quant.toolchain import Toolchain
 
 
 @dataclass(frozen=True)
@@ -23,20 +26,39 @@ class CalibrationText:
     name: str
     """Of the set."""
     documents: int
+    tokens: int
+    """As the model counts them."""
 
 
-def calibrate(model: Model, template: ChatTemplate | None, store: Store) -> CalibrationText:
+def calibrate(
+    model: Model, template: ChatTemplate | None, base: Base, tools: Toolchain, store: Store
+) -> CalibrationText:
     """The model's calibration set as one text, special tokens written out."""
-    name = model.imatrix.calibration
+    return of_set(model.imatrix, template, base, tools, store)
+
+
+def of_set(
+    settings: Imatrix, template: ChatTemplate | None, base: Base, tools: Toolchain, store: Store
+) -> CalibrationText:
+    """The same without a recipe of a model."""
+    name = settings.calibration
     sources = documents.set_files(name)
     inputs = {
         "set": {p.name: files.digest(p) for p in sources},
         "template": template.sha256 if template else None,
         "order": "by the digest of the documents' names",
     }
+    tokenizer = Tokenizer(base.path, tools)
+    inputs["tokenizer"] = tokenizer.digest
     count = len(documents.load(name))
-    done = store.once("calibrate", inputs, lambda partial: write(name, template, partial / "calibration.txt"))
-    return CalibrationText(done.path("calibration.txt"), done.receipt("calibration.txt"), Path(name).stem, count)
+
+    def make(partial: Path) -> dict[str, int]:
+        facts = write(name, template, partial / "calibration.txt")
+        return facts | {"tokens": tokenizer.count((partial / "calibration.txt").read_text())}
+
+    done = store.once("calibrate", inputs, make)
+    text = done.receipt("calibration.txt")
+    return CalibrationText(done.path("calibration.txt"), text, Path(name).stem, count, done.facts["tokens"])
 
 
 def as_read(document: Document, template: ChatTemplate | None) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,11 @@ def digest(path: Path) -> str:
     """The sha256 of a file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest_of(parts: Sequence[str]) -> str:
+    """One sha256 for several texts in their order."""
+    return hashlib.sha256(canonical(list(parts)).encode()).hexdigest()
 
 
 def receipt(path: Path, root: Path) -> Receipt:

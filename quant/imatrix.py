@@ -1,27 +1,39 @@
-"""Compute the importance matrix with llama-imatrix, and say which tensors and experts it knows.
+"""Compute the importance matrix with llama-imatrix, range by range, until every expert was seen often enough.
 
-For every matrix the file holds two tensors: ``NAME.in_sum2``, the sums of the squared inputs of each column, and
-``NAME.counts``, the tokens that were summed, both per expert (llama.cpp, tools/imatrix).
+The text is read in ranges of chunks. Each is a piece of work of its own in the store, so a run that was killed goes on
+with the next one, and several machines can share the work; the sums are added up afterwards. When an expert saw too few
+tokens, more of the text is drawn, until all did or the budget ends.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quant import files
+from quant import coverage, files, importance, ongoing
 from quant.calibrate import CalibrationText
 from quant.convert import Base
-from quant.errors import CheckFailed, InputError
+from quant.errors import CheckFailed, InputError, refuse
 from quant.files import Receipt
 from quant.footprint import TEXT_NAME
-from quant.header import read_header
-from quant.recipe import Imatrix, Model
-from quant.store import Store
+from quant.header import TensorSpec, shard_paths
+from quant.importance import Importance
+from quant.plan import Doubt, coverable, quantizable
+from quant.recipe import CoverageRule, Imatrix, Model
+from quant.store import Done, Store
 from quant.toolchain import Toolchain
 
-BATCH_TOKENS = 512
-"""Fixed, because the sums are rounded in the order of the batches."""
+log = logging.getLogger(__name__)
+SMALL_BASE = "Q8_0"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A range of chunks."""
+
+    first: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -30,61 +42,189 @@ class ImportanceMatrix:
 
     path: Path
     receipt: Receipt
-    unvisited: Mapping[str, int]
-    """Experts without a single token, for every matrix that the file knows; 0 where all were visited."""
+    counts: Mapping[str, tuple[int, ...]]
+    """Tokens that each expert of each matrix saw."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """What it was made of, as plain JSON: digests and settings, no paths."""
 
-    def covers(self, tensor: str) -> bool:
-        """Whether there is data for that tensor."""
-        return tensor in self.unvisited
+    @property
+    def covered(self) -> frozenset[str]:
+        """The tensors that it has data for."""
+        return frozenset(name for name, tokens in self.counts.items() if any(tokens))
+
+    def doubt(self, tensors: Collection[TensorSpec], rule: CoverageRule) -> Doubt:
+        """Which tensors of a model it knows too badly by that rule.
+
+        Those of the trunk only: blocks that predict further tokens are never covered, and variants have rules for them.
+        """
+        reach = coverable(tensors)
+        wanted = [t.name for t in tensors if t.name in reach and quantizable(t)]
+        unknown = {name: "no data at all" for name in wanted if name not in self.covered}
+        return Doubt(coverage.weak(self.counts, rule.expert_tokens) | unknown, rule.otherwise, rule.floor)
+
+    def json(self) -> dict[str, Any]:
+        """As a manifest tells it."""
+        return asdict(self.receipt) | {"made_of": dict(self.origin), "coverage": coverage.summary(self.counts)}
 
 
 def imatrix(base: Base, text: CalibrationText, model: Model, tools: Toolchain, store: Store) -> ImportanceMatrix:
-    """The importance matrix of a BF16 file over a calibration text. Raises ToolError, or CheckFailed for an empty one."""
-    inputs = {
-        "base": asdict(base.receipt),
+    """The importance matrix of a model over its calibration text.
+
+    Raises ToolError, InputError for a text that is too short, or CheckFailed for a result that knows nothing.
+    """
+    settings = model.imatrix
+    read = small_base(base, tools, store) if settings.base == SMALL_BASE else base
+    return measure(read, text, settings, f"imatrix_{model.title}.gguf", tools, store)
+
+
+def measure(
+    base: Base, text: CalibrationText, settings: Imatrix, name: str, tools: Toolchain, store: Store
+) -> ImportanceMatrix:
+    """The same for any GGUF file, called ``name``; the base may be the first shard of several."""
+    origin = {
+        "base": base.receipt.sha256,
         "text": text.receipt.sha256,
-        "context": model.imatrix.context,
-        "chunks": model.imatrix.chunks,
+        "context": settings.context,
+        "pass_chunks": settings.pass_chunks,
         "llama.cpp": str(tools.version),
     }
-    name = f"imatrix_{model.title}.gguf"
-    settings = model.imatrix
-    done = store.once("imatrix", inputs, lambda partial: compute(base.path, text.path, settings, tools, partial / name))
-    return ImportanceMatrix(done.path(name), done.receipt(name), done.facts["unvisited"])
+    there = whole_chunks(text.tokens, settings.context, text.path)
+    wanted = min(settings.chunks or there, there)
+    most = min(settings.coverage.budget or there, there)
+    parts = [
+        (span, _range(base, text, span, settings, origin, tools, store, wanted))
+        for span in spans(0, wanted, settings.range_chunks, text.tokens, settings.context)
+    ]
+    total = _sum(parts, settings)
+    while (rest := _more(parts, most, settings, text.tokens)) and coverage.weak(
+        total.counts(), settings.coverage.expert_tokens
+    ):
+        log.info("imatrix: experts saw too little in %d chunks; %d more are drawn", rest.first, rest.count)
+        parts.append((rest, _range(base, text, rest, settings, origin, tools, store, rest.first + rest.count)))
+        total = _sum(parts, settings)
+    origin |= {"chunks": sum(span.count for span, _ in parts)}
+    inputs = origin | {"ranges": [[s.first, s.count, d.receipt(PART).sha256] for s, d in parts], "name": name}
+    done = store.once("imatrix", inputs, lambda partial: _write(total, partial / name))
+    counts = {tensor: tuple(tokens) for tensor, tokens in done.facts["counts"].items()}
+    return ImportanceMatrix(done.path(name), done.receipt(name), counts, origin)
 
 
-def compute(base: Path, text: Path, settings: Imatrix, tools: Toolchain, out: Path) -> dict[str, Any]:
-    """Write the importance matrix of a GGUF over a text at ``out``, whose folder belongs to this work."""
+PART = "part.gguf"
+
+
+def spans(first: int, last: int, size: int, tokens: int, context: int) -> tuple[Span, ...]:
+    """The chunks from ``first`` to before ``last`` in ranges of that size.
+
+    llama-imatrix does not begin at one of the last two chunks of a text (tools/imatrix/imatrix.cpp: compute_imatrix): what
+    would begin there is part of the range before.
+    """
+    latest = (tokens - 1) // context - 2
+    starts = [start for start in range(first, last, size) if start == 0 or start <= latest]
+    return tuple(Span(a, b - a) for a, b in zip(starts, [*starts[1:], last], strict=False))
+
+
+def whole_chunks(tokens: int, context: int, where: Path) -> int:
+    """Chunks in a text; raises InputError for one that is too short to be read at all."""
+    if tokens < 2 * context:
+        raise InputError(
+            f"{where}: expected at least two chunks of {context} tokens, found {tokens} tokens; give it more text,"
+            " or a shorter context"
+        )
+    return tokens // context
+
+
+def check_span(span: Span, text: CalibrationText, settings: Imatrix) -> None:
+    """Raise InputError for a range that the text does not have, or that llama-imatrix does not begin at."""
+    there = whole_chunks(text.tokens, settings.context, text.path)
+    latest = max((text.tokens - 1) // settings.context - 2, 0)
+    if span.first > latest or span.first + span.count > there:
+        raise InputError(
+            f"{text.name}: range {span.first}:{span.count}: expected chunks of the {there} that the text has, beginning at"
+            f" {latest} at the latest, found {span.first} to {span.first + span.count - 1}"
+        )
+
+
+def compute(base: Path, text: Path, settings: Imatrix, tools: Toolchain, out: Path, span: Span | None = None) -> None:
+    """Write the importance matrix of a GGUF over a text, or over a range of its chunks, at ``out``.
+
+    The folder of ``out`` belongs to this work.
+    """
     # The name of the text is written into the file, so it is called by a name that may be published.
     files.share(text, out.parent / TEXT_NAME)
-    chunks = ["--chunks", str(settings.chunks)] if settings.chunks else []
+    count = span.count if span else settings.chunks
+    chunks = ["--chunks", str(count)] if count else []
+    begin = ["--chunk", str(span.first)] if span else []
+    together = settings.context * min(settings.pass_chunks, count or settings.pass_chunks)
     tools.run(
         "llama-imatrix",
         ["-m", base, "-f", TEXT_NAME, "-o", out.name, "--parse-special", "--no-ppl", "-c", str(settings.context),
-         "-b", str(BATCH_TOKENS), "-ub", str(BATCH_TOKENS), *chunks],
+         "-b", str(together), "-ub", str(together), *begin, *chunks],
         cwd=out.parent, log=out.parent / "log",
     )  # fmt: skip
     files.remove(out.parent / TEXT_NAME)
-    if not (unvisited := unvisited_experts(out)):
-        raise CheckFailed(f"{out.name}: expected data for the model's matrices, found none; is the text too short?")
-    return {"matrices": len(unvisited), "unvisited": unvisited}
+    if not out.exists():
+        raise CheckFailed(f"{out.name}: expected an importance matrix, found none; is the text too short?")
 
 
-def read(path: Path) -> ImportanceMatrix:
-    """An importance matrix that was computed before. Raises InputError for a file that holds none."""
-    if not (unvisited := unvisited_experts(path)):
-        raise InputError(f"{path}: expected an importance matrix (tensors NAME.counts), found none")
-    return ImportanceMatrix(path, files.receipt(path, path.parent), unvisited)
+def read(path: Path, tensors: Collection[TensorSpec] | None = None) -> ImportanceMatrix:
+    """An importance matrix that was computed before. Raises InputError for one that is broken, or of another model."""
+    found = importance.load(path)
+    if found.legacy:
+        raise InputError(f"{path}: expected GGUF, found the older .dat; `quant imatrix convert` makes one of it")
+    if tensors is not None:
+        refuse(importance.strangers(found, tensors, str(path)))
+    return ImportanceMatrix(path, files.receipt(path, path.parent), found.counts())
 
 
-def unvisited_experts(path: Path) -> dict[str, int]:
-    """For every matrix of an imatrix file, how many of its experts saw no token. Raises InputError for another file."""
-    import numpy as np
+def small_base(base: Base, tools: Toolchain, store: Store) -> Base:
+    """The base in Q8_0: half the bytes to read in every pass."""
+    name = f"{base.path.stem.removesuffix('-BF16')}-{SMALL_BASE}.gguf"
 
-    header = read_header(path)
-    unvisited = {}
-    for tensor in header.tensors:
-        if tensor.name.endswith(".counts"):
-            counts = np.fromfile(path, "<f4", tensor.elements, offset=header.data_start + tensor.offset)
-            unvisited[tensor.name.removesuffix(".counts")] = int((counts == 0).sum())
-    return dict(sorted(unvisited.items()))
+    def make(partial: Path) -> dict[str, Any]:
+        tools.run("llama-quantize", [base.path, name, SMALL_BASE], cwd=partial, log=partial / "log")
+        return {"type": SMALL_BASE}
+
+    inputs = {"base": base.receipt.sha256, "type": SMALL_BASE, "llama.cpp": str(tools.version), "name": name}
+    done = store.once("imatrix-base", inputs, make)
+    return Base(done.path(name), done.receipt(name))
+
+
+def base_of(path: Path) -> Base:
+    """A GGUF file that is there, or the first shard of several, with a digest of all its bytes."""
+    receipts = [files.receipt(p, path.parent) for p in shard_paths(path)]
+    if len(receipts) == 1:
+        return Base(path, receipts[0])
+    return Base(path, Receipt(path.name, files.digest_of([r.sha256 for r in receipts]), sum(r.bytes for r in receipts)))
+
+
+def _range(
+    base: Base, text: CalibrationText, span: Span, settings: Imatrix, origin: Mapping[str, Any], tools: Toolchain,
+    store: Store, goal: int,
+) -> Done:  # fmt: skip
+    """One range, computed now or found; tells how far the work is."""
+
+    def make(partial: Path) -> dict[str, Any]:
+        compute(base.path, text.path, settings, tools, partial / PART, span)
+        found = importance.load(partial / PART)  # a tool on a full disk writes half a file and says nothing
+        return {"matrices": len(found.entries), "tokens": max(max(c) for c in found.counts().values())}
+
+    done = store.once("imatrix-range", dict(origin) | {"first": span.first, "count": span.count}, make)
+    ongoing.tell((span.first + span.count) / goal)
+    return done
+
+
+def _sum(parts: Iterable[tuple[Span, Done]], settings: Imatrix) -> Importance:
+    return importance.merge((importance.load(done.path(PART)) for _, done in parts), settings.context)
+
+
+def _more(parts: Iterable[tuple[Span, Done]], most: int, settings: Imatrix, tokens: int) -> Span | None:
+    """The next range of the text within the budget, if there is one."""
+    read = max(span.first + span.count for span, _ in parts)
+    return next(iter(spans(read, most, settings.range_chunks, tokens, settings.context)), None)
+
+
+def _write(matrix: Importance, out: Path) -> dict[str, Any]:
+    if not matrix.entries:
+        raise CheckFailed(f"{out.name}: expected data for the model's matrices, found none")
+    importance.save(matrix, out)
+    return {"matrices": len(matrix.entries), "counts": {name: list(c) for name, c in matrix.counts().items()}}

@@ -128,7 +128,7 @@ def _manifest(made: Ingredients) -> dict[str, Any]:
         else None,
         "ollama_template": go_template(made.model.template),
         "calibration": {"set": made.text.name, "documents": made.text.documents, "sha256": made.text.receipt.sha256},
-        "imatrix": asdict(made.matrix.receipt),
+        "imatrix": made.matrix.json(),
         "base": asdict(made.base.receipt),
         "vision": asdict(made.vision.receipt) if made.vision else None,
         "parameters": made.base.header.elements,
@@ -153,6 +153,7 @@ def _variant(sharded: Sharded, verdict: Verdict) -> dict[str, Any]:
         "tensors": {
             t.tensor.name: {"type": t.type.name, "sha256": sharded.tensor_digests[t.tensor.name]} for t in plan.tensors
         },
+        "raised": {t.tensor.name: t.raised_from.name for t in plan.tensors if t.raised_from},
         "smoke": [{"name": s.name, "kind": s.kind, "passed": s.passed} for s in verdict.scenarios],
     }
 

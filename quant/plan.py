@@ -5,9 +5,9 @@ The first rule that matches a tensor decides. Tensors that llama-quantize never 
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from quant.errors import refuse
 from quant.ggml_types import TYPES, GGMLType
@@ -29,6 +29,30 @@ BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
+class Doubt:
+    """Tensors that the importance matrix knows too badly, and what is done about them."""
+
+    tensors: Mapping[str, str]
+    """Why each is in doubt."""
+    otherwise: Literal["raise", "refuse", "report"]
+    """Store them as ``floor`` at least, refuse to store them as less, or only tell."""
+    floor: str
+    """The type from which on importance is not needed to trust a tensor."""
+
+    def concerns(self, tensor: TensorSpec, wanted: GGMLType) -> bool:
+        """Whether that type would be below what the tensor can be trusted with."""
+        return tensor.name in self.tensors and wanted.bits_per_weight < self.trusted(tensor).bits_per_weight
+
+    def trusted(self, tensor: TensorSpec) -> GGMLType:
+        """The floor, or the next plain type whose blocks fill the tensor's rows."""
+        floor = TYPES[self.floor]
+        plain = (TYPES[name] for name in ("Q4_1", "Q5_1", "Q8_0", "BF16"))
+        return next(
+            t for t in (floor, *plain) if t.fits(tensor.shape[0]) and t.bits_per_weight >= floor.bits_per_weight
+        )
+
+
+@dataclass(frozen=True)
 class Planned:
     """What one tensor will be."""
 
@@ -37,6 +61,8 @@ class Planned:
     type: GGMLType
     rule: int | None
     """Index of the rule that decided; none for a tensor that keeps its type."""
+    raised_from: GGMLType | None = None
+    """What the rule says, where the tensor is stored as more because the importance matrix knows it too badly."""
 
     @property
     def bytes(self) -> int:
@@ -91,18 +117,24 @@ class Plan:
         }
 
 
-def plan(variant: Variant, tensors: Collection[TensorSpec], covered: Collection[str] | None = None) -> Plan:
+def plan(
+    variant: Variant,
+    tensors: Collection[TensorSpec],
+    covered: Collection[str] | None = None,
+    doubt: Doubt | None = None,
+) -> Plan:
     """The types of one variant for a model's tensors.
 
     ``covered`` are the tensors that the imatrix has data for; before there is one, those that it can have data for.
+    ``doubt`` says which of them it knows too badly, and what becomes of those.
 
     Raises InputError with everything that keeps the variant from being built for this model.
     """
-    refuse(problems(variant, tensors, covered))
+    refuse(problems(variant, tensors, covered, doubt))
     if not variant.rules:
         return Plan(variant, tuple(Planned(t, t.type, None) for t in tensors))
     deciding = decisions(variant, tensors)
-    return Plan(variant, tuple(_planned(variant, t, deciding.get(t.name)) for t in file_order(tensors)))
+    return Plan(variant, tuple(_planned(variant, t, deciding.get(t.name), doubt) for t in file_order(tensors)))
 
 
 def file_order(tensors: Collection[TensorSpec]) -> list[TensorSpec]:
@@ -110,7 +142,9 @@ def file_order(tensors: Collection[TensorSpec]) -> list[TensorSpec]:
     return sorted(tensors, key=lambda t: (int(m[1]) if (m := BLOCK.match(t.name)) else -1, t.name))
 
 
-def problems(variant: Variant, tensors: Collection[TensorSpec], covered: Collection[str] | None) -> Iterator[str]:
+def problems(
+    variant: Variant, tensors: Collection[TensorSpec], covered: Collection[str] | None, doubt: Doubt | None = None
+) -> Iterator[str]:
     """Every reason why the variant cannot be built for these tensors; nothing means that it can."""
     where = f"variant {variant.name}"
     if not variant.rules:
@@ -124,7 +158,7 @@ def problems(variant: Variant, tensors: Collection[TensorSpec], covered: Collect
     for t in tensors:
         decided = deciding.get(t.name)
         if decided is not None:
-            yield from _type_problems(f"{where}: rules[{decided}]", t, variant.rules[decided], covered)
+            yield from _type_problems(f"{where}: rules[{decided}]", t, variant.rules[decided], covered, doubt)
         elif quantizable(t):
             yield f"{where}: tensor {t.name}: expected a rule that matches it, found none"
 
@@ -172,18 +206,31 @@ def type_of(rule: Rule, tensor: TensorSpec) -> GGMLType:
     return wanted if wanted.fits(tensor.shape[0]) or rule.narrow is None else TYPES[rule.narrow]
 
 
-def _planned(variant: Variant, tensor: TensorSpec, rule: int | None) -> Planned:
-    return Planned(tensor, tensor.type if rule is None else type_of(variant.rules[rule], tensor), rule)
+def _planned(variant: Variant, tensor: TensorSpec, rule: int | None, doubt: Doubt | None) -> Planned:
+    if rule is None:
+        return Planned(tensor, tensor.type, None)
+    wanted = type_of(variant.rules[rule], tensor)
+    if doubt and doubt.otherwise == "raise" and doubt.concerns(tensor, wanted):
+        return Planned(tensor, doubt.trusted(tensor), rule, raised_from=wanted)
+    return Planned(tensor, wanted, rule)
 
 
-def _type_problems(where: str, tensor: TensorSpec, rule: Rule, covered: Collection[str]) -> Iterator[str]:
+def _type_problems(
+    where: str, tensor: TensorSpec, rule: Rule, covered: Collection[str], doubt: Doubt | None
+) -> Iterator[str]:
     ggml_type = type_of(rule, tensor)
     if not ggml_type.fits(tensor.shape[0]):
         yield (
             f"{where}: tensor {tensor.name}: expected a row that is a multiple of {ggml_type.block} for {ggml_type.name},"
             f" found {tensor.shape[0]}; give the rule a `narrow` type"
         )
-    if ggml_type.needs_imatrix and tensor.name not in covered:
+    otherwise = doubt.otherwise if doubt and doubt.concerns(tensor, ggml_type) else "report"
+    if doubt and otherwise == "refuse":
+        yield (
+            f"{where}: tensor {tensor.name}: {ggml_type.name} cannot be vouched for: {doubt.tensors[tensor.name]};"
+            f" give it {doubt.floor} or more, or draw more calibration"
+        )
+    elif ggml_type.needs_imatrix and tensor.name not in covered and otherwise != "raise":
         yield (
             f"{where}: tensor {tensor.name}: {ggml_type.name} needs imatrix data, found none for this tensor;"
             " give it a type that needs none"

@@ -143,6 +143,20 @@ class Turn(Strict):
 
 
 @dataclass(frozen=True)
+class CoverageRule(Strict):
+    """How well every expert has to be known, and what becomes of those that are not."""
+
+    expert_tokens: int = 32
+    """Every expert has to see so many; the mean of fewer squares says little of a column."""
+    budget: int | None = None
+    """Chunks that may be read in all, when a second pass is needed; all of the text when not given."""
+    otherwise: typing.Literal["raise", "refuse", "report"] = "raise"
+    """What the plan does with a tensor that is not known so well: see :class:`quant.plan.Doubt`."""
+    floor: str = "Q4_K"
+    """The type from which on a tensor is good enough without importance."""
+
+
+@dataclass(frozen=True)
 class Imatrix(Strict):
     """How the importance matrix is computed."""
 
@@ -150,7 +164,14 @@ class Imatrix(Strict):
     context: int = 512
     """Tokens in a chunk."""
     chunks: int | None = None
-    """At most so many; all of the text when not given."""
+    """At most so many in the first pass; all of the text when not given."""
+    pass_chunks: int = 4
+    """Read together, so that the weights stream through memory once for all of them."""
+    range_chunks: int = 40
+    """One piece of work: what a run that was killed may lose, and what one of several machines takes."""
+    base: typing.Literal["BF16", "Q8_0"] = "BF16"
+    """The file that reads: Q8_0 is half as large, and its activations differ little."""
+    coverage: CoverageRule = field(default_factory=CoverageRule)
 
 
 @dataclass(frozen=True)
@@ -301,8 +322,30 @@ def _model_problems(model: Model, path: Path) -> typing.Iterator[str]:
     if not model.smoke:
         yield f"{path}: smoke: expected at least one turn, found none"
     yield from _architecture_problems(model, path)
+    yield from _imatrix_problems(model.imatrix, f"{path}: imatrix")
     for n, turn in enumerate(model.smoke):
         yield from _pattern_problems(turn.expect, f"{path}: smoke[{n}].expect")
+
+
+def _imatrix_problems(told: Imatrix, where: str) -> typing.Iterator[str]:
+    least = {
+        "context": (told.context, 32),
+        "pass_chunks": (told.pass_chunks, 1),
+        "range_chunks": (told.range_chunks, 1),
+    }
+    least["coverage.expert_tokens"] = (told.coverage.expert_tokens, 0)
+    if told.chunks is not None:
+        least["chunks"] = (told.chunks, 1)
+    if told.coverage.budget is not None:
+        least["coverage.budget"] = (told.coverage.budget, told.chunks or 1)
+    yield from (
+        f"{where}.{key}: expected at least {n}, found {found}" for key, (found, n) in least.items() if found < n
+    )
+    floor = told.coverage.floor
+    if floor not in TYPES:
+        yield f"{where}.coverage.floor: {floor!r} is not one of ggml's: {nearest(floor, TYPES)}"
+    elif TYPES[floor].needs_imatrix:
+        yield f"{where}.coverage.floor: expected a type that needs no importance matrix, found {floor}"
 
 
 def _variant_problems(variant: Variant, path: Path) -> typing.Iterator[str]:

@@ -22,7 +22,10 @@ from pathlib import Path
 
 from quant.errors import InputError, ToolError
 
-TOOLS = ("llama-quantize", "llama-imatrix", "llama-gguf-split", "llama-server", "llama-perplexity", "llama-mtmd-cli")
+TOOLS = (
+    "llama-quantize", "llama-imatrix", "llama-tokenize", "llama-gguf-split", "llama-server", "llama-perplexity",
+    "llama-mtmd-cli",
+)  # fmt: skip
 OLDEST = (0, 5, 0)
 """llama.cpp of October 2026: explicit tensor types win over heuristics, experts without data keep their entry."""
 SETTING = "QUANT_LLAMA_CPP"

@@ -221,7 +221,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
 def test_a_missing_tool_is_named_with_what_brings_it(tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
-    for tool in ("llama-quantize", "llama-imatrix", "llama-server"):
+    for tool in ("llama-quantize", "llama-tokenize", "llama-imatrix", "llama-server"):
         (tools / tool).symlink_to(find().bin / tool)
     refused = run("demo", "-o", tmp_path / "out", "--llama-cpp", tools)
     assert_refused(refused, tmp_path / "out", "llama-gguf-split: tool missing", "uv sync")
@@ -230,7 +230,7 @@ def test_a_missing_tool_is_named_with_what_brings_it(tmp_path: Path) -> None:
 def test_a_tool_that_fails_is_quoted(some: Path, tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
-    for tool in ("llama-quantize", "llama-gguf-split", "llama-server"):
+    for tool in ("llama-quantize", "llama-tokenize", "llama-gguf-split", "llama-server"):
         (tools / tool).symlink_to(find().bin / tool)
     (tools / "llama-imatrix").write_text("#!/bin/sh\necho 'the sky fell down'; exit 7\n")
     (tools / "llama-imatrix").chmod(0o755)

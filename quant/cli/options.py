@@ -80,3 +80,10 @@ def one_line(value: Any) -> str:
     """A value in a cell of a table: no line breaks, and not too long."""
     text = " ".join(str(value).split())
     return text if len(text) <= 110 else f"{text[:107]}..."
+
+
+def absent(path: Path) -> Path:
+    """The path, if nothing stands there: these commands never overwrite."""
+    if path.exists():
+        raise click.UsageError(f"{path}: exists already; name another file or take it away")
+    return path

@@ -1,5 +1,6 @@
 """Show how a build goes: a bar on a terminal, a plain line a stage elsewhere. All of it on standard error."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -88,7 +89,8 @@ def shown(total: int) -> Iterator[Lines | Bar]:
     """What to run stages with, on this terminal or without one."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Lines(total)
+        with told():
+            yield Lines(total)
         return
     columns = (
         SpinnerColumn(),
@@ -97,5 +99,30 @@ def shown(total: int) -> Iterator[Lines | Bar]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress, told(progress.console.print):
         yield Bar(progress, total)
+
+
+@contextmanager
+def told(to: Callable[[str], object] = say) -> Iterator[None]:
+    """While the block runs, say what the library logs: how far a long stage is."""
+    log, handler = logging.getLogger("quant"), _Told(to)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+
+
+class _Told(logging.Handler):
+    """A line of the log as a line for people."""
+
+    def __init__(self, to: Callable[[str], object]) -> None:
+        super().__init__(logging.INFO)
+        self.to = to
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.to(record.getMessage())

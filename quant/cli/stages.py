@@ -12,6 +12,7 @@ from quant.cli import progress, tables
 from quant.cli.options import (
     FILE,
     FOLDER,
+    absent,
     jobs_option,
     json_option,
     memory_option,
@@ -55,33 +56,6 @@ def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vis
 
 @quant.command()
 @click.argument("base", type=FILE)
-@click.option("--out", "-o", type=FILE, required=True, help="The importance matrix to write.")
-@click.option("--calibration", default="embedded", show_default=True, metavar="SET", help="A set's name or path.")
-@click.option("--context", type=click.IntRange(32), default=512, show_default=True, help="Tokens in a chunk.")
-@tools_option
-def imatrix(base: Path, out: Path, calibration: str, context: int, llama_cpp: Path | None) -> None:
-    """Compute the importance matrix of BASE, a BF16 GGUF, over a calibration set in the model's own chat format."""
-    from quant import calibrate, files, toolchain
-    from quant.header import read_header
-    from quant.imatrix import compute
-    from quant.recipe import Imatrix
-    from quant.template import patch
-
-    text = read_header(base).metadata.get("tokenizer.chat_template")
-    template = patch(text, None, str(base)) if text else None
-    with files.scratch(absent(out)) as folder:
-        calibrate.write(calibration, template, folder / "set.txt")
-        tools = toolchain.find(llama_cpp)
-        facts = compute(base.resolve(), folder / "set.txt", Imatrix(context=context), tools, folder / out.name)
-        files.adopt(folder / out.name, out)
-    blind = {name: n for name, n in facts["unvisited"].items() if n}
-    progress.say(
-        f"{out}: {facts['matrices']} matrices; experts without data: {sum(blind.values())} in {len(blind)} of them"
-    )
-
-
-@quant.command()
-@click.argument("base", type=FILE)
 @click.option("--imatrix", "matrix", type=FILE, help="Its importance matrix.  [none: types that need none]")
 @click.option("--out", "-o", type=FOLDER, required=True, help="The folder for the files.")
 @click.option("--tensor-types", type=FILE, help="Lines `REGEX=type` for whole names, first match wins; instead of -v.")
@@ -114,9 +88,10 @@ def quantize(
         raise click.UsageError("expected --variant or --tensor-types, and not both")
     if bases := [v.name for v in chosen if v.is_base]:
         raise InputError(f"variant {bases[0]}: expected rules to quantise by, found none; that is {base} itself")
-    header, covered = read_header(base), matrices.read(matrix).unvisited if matrix else ()
+    header = read_header(base)
     if header.metadata.get("split.count", 1) > 1:
         raise InputError(f"{base}: expected the whole file, found a shard of one; `quant merge` puts it together")
+    covered = matrices.read(matrix, header.tensors).covered if matrix else ()
     plans = [plan(v, header.tensors, covered) for v in chosen]
     stem = base.stem.removesuffix("-BF16")
     targets = [Target(p, out.resolve() / f"{stem}-{p.variant.name}.gguf", max_size) for p in plans]
@@ -209,10 +184,3 @@ def smoke(path: Path, model: str, port: int | None, as_json: bool, llama_cpp: Pa
             [(s.name, s.kind, "passed" if s.passed else f"FAILED: {s.detail}") for s in verdict.scenarios],
         )
     raise SystemExit(0 if verdict.passed else 1)
-
-
-def absent(path: Path) -> Path:
-    """The path, if nothing stands there: these commands never overwrite."""
-    if path.exists():
-        raise click.UsageError(f"{path}: exists already; name another file or take it away")
-    return path

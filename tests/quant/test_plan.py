@@ -11,7 +11,7 @@ from quant import toolchain
 from quant.errors import InputError
 from quant.ggml_types import TYPES
 from quant.header import TensorSpec, padded, read_header
-from quant.plan import Plan, coverable, depths, is_moe, plan, problems, quantizable
+from quant.plan import Doubt, Plan, coverable, depths, is_moe, plan, problems, quantizable
 from quant.recipe import Rule, Variant
 from tests.gguf_files import Tensor, key, write
 from tests.llama_quantize import type_file
@@ -218,3 +218,41 @@ def test_llama_quantize_plans_what_we_plan(tmp_path: Path) -> None:
     types = tmp_path / "types.txt"
     types.write_text(type_file(chosen))
     assert dry_run(path, "--tensor-type-file", str(types)) == {n: t.lower() for n, t in planned.types().items()}
+
+
+def doubt(otherwise: str, floor: str = "Q4_K", name: str = TRUNK[3].name) -> Doubt:
+    return Doubt({name: "layer 3: expert 5 saw nothing"}, otherwise, floor)  # type: ignore[arg-type]
+
+
+def test_a_tensor_in_doubt_is_raised_to_the_floor_and_no_other() -> None:
+    planned = plan(variant(rule(".*", "Q2_K")), MODEL, doubt=doubt("raise"))
+    assert {t.tensor.name: (t.type.name, t.raised_from and t.raised_from.name) for t in planned.tensors}[
+        TRUNK[3].name
+    ] == ("Q4_K", "Q2_K")
+    assert {t.type.name for t in planned.tensors if t.tensor.name != TRUNK[3].name} == {"Q2_K", "F32"}
+
+
+def test_a_tensor_in_doubt_that_is_stored_well_enough_is_left_alone() -> None:
+    assert plan(variant(rule(".*", "Q6_K")), MODEL, doubt=doubt("raise")) == plan(variant(rule(".*", "Q6_K")), MODEL)
+    assert not list(problems(variant(rule(".*", "Q4_K")), MODEL, None, doubt("refuse")))
+
+
+def test_a_floor_whose_blocks_do_not_fill_the_rows_gives_way_to_a_plain_type() -> None:
+    odd = spec("blk.0.odd.weight", 96, 4)
+    planned = plan(variant(rule(".*", "IQ4_NL")), (odd,), doubt=doubt("raise", name=odd.name))
+    assert planned.types() == {odd.name: "Q4_1"}
+
+
+def test_a_tensor_in_doubt_can_be_refused_with_the_reason() -> None:
+    [told] = problems(variant(rule(".*", "Q2_K")), MODEL, None, doubt("refuse"))
+    assert told.startswith(
+        "variant V: rules[0]: tensor blk.3.ffn_down.weight: Q2_K cannot be vouched for: layer 3: expert 5"
+    )
+    assert told.endswith("give it Q4_K or more, or draw more calibration")
+
+
+def test_a_type_that_needs_data_is_raised_where_there_is_none_and_refused_when_it_is_only_told() -> None:
+    covered = [t.name for t in TRUNK if t != TRUNK[3]]
+    lowest = variant(rule(r"token_embd\.weight", "Q4_K"), rule(".*", "IQ2_XXS"))
+    assert plan(lowest, MODEL, covered, doubt("raise")).types()[TRUNK[3].name] == "Q4_K"
+    assert "needs imatrix data, found none" in "".join(problems(lowest, MODEL, covered, doubt("report")))

@@ -98,7 +98,7 @@ def matrix(base: Base) -> ImportanceMatrix:
 
 
 def planned(base: Base, matrix: ImportanceMatrix, *variants: Variant) -> list[Plan]:
-    return [plan(v, base.header.tensors, matrix.unvisited) for v in variants]
+    return [plan(v, base.header.tensors, matrix.covered) for v in variants]
 
 
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:

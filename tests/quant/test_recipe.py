@@ -143,7 +143,8 @@ def test_every_key_that_a_recipe_may_have_is_taken_from_the_nouns() -> None:
     assert keys(recipe.Model, ()) == [f.name for f in dataclasses.fields(recipe.Model)]
     assert keys(recipe.Model, ("smoke", 3)) == ["say", "expect"]
     assert keys(recipe.Variant, ("rules", 0)) == [f.name for f in dataclasses.fields(Rule)]
-    assert keys(recipe.Model, ("imatrix",)) == ["calibration", "context", "chunks"]
+    assert keys(recipe.Model, ("imatrix",)) == [f.name for f in dataclasses.fields(recipe.Imatrix)]
+    assert keys(recipe.Model, ("imatrix", "coverage")) == ["expert_tokens", "budget", "otherwise", "floor"]
 
 
 def test_a_recipe_can_be_published_as_json() -> None:

@@ -76,7 +76,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
 def quantised(model: Made, variant: Variant, out: Path) -> Header:
     """A variant, written and compared with its plan and its forecast."""
     out.parent.mkdir()
-    planned = plan(variant, read_header(model.base).tensors, imatrix.read(model.matrix).unvisited)
+    planned = plan(variant, read_header(model.base).tensors, imatrix.read(model.matrix).covered)
     write(model.base, model.matrix, [Target(planned, out)], "twin", toolchain.find(), out.parent / "work")
     return read_header(out)
 
@@ -121,7 +121,7 @@ def test_llama_quantize_takes_every_plan_as_it_is(
     name: str, variant: str, made: dict[str, Made], tmp_path: Path
 ) -> None:
     model = made[name]
-    planned = plan(load_variant(variant), read_header(model.base).tensors, imatrix.read(model.matrix).unvisited)
+    planned = plan(load_variant(variant), read_header(model.base).tensors, imatrix.read(model.matrix).covered)
     types = tmp_path / "types.txt"
     types.write_text(type_file({t.tensor.name: t.type.name for t in planned.tensors if t.rule is not None}))
     found = dry_run(

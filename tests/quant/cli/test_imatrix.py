@@ -1,0 +1,56 @@
+"""The commands about importance matrices: the verb may be left out, nothing is overwritten, and what is missed is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from quant.cli.options import quant
+from quant.importance import load, save
+from tests.quant.test_importance import EXPERTS, legacy, matrix
+
+
+def call(*args: str | Path) -> Result:
+    return CliRunner().invoke(quant, ["imatrix", *map(str, args)])
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Path]:
+    paths = (tmp_path / "a.gguf", tmp_path / "b.gguf")
+    for n, path in enumerate(paths):
+        save(matrix(n), path)
+    return paths
+
+
+def test_the_word_compute_may_be_left_out() -> None:
+    for words in (("compute", "--help"), ("base.gguf", "--help"), ("--out", "x", "--help")):
+        assert "imatrix compute [OPTIONS] BASE" in call(*words).output
+    assert "merge" in call("--help").output
+
+
+def test_parts_are_merged_and_an_old_form_is_converted(two: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "all.gguf"
+    assert call("merge", *two, "-o", out).exit_code == 0
+    assert load(out).counts()[EXPERTS][1] == sum(load(p).counts()[EXPERTS][1] for p in two)
+    assert call("merge", *two, "-o", out).exit_code == 2  # never over a file
+    (tmp_path / "old.dat").write_bytes(legacy(("blk.0.a.weight", 7, [1, 2, 3])))
+    assert call("convert", tmp_path / "old.dat", tmp_path / "new.gguf", "--context", "100").exit_code == 0
+    assert load(tmp_path / "new.gguf").counts() == {"blk.0.a.weight": (700,)}
+
+
+def test_what_experts_saw_is_shown_and_one_that_saw_nothing_is_exit_code_1(
+    two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shown = call("show", two[0], "--svg", tmp_path / "map.svg")
+    assert shown.exit_code == 1
+    assert "layer 1: expected 1 tokens for every expert, found fewer for 0 (0); ffn_up_exps" in shown.output
+    assert (tmp_path / "map.svg").read_text().startswith("<svg ")
+    told = json.loads(call("show", two[0], "--json").stdout)
+    assert told["tokens"][EXPERTS] == list(matrix().counts()[EXPERTS])
+    assert len(told["missed"]) == 1
+
+
+@pytest.mark.parametrize("told", ["40", "a:b", "4:0", "-1:4", ":"])
+def test_a_range_is_two_numbers(told: str, tmp_path: Path) -> None:
+    assert "--range: expected FIRST:COUNT" in call(tmp_path / "b.gguf", "-o", tmp_path / "o", f"--range={told}").output
