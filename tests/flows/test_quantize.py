@@ -87,7 +87,6 @@ def test_every_stage_is_a_task_that_says_what_it_works_on(prefect: Prefect, rele
         "imatrix tiny-glm",
         f"plan {VARIANT}",
         f"quantize {VARIANT}",
-        f"shard {VARIANT}",
         f"smoke {VARIANT}",
         "package tiny-glm",
         "deliver tiny-glm",

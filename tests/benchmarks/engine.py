@@ -1,0 +1,230 @@
+"""The engine against llama-quantize on one machine: ``python -m tests.benchmarks.engine --help``.
+
+Every ratio is of two runs that follow each other, with the same types, threads and files; the source is in the page cache
+for both. The bound is what the shared work allows: each tensor's distinct types, at the speed that one core has for each.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from quant import ggml, imatrix
+from quant.engine import job as jobs
+from quant.engine.job import Job, Settings
+from quant.ggml_types import TYPES
+from quant.header import read_header
+from quant.plan import Plan, plan
+from quant.quantize import Target
+from quant.recipe import load_variant
+from quant.toolchain import find
+from tests.benchmarks.measured import Measured, machine, measured
+from tests.benchmarks.synthetic import write_synthetic
+from tests.llama_quantize import type_file
+
+LADDER = (
+    "UD-TQ1_0", "UD-IQ1_S", "UD-IQ1_M", "UD-IQ2_XXS", "UD-Q2_K_XL", "UD-IQ3_XXS", "UD-Q3_K_XL", "UD-Q4_K_XL", "UD-Q5_K_XL",
+    "UD-Q8_K_XL", "IQ4_NL", "Q4_1",
+)  # fmt: skip
+ALONE = ("UD-IQ2_XXS", "UD-Q4_K_XL", "Q4_1")
+ROWS, ROW = 512, 1024
+TRIES = 3
+CORES = len(os.sched_getaffinity(0))
+
+
+class Bench:
+    """A synthetic model, and the two programs that quantise it."""
+
+    def __init__(self, folder: Path, gigabytes: float) -> None:
+        self.folder = folder / f"{gigabytes:g}GB"
+        self.base, self.matrix = write_synthetic(self.folder, gigabytes)
+        self.header = read_header(self.base)
+        self.covered = imatrix.read(self.matrix).unvisited
+        self.weights = self.header.elements
+
+    def plan(self, name: str) -> Plan:
+        """The types of a variant."""
+        return plan(load_variant(name), self.header.tensors, self.covered)
+
+    def ours(self, names: Sequence[str], kernels: str | None = None) -> Measured:
+        """One pass of the engine for these variants."""
+        out = self._empty("ours")
+        self._cached()
+        return measured(self._command(names, out), cwd=out, env={"QUANT_KERNELS": kernels} if kernels else None)
+
+    def theirs(self, name: str) -> Measured:
+        """llama-quantize for one variant."""
+        out, chosen = self._empty("theirs"), self.plan(name)
+        (out / "types.txt").write_text(
+            type_file({t.tensor.name: t.type.name for t in chosen.tensors if t.rule is not None})
+        )
+        self._cached()
+        given = ["--imatrix", self.matrix, "--tensor-type-file", "types.txt"]
+        last = [chosen.variant.file_type, str(CORES)]
+        command: list[str | Path] = [find().path("llama-quantize"), *given, self.base, "out.gguf", *last]
+        return measured(command, cwd=out)
+
+    def resumed(self, names: Sequence[str], share: float) -> tuple[Measured, float, float]:
+        """A run that is killed when that share of it is done, and the one that goes on: that one, both together, the cut."""
+        out = self._empty("ours")
+        self._cached()
+        began = time.monotonic()
+        process = subprocess.Popen(self._command(names, out), cwd=out)
+        while _share(out) < share:
+            time.sleep(0.02)
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        first, cut = time.monotonic() - began, _share(out)
+        rest = measured(self._command(names, out), cwd=out)
+        return rest, first + rest.wall_s, cut
+
+    def bound_s(self, names: Sequence[str], cost: dict[str, float]) -> tuple[float, float]:
+        """Seconds of one core for the distinct work of these variants, and for all of it."""
+        plans = [self.plan(n) for n in names]
+        work = [[(p.tensors[i].tensor, p.tensors[i].type.name) for p in plans] for i in range(len(plans[0].tensors))]
+        distinct = sum(cost.get(kind, 0.0) * t.elements for row in work for t, kind in set(row) if t.type.name != kind)
+        every = sum(cost.get(kind, 0.0) * t.elements for row in work for t, kind in row if t.type.name != kind)
+        return distinct, every
+
+    def types(self, names: Sequence[str]) -> list[str]:
+        """All types that these variants use."""
+        return sorted({t.type.name for n in names for t in self.plan(n).tensors} - {"F32", "BF16"})
+
+    def _command(self, names: Sequence[str], out: Path) -> list[str | Path]:
+        wanted = tuple(Target(self.plan(n), out / f"{n}.gguf").wanted for n in names)
+        job = Job(ggml.find(find().bin), self.base, "benchmark", self.matrix, "imatrix.gguf", wanted, (), Settings())
+        jobs.write(out / "job.json", job)
+        return [sys.executable, "-m", "quant.engine.worker", out / "job.json"]
+
+    def _empty(self, name: str) -> Path:
+        out = self.folder / name
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        return out
+
+    def _cached(self) -> None:
+        with self.base.open("rb") as f:
+            while f.read(2**24):
+                pass
+
+
+def _share(out: Path) -> float:
+    try:
+        return float((out / "share").read_text())
+    except (FileNotFoundError, ValueError):
+        return 0.0
+
+
+def costs(types: Sequence[str], kernels: str | None) -> dict[str, float]:
+    """Seconds of one core for a weight, by type, with an imatrix: the best of some tries, on rows that are in no cache."""
+    if kernels:
+        os.environ["QUANT_KERNELS"] = kernels
+    from quant.kernels import Kernels
+
+    library = ggml.load(ggml.find(find().bin))
+    serving = Kernels(library)
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((ROWS, ROW), np.float32) * np.float32(0.02)
+    weights = rng.gamma(1.0, 5.0, ROW).astype(np.float32)
+    found = {}
+    for name in types:
+        kernel = serving.kernel(TYPES[name])
+        taken = []
+        for _ in range(TRIES):
+            began = time.thread_time()
+            kernel(rows, weights)
+            taken.append(time.thread_time() - began)
+        found[name] = min(taken) / rows.size
+    return found
+
+
+def main() -> None:
+    """Measure what is asked for, and print tables in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "what", nargs="*", default=["ladder", "alone", "resume", "growth"], help="ladder alone resume growth"
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="where files are made; some 30 GB for all of it")
+    parser.add_argument("--gigabytes", type=float, default=1.1)
+    parser.add_argument("--kernels", help="what QUANT_KERNELS is set to: ggml measures the engine alone")
+    asked = parser.parse_args()
+    print(f"{machine()}; llama.cpp {find().version}; kernels: {asked.kernels or 'the fastest'}\n")
+    bench = Bench(asked.folder, asked.gigabytes)
+    print(f"source: {bench.base.stat().st_size / 1e9:.2f} GB, {bench.weights / 1e6:.0f} million weights\n")
+    for what in asked.what:
+        {"ladder": ladder, "alone": alone, "resume": resume, "growth": growth}[what](bench, asked.kernels)
+
+
+def ladder(bench: Bench, kernels: str | None) -> None:
+    """Twelve variants in one pass against twelve runs of llama-quantize."""
+    cost = costs(bench.types(LADDER), kernels)
+    ours = bench.ours(LADDER, kernels)
+    theirs = {name: bench.theirs(name) for name in LADDER}
+    alone_s = sum(m.wall_s for m in theirs.values())
+    distinct, every = bench.bound_s(LADDER, cost)
+    print("| ladder of twelve | wall s | CPU s | cores busy | peak memory |\n|---|---:|---:|---:|---:|")
+    _row("one pass", ours)
+    for name, m in theirs.items():
+        _row(f"llama-quantize {name}", m)
+    print(f"\nratio to the sum of twelve runs: {ours.wall_s / alone_s:.3f}")
+    print(f"distinct work / all work: {distinct / every:.3f}")
+    print(
+        f"bound: {distinct / CORES:.1f} s; taken: {ours.wall_s:.1f} s, {ours.wall_s / (distinct / CORES):.3f} of it\n"
+    )
+    print(json.dumps({name: round(c * 2**20 * 1000, 2) for name, c in cost.items()}), "ms for 2**20 weights\n")
+
+
+def alone(bench: Bench, kernels: str | None) -> None:
+    """One variant against one run of llama-quantize."""
+    print(
+        "| one variant | ours s | theirs s | ratio | cores busy | peak memory, theirs |\n|---|---:|---:|---:|---:|---:|"
+    )
+    for name in ALONE:
+        ours, theirs = bench.ours([name], kernels), bench.theirs(name)
+        ratio, busy = f"{ours.wall_s / theirs.wall_s:.3f}", f"{ours.busy(CORES):.1%}"
+        peak = f"{ours.peak_bytes / 1e6:.0f} MB, {theirs.peak_bytes / 1e6:.0f} MB"
+        print(f"| {name} | {ours.wall_s:.1f} | {theirs.wall_s:.1f} | {ratio} | {busy} | {peak} |")
+    print()
+
+
+def resume(bench: Bench, kernels: str | None) -> None:
+    """What a kill costs: the two parts together against a run in one piece."""
+    if kernels:
+        os.environ["QUANT_KERNELS"] = kernels
+    names = LADDER[3:]
+    print("| killed at | in one piece s | both parts s | cost |\n|---:|---:|---:|---:|")
+    for share in (0.3, random.Random(4).uniform(0.45, 0.55), 0.7):
+        whole = bench.ours(names, kernels)
+        _, both, cut = bench.resumed(names, share)
+        print(f"| {cut:.0%} | {whole.wall_s:.1f} | {both:.1f} | {both / whole.wall_s - 1:+.1%} |")
+    print()
+
+
+def growth(bench: Bench, kernels: str | None) -> None:
+    """Weights a second, and memory, over the size of the source."""
+    print("| source GB | variant | million weights/s | peak memory |\n|---:|---|---:|---:|")
+    for gigabytes in (1, 2, 4, 8):
+        larger = Bench(bench.folder.parent, gigabytes)
+        m = larger.ours(["UD-Q4_K_XL"], kernels)
+        size = larger.base.stat().st_size / 1e9
+        print(f"| {size:.2f} | UD-Q4_K_XL | {larger.weights / m.wall_s / 1e6:.1f} | {m.peak_bytes / 1e6:.0f} MB |")
+        shutil.rmtree(larger.folder)
+    print()
+
+
+def _row(name: str, m: Measured) -> None:
+    print(f"| {name} | {m.wall_s:.1f} | {m.cpu_s:.1f} | {m.busy(CORES):.1%} | {m.peak_bytes / 1e6:.0f} MB |")
+
+
+if __name__ == "__main__":
+    main()
