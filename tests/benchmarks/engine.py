@@ -68,9 +68,9 @@ class Bench:
             type_file({t.tensor.name: t.type.name for t in chosen.tensors if t.rule is not None})
         )
         self._cached()
-        given = ["--imatrix", self.matrix, "--tensor-type-file", "types.txt"]
+        given: list[str | Path] = ["--imatrix", self.matrix, "--tensor-type-file", "types.txt"]
         last = [chosen.variant.file_type, str(CORES)]
-        command: list[str | Path] = [find().path("llama-quantize"), *given, self.base, "out.gguf", *last]
+        command = [find().path("llama-quantize"), *given, self.base, "out.gguf", *last]
         return measured(command, cwd=out)
 
     def resumed(self, names: Sequence[str], share: float) -> tuple[Measured, float, float]:
