@@ -1,4 +1,5 @@
-// IQ4_NL: blocks of 32 weights, each one of 16 uneven steps, and a scale.
+// IQ4_NL: blocks of 32 weights, each one of 16 uneven steps, and a scale. IQ4_XS: superblocks of eight such blocks, whose
+// scales are themselves stored as levels of a scale of the superblock's.
 //
 // ggml tries 16 scales for a block, and for each of them finds the nearest step of every weight. The tries differ by
 // little: 15 of them multiply the weights by (-134 … -120) / max. Two neighbouring thresholds between steps differ by
@@ -6,10 +7,10 @@
 // Hence, for each weight, two candidates for its step and the threshold between them are found once, and a try is left
 // with one comparison. The sums run through the weights in order, several tries at a time.
 #include "kernel.h"
+#include "search.h"
 
 namespace {
 
-constexpr float TINY = 1e-15f;   // GROUP_MAX_EPS
 constexpr int TRIES = 15;        // 2 * 7 + 1
 
 alignas(64) constexpr float STEPS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
@@ -34,14 +35,8 @@ struct Scaled {
 
 // The scale of 32 weights `x` that count as much as `w` says, before it is rounded.
 INLINE Scaled scale_of(const F *x, const F *w) {
-    F largest = vec(0.0f), max = vec(0.0f);
-    for (int j = 0; j < 32; j++) {
-        const F size = abs(x[j]);
-        const M more = size > largest;
-        largest = select(more, size, largest);
-        max = select(more, x[j], max);
-    }
-    const M empty = largest < vec(TINY);
+    F max;
+    const M empty = largest_first(x, 32, max) < vec(TINY);
 
     const F first = vec(1.0f) / (-max / vec(STEPS[0]));
     F id[TRIES], sumqx[TRIES], sumq2[TRIES];
@@ -116,6 +111,40 @@ INLINE M iq4_nl(const Group &g) {
     return odd | ~finite(sum) | ~finite(id);
 }
 
+INLINE M iq4_xs(const Group &g) {
+    F x[256], w[32], scale[8];
+    load_lanes(g.x, 0, 256, x);
+    F sum = vec(0.0f);
+    for (int j = 0; j < 256; j++) sum = sum + x[j] * x[j];
+    const F sigma2 = sum * vec(2.0f / 256);
+    M odd = ~finite(sum);
+    for (int b = 0; b < 8; b++) {
+        weigh(g, 32 * b, sigma2, x + 32 * b, w);
+        const Scaled found = scale_of(x + 32 * b, w);
+        scale[b] = found.scale;
+        odd = odd | found.odd | ~finite(found.scale);
+    }
+    F max;
+    largest_first(scale, 8, max);
+    const F d = -max / vec(32.0f), id = select(d == vec(0.0f), vec(0.0f), vec(1.0f) / d);
+    odd = odd | ~finite(id) | ~roundable(id * max);
+    I low = vec(0), high = vec(0);
+    for (int b = 0; b < 8; b++) {
+        const F l = rounded(id * scale[b], vec(MAGIC - 32), vec(MAGIC + 31)), dl = d * l;
+        const F idl = select(dl == vec(0.0f), vec(0.0f), vec(1.0f) / dl);
+        odd = odd | ~finite(idl);
+        store_steps(x + 32 * b, idl, g.out, 8 + 16 * b);
+        const I level = trunc(l) + vec(32);
+        low = shr<4>(low) | shl<28>(level);   // the first block comes to lie in the lowest bits
+        high = shr<2>(high) | shl<14>(shr<4>(level));
+    }
+    store_half(to_half(d), g.out, 0);
+    store_half(high, g.out, 2);
+    store_words(&low, 1, g.out, 4);
+    return odd;
+}
+
 }  // namespace
 
+KERNEL(iq4_xs) { run<23, 256, 136>(call, iq4_xs); }
 KERNEL(iq4_nl) { run<20, 32, 18>(call, iq4_nl); }

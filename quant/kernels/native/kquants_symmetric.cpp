@@ -1,0 +1,182 @@
+// Q3_K and Q6_K: superblocks of 256 weights in blocks of 16, each with a scale, which is itself stored as a level of a
+// scale of the superblock's.
+#include "kernel.h"
+#include "search.h"
+
+namespace {
+
+// How much the weights of a block count.
+INLINE void weigh(const Group &g, int offset, F sigma2, const F *x, F *w) {
+    if (g.weighted) load_lanes(g.w, offset, 16, w);
+    for (int i = 0; i < 16; i++) w[i] = g.weighted ? w[i] * sqrt(sigma2 + x[i] * x[i]) : x[i] * x[i];
+}
+
+INLINE void pack(const I *bytes, int n, uint8_t *const *to, int offset) {
+    for (int k = 0; k < n; k += 4) {
+        const I w = word(bytes[k], bytes[k + 1], bytes[k + 2], bytes[k + 3]);
+        store_words(&w, 1, to, offset + k);
+    }
+}
+
+INLINE F squares(const F *x, int n) {
+    F sum = vec(0.0f);
+    for (int i = 0; i < n; i++) sum = sum + x[i] * x[i];
+    return sum;
+}
+
+// The levels of 16 weights for a scale as it is stored; where it is stored as zero, those of the search stay.
+template <int nmax> INLINE M levels(const F *x, F scale, const F *searched, I *level) {
+    const M none = scale == vec(0.0f);
+    F largest = vec(0.0f);
+    for (int i = 0; i < 16; i++) {
+        largest = max_(largest, abs(x[i]));
+        const F l = rounded(x[i] / scale, vec(MAGIC - nmax), vec(MAGIC + nmax - 1)) + vec(static_cast<float>(nmax));
+        level[i] = trunc(select(none, searched[i], l));
+    }
+    return ~(none | roundable(largest / scale));
+}
+
+// ggml's search without weights of the columns (make_q3_quants): the weights take turns in choosing their level.
+INLINE M take_turns(const F *x, F *level, F &found) {
+    constexpr int nmax = 4;
+    const F low = vec(MAGIC - nmax), high = vec(MAGIC + nmax - 1);
+    F max, lx = vec(0.0f), l2 = vec(0.0f);
+    const M empty = largest_first(x, 16, max) < vec(TINY);
+    const F iscale = vec(static_cast<float>(-nmax)) / max;
+    for (int i = 0; i < 16; i++) {
+        level[i] = rounded(iscale * x[i], low, high);
+        const F w = x[i] * x[i];
+        lx = lx + w * x[i] * level[i];
+        l2 = l2 + w * level[i] * level[i];
+    }
+    M odd = no_lane();
+    for (int round = 0; round < 5; round++) {
+        M changed = no_lane();
+        for (int i = 0; i < 16; i++) {
+            const F w = x[i] * x[i], l = level[i];
+            const F slx = lx - w * x[i] * l, sl2 = l2 - w * l * l, wanted = x[i] * sl2 / slx;
+            const M able = (slx > vec(0.0f)) & ~empty;
+            odd = odd | (able & ~roundable(wanted));
+            const F other = rounded(wanted, low, high);
+            const F olx = slx + w * x[i] * other, ol2 = sl2 + w * other * other;
+            const M better = able & ~(other == l) & (ol2 > vec(0.0f)) & (olx * olx * l2 > lx * lx * ol2);
+            level[i] = select(better, other, l);
+            lx = select(better, olx, lx);
+            l2 = select(better, ol2, l2);
+            changed = changed | better;
+        }
+        if (!any(changed)) break;
+    }
+    for (int i = 0; i < 16; i++) level[i] = select(empty, vec(0.0f), level[i] + vec(static_cast<float>(nmax)));
+    found = select(empty | ~(l2 > vec(0.0f)), vec(0.0f), lx / l2);
+    return odd;
+}
+
+INLINE M q3_k(const Group &g) {
+    F x[256], searched[256], scale[16], w[16], d, stored[16];   // stored: the scales' levels, from 0
+    load_lanes(g.x, 0, 256, x);
+    const F sum = vec(2.0f) * squares(x, 256);
+    M odd = ~finite(sum);
+    if (g.weighted) {
+        F sw[16];
+        for (int j = 0; j < 16; j++) {
+            weigh(g, 16 * j, sum * vec(1.0f / 256), x + 16 * j, w);
+            sw[j] = vec(0.0f);
+            for (int i = 0; i < 16; i++) sw[j] = sw[j] + w[i];
+            const Symmetric s = symmetric_search<16, 4>(x + 16 * j, w);
+            scale[j] = s.scale;
+            odd = odd | ~finite(s.scale);
+            for (int i = 0; i < 16; i++) searched[16 * j + i] = symmetric_level<4>(s, x[16 * j + i]);
+        }
+        const Symmetric s = symmetric_search<16, 32>(scale, sw);
+        d = s.scale;
+        for (int j = 0; j < 16; j++) stored[j] = symmetric_level<32>(s, scale[j]);
+    } else {
+        for (int j = 0; j < 16; j++) odd = odd | take_turns(x + 16 * j, searched + 16 * j, scale[j]);
+        F max;
+        largest_first(scale, 16, max);
+        const M none = max == vec(0.0f);
+        const F iscale = vec(-32.0f) / max;
+        d = select(none, vec(0.0f), vec(1.0f) / iscale);
+        odd = odd | ~(none | roundable(iscale * max));
+        for (int j = 0; j < 16; j++) {
+            const F l = rounded(iscale * scale[j], vec(MAGIC - 32), vec(MAGIC + 31)) + vec(32.0f);
+            stored[j] = select(none, vec(0.0f), l);
+        }
+    }
+    odd = odd | ~finite(d);
+    const I half = to_half(d);
+    I level[256], bytes[64];
+    for (int j = 0; j < 16; j++) {
+        const F block = from_half(half) * (stored[j] - vec(32.0f));
+        odd = odd | levels<4>(x + 16 * j, block, searched + 16 * j, level + 16 * j);
+    }
+
+    for (int k = 0; k < 32; k++) {
+        const I *l = level + k;   // of the three bits, the highest: that of weight 32 * b + k is bit b
+        bytes[k] = shr<2>(l[0]) | shl<1>(shr<2>(l[32])) | shl<2>(shr<2>(l[64])) | shl<3>(shr<2>(l[96])) |
+                   shl<4>(shr<2>(l[128])) | shl<5>(shr<2>(l[160])) | shl<6>(shr<2>(l[192])) | shl<7>(shr<2>(l[224]));
+    }
+    pack(bytes, 32, g.out, 0);
+    for (int k = 0; k < 256; k++) level[k] = level[k] & vec(3);
+    for (int k = 0; k < 64; k++) {
+        const I *l = level + k / 32 * 128 + k % 32;
+        bytes[k] = l[0] | shl<2>(l[32]) | shl<4>(l[64]) | shl<6>(l[96]);
+    }
+    pack(bytes, 64, g.out, 32);
+    I s[16];
+    for (int j = 0; j < 16; j++) s[j] = trunc(stored[j]);
+    for (int j = 0; j < 8; j++) bytes[j] = (s[j] & vec(15)) | shl<4>(s[j + 8] & vec(15));
+    for (int j = 0; j < 4; j++) {
+        bytes[8 + j] = shr<4>(s[j]) | shl<2>(shr<4>(s[j + 4])) | shl<4>(shr<4>(s[j + 8])) | shl<6>(shr<4>(s[j + 12]));
+    }
+    pack(bytes, 12, g.out, 96);
+    store_half(half, g.out, 108);
+    return odd;
+}
+
+INLINE M q6_k(const Group &g) {
+    F x[256], w[16], scale[16];
+    Symmetric fit[16];
+    load_lanes(g.x, 0, 256, x);
+    M odd = ~finite(squares(x, 256));
+    for (int j = 0; j < 16; j++) {
+        if (g.weighted) load_lanes(g.w, 16 * j, 16, w);
+        else weigh(g, 16 * j, vec(0.0f), x + 16 * j, w);
+        fit[j] = symmetric_search<16, 32>(x + 16 * j, w);
+        scale[j] = fit[j].scale;
+        odd = odd | ~finite(scale[j]);
+    }
+    F max;
+    const M empty = largest_first(scale, 16, max) < vec(TINY);
+    const F iscale = vec(-128.0f) / max, d = vec(1.0f) / iscale;
+    const I half = select(empty, vec(0), to_half(d));
+    odd = odd | ~(empty | finite(d));
+    I level[256], bytes[128];
+    for (int j = 0; j < 16; j++) {
+        const F stored = rounded(iscale * scale[j], vec(MAGIC - 128), vec(MAGIC + 127));
+        F searched[16];
+        for (int i = 0; i < 16; i++) searched[i] = symmetric_level<32>(fit[j], x[16 * j + i]);
+        odd = odd | (levels<32>(x + 16 * j, from_half(half) * stored, searched, level + 16 * j) & ~empty);
+        bytes[j] = select(empty, vec(0), trunc(stored) & vec(255));
+    }
+    pack(bytes, 16, g.out, 192);
+    for (int k = 0; k < 256; k++) level[k] = select(empty, vec(0), level[k]);
+    for (int k = 0; k < 128; k++) {
+        const I *l = level + k / 64 * 128 + k % 64;
+        bytes[k] = (l[0] & vec(15)) | shl<4>(l[64] & vec(15));
+    }
+    pack(bytes, 128, g.out, 0);
+    for (int k = 0; k < 64; k++) {
+        const I *l = level + k / 32 * 128 + k % 32;
+        bytes[k] = shr<4>(l[0]) | shl<2>(shr<4>(l[32])) | shl<4>(shr<4>(l[64])) | shl<6>(shr<4>(l[96]));
+    }
+    pack(bytes, 64, g.out, 128);
+    store_half(half, g.out, 208);
+    return odd;
+}
+
+}  // namespace
+
+KERNEL(q3_k) { run<11, 256, 110>(call, q3_k); }
+KERNEL(q6_k) { run<14, 256, 210>(call, q6_k); }
