@@ -100,9 +100,7 @@ INLINE void store_steps(const F *x, F id, uint8_t *const *to, int offset) {
 
 INLINE M iq4_nl(const Group &g) {
     F x[32], w[32];
-    load_lanes(g.x, 0, 32, x);
-    F sum = vec(0.0f);
-    for (int j = 0; j < 32; j++) sum = sum + x[j] * x[j];
+    const F sum = load_squares(g.x, 0, 32, x);
     weigh(g, 0, sum * vec(2.0f / 32), x, w);
     const auto [d, odd] = scale_of(x, w);
     const F id = select(d == vec(0.0f), vec(0.0f), vec(1.0f) / d);
@@ -113,10 +111,7 @@ INLINE M iq4_nl(const Group &g) {
 
 INLINE M iq4_xs(const Group &g) {
     F x[256], w[32], scale[8];
-    load_lanes(g.x, 0, 256, x);
-    F sum = vec(0.0f);
-    for (int j = 0; j < 256; j++) sum = sum + x[j] * x[j];
-    const F sigma2 = sum * vec(2.0f / 256);
+    const F sum = load_squares(g.x, 0, 256, x), sigma2 = sum * vec(2.0f / 256);
     M odd = ~finite(sum);
     for (int b = 0; b < 8; b++) {
         weigh(g, 32 * b, sigma2, x + 32 * b, w);

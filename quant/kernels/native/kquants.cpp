@@ -110,17 +110,9 @@ INLINE M levels(const F *x, const Blocks<n> &b, const Scales<256 / n> &s, I *lev
     return odd;
 }
 
-INLINE void pack(const I *bytes, int n, uint8_t *const *to, int offset) {
-    for (int k = 0; k < n; k += 4) {
-        const I w = word(bytes[k], bytes[k + 1], bytes[k + 2], bytes[k + 3]);
-        store_words(&w, 1, to, offset + k);
-    }
-}
-
 INLINE M q2_k(const Group &g) {
     F x[256];
-    load_lanes(g.x, 0, 256, x);
-    const F sum = squares(x, 256), sigma2 = sum * vec(SAME);
+    const F sum = load_squares(g.x, 0, 256, x), sigma2 = sum * vec(SAME);
     Blocks<16> b;
     Scales<16> s;
     M odd = ~finite(sum);
@@ -141,12 +133,12 @@ INLINE M q2_k(const Group &g) {
     odd = odd | levels<16, 3>(x, b, s, level);
 
     for (int j = 0; j < 16; j++) bytes[j] = trunc(s.scale[j]) | shl<4>(trunc(s.min[j]));
-    pack(bytes, 16, g.out, 0);
+    store_bytes(bytes, 16, g.out, 0);
     for (int k = 0; k < 64; k++) {
         const I *l = level + k / 32 * 128 + k % 32;
         bytes[k] = l[0] | shl<2>(l[32]) | shl<4>(l[64]) | shl<6>(l[96]);
     }
-    pack(bytes, 64, g.out, 16);
+    store_bytes(bytes, 64, g.out, 16);
     store_half(to_half(s.d), g.out, 80);
     store_half(to_half(s.dmin), g.out, 82);
     return odd;
@@ -155,8 +147,7 @@ INLINE M q2_k(const Group &g) {
 // Q4_K and Q5_K up to the levels. The 12 bytes of scales and minima hold six bits of each.
 template <int nmax> INLINE M q45_k(const Group &g, float rdelta, float rmin, int steps, I *level) {
     F x[256];
-    load_lanes(g.x, 0, 256, x);
-    const F sum = squares(x, 256), sigma2 = vec(2.0f) * sum * vec(SAME);
+    const F sum = load_squares(g.x, 0, 256, x), sigma2 = vec(2.0f) * sum * vec(SAME);
     Blocks<32> b;
     Scales<8> s;
     M odd = ~finite(vec(2.0f) * sum);
@@ -185,7 +176,7 @@ template <int nmax> INLINE M q45_k(const Group &g, float rdelta, float rmin, int
     }
     store_half(to_half(s.d), g.out, 0);
     store_half(to_half(s.dmin), g.out, 2);
-    pack(bytes, 12, g.out, 4);
+    store_bytes(bytes, 12, g.out, 4);
     return odd;
 }
 
@@ -196,7 +187,7 @@ INLINE M q4_k(const Group &g) {
         const I *l = level + k / 32 * 64 + k % 32;
         bytes[k] = l[0] | shl<4>(l[32]);
     }
-    pack(bytes, 128, g.out, 16);
+    store_bytes(bytes, 128, g.out, 16);
     return odd;
 }
 
@@ -212,8 +203,8 @@ INLINE M q5_k(const Group &g) {
         high[k] = shr<4>(l[0]) | shl<1>(shr<4>(l[32])) | shl<2>(shr<4>(l[64])) | shl<3>(shr<4>(l[96])) |
                   shl<4>(shr<4>(l[128])) | shl<5>(shr<4>(l[160])) | shl<6>(shr<4>(l[192])) | shl<7>(shr<4>(l[224]));
     }
-    pack(high, 32, g.out, 16);
-    pack(bytes, 128, g.out, 48);
+    store_bytes(high, 32, g.out, 16);
+    store_bytes(bytes, 128, g.out, 48);
     return odd;
 }
 

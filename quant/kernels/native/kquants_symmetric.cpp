@@ -11,27 +11,16 @@ INLINE void weigh(const Group &g, int offset, F sigma2, const F *x, F *w) {
     for (int i = 0; i < 16; i++) w[i] = g.weighted ? w[i] * sqrt(sigma2 + x[i] * x[i]) : x[i] * x[i];
 }
 
-INLINE void pack(const I *bytes, int n, uint8_t *const *to, int offset) {
-    for (int k = 0; k < n; k += 4) {
-        const I w = word(bytes[k], bytes[k + 1], bytes[k + 2], bytes[k + 3]);
-        store_words(&w, 1, to, offset + k);
-    }
-}
-
-INLINE F squares(const F *x, int n) {
-    F sum = vec(0.0f);
-    for (int i = 0; i < n; i++) sum = sum + x[i] * x[i];
-    return sum;
-}
-
-// The levels of 16 weights for a scale as it is stored; where it is stored as zero, those of the search stay.
-template <int nmax> INLINE M levels(const F *x, F scale, const F *searched, I *level) {
+// The levels of 16 weights, of at most that size, for a scale as it is stored; where it is stored as zero, those of the
+// search stay.
+template <int nmax, class Searched> INLINE M levels(const F *x, F largest, F scale, I *level, Searched searched) {
     const M none = scale == vec(0.0f);
-    F largest = vec(0.0f);
     for (int i = 0; i < 16; i++) {
-        largest = max_(largest, abs(x[i]));
-        const F l = rounded(x[i] / scale, vec(MAGIC - nmax), vec(MAGIC + nmax - 1)) + vec(static_cast<float>(nmax));
-        level[i] = trunc(select(none, searched[i], l));
+        const F l = rounded(x[i] / scale, vec(MAGIC - nmax), vec(MAGIC + nmax - 1));
+        level[i] = trunc(l) + vec(nmax);
+    }
+    if (any(none)) {
+        for (int i = 0; i < 16; i++) level[i] = select(none, trunc(searched(i)), level[i]);
     }
     return ~(none | roundable(largest / scale));
 }
@@ -73,27 +62,30 @@ INLINE M take_turns(const F *x, F *level, F &found) {
 }
 
 INLINE M q3_k(const Group &g) {
-    F x[256], searched[256], scale[16], w[16], d, stored[16];   // stored: the scales' levels, from 0
-    load_lanes(g.x, 0, 256, x);
-    const F sum = vec(2.0f) * squares(x, 256);
+    F x[256], scale[16], d, stored[16];   // stored: the scales' levels, from 0
+    Symmetric fit[16];
+    F turned[256];
+    const F sum = vec(2.0f) * load_squares(g.x, 0, 256, x);
     M odd = ~finite(sum);
     if (g.weighted) {
-        F sw[16];
+        F w[16], sw[16];
         for (int j = 0; j < 16; j++) {
             weigh(g, 16 * j, sum * vec(1.0f / 256), x + 16 * j, w);
             sw[j] = vec(0.0f);
             for (int i = 0; i < 16; i++) sw[j] = sw[j] + w[i];
-            const Symmetric s = symmetric_search<16, 4>(x + 16 * j, w);
-            scale[j] = s.scale;
-            odd = odd | ~finite(s.scale);
-            for (int i = 0; i < 16; i++) searched[16 * j + i] = symmetric_level<4>(s, x[16 * j + i]);
+            fit[j] = symmetric_search<16, 4>(x + 16 * j, w);
+            scale[j] = fit[j].scale;
+            odd = odd | ~finite(scale[j]);
         }
         const Symmetric s = symmetric_search<16, 32>(scale, sw);
         d = s.scale;
         for (int j = 0; j < 16; j++) stored[j] = symmetric_level<32>(s, scale[j]);
     } else {
-        for (int j = 0; j < 16; j++) odd = odd | take_turns(x + 16 * j, searched + 16 * j, scale[j]);
         F max;
+        for (int j = 0; j < 16; j++) {
+            odd = odd | take_turns(x + 16 * j, turned + 16 * j, scale[j]);
+            fit[j].largest = largest_first(x + 16 * j, 16, max);
+        }
         largest_first(scale, 16, max);
         const M none = max == vec(0.0f);
         const F iscale = vec(-32.0f) / max;
@@ -108,8 +100,10 @@ INLINE M q3_k(const Group &g) {
     const I half = to_half(d);
     I level[256], bytes[64];
     for (int j = 0; j < 16; j++) {
-        const F block = from_half(half) * (stored[j] - vec(32.0f));
-        odd = odd | levels<4>(x + 16 * j, block, searched + 16 * j, level + 16 * j);
+        const F *xj = x + 16 * j, block = from_half(half) * (stored[j] - vec(32.0f));
+        odd = odd | levels<4>(xj, fit[j].largest, block, level + 16 * j, [&](int i) {
+            return g.weighted ? symmetric_level<4>(fit[j], xj[i]) : turned[16 * j + i];
+        });
     }
 
     for (int k = 0; k < 32; k++) {
@@ -117,20 +111,20 @@ INLINE M q3_k(const Group &g) {
         bytes[k] = shr<2>(l[0]) | shl<1>(shr<2>(l[32])) | shl<2>(shr<2>(l[64])) | shl<3>(shr<2>(l[96])) |
                    shl<4>(shr<2>(l[128])) | shl<5>(shr<2>(l[160])) | shl<6>(shr<2>(l[192])) | shl<7>(shr<2>(l[224]));
     }
-    pack(bytes, 32, g.out, 0);
+    store_bytes(bytes, 32, g.out, 0);
     for (int k = 0; k < 256; k++) level[k] = level[k] & vec(3);
     for (int k = 0; k < 64; k++) {
         const I *l = level + k / 32 * 128 + k % 32;
         bytes[k] = l[0] | shl<2>(l[32]) | shl<4>(l[64]) | shl<6>(l[96]);
     }
-    pack(bytes, 64, g.out, 32);
+    store_bytes(bytes, 64, g.out, 32);
     I s[16];
     for (int j = 0; j < 16; j++) s[j] = trunc(stored[j]);
     for (int j = 0; j < 8; j++) bytes[j] = (s[j] & vec(15)) | shl<4>(s[j + 8] & vec(15));
     for (int j = 0; j < 4; j++) {
         bytes[8 + j] = shr<4>(s[j]) | shl<2>(shr<4>(s[j + 4])) | shl<4>(shr<4>(s[j + 8])) | shl<6>(shr<4>(s[j + 12]));
     }
-    pack(bytes, 12, g.out, 96);
+    store_bytes(bytes, 12, g.out, 96);
     store_half(half, g.out, 108);
     return odd;
 }
@@ -138,8 +132,7 @@ INLINE M q3_k(const Group &g) {
 INLINE M q6_k(const Group &g) {
     F x[256], w[16], scale[16];
     Symmetric fit[16];
-    load_lanes(g.x, 0, 256, x);
-    M odd = ~finite(squares(x, 256));
+    M odd = ~finite(load_squares(g.x, 0, 256, x));
     for (int j = 0; j < 16; j++) {
         if (g.weighted) load_lanes(g.w, 16 * j, 16, w);
         else weigh(g, 16 * j, vec(0.0f), x + 16 * j, w);
@@ -155,23 +148,23 @@ INLINE M q6_k(const Group &g) {
     I level[256], bytes[128];
     for (int j = 0; j < 16; j++) {
         const F stored = rounded(iscale * scale[j], vec(MAGIC - 128), vec(MAGIC + 127));
-        F searched[16];
-        for (int i = 0; i < 16; i++) searched[i] = symmetric_level<32>(fit[j], x[16 * j + i]);
-        odd = odd | (levels<32>(x + 16 * j, from_half(half) * stored, searched, level + 16 * j) & ~empty);
+        const F *xj = x + 16 * j, block = from_half(half) * stored;
+        const M wrong = levels<32>(xj, fit[j].largest, block, level + 16 * j, [&](int i) { return symmetric_level<32>(fit[j], xj[i]); });
+        odd = odd | (wrong & ~empty);
         bytes[j] = select(empty, vec(0), trunc(stored) & vec(255));
     }
-    pack(bytes, 16, g.out, 192);
+    store_bytes(bytes, 16, g.out, 192);
     for (int k = 0; k < 256; k++) level[k] = select(empty, vec(0), level[k]);
     for (int k = 0; k < 128; k++) {
         const I *l = level + k / 64 * 128 + k % 64;
         bytes[k] = (l[0] & vec(15)) | shl<4>(l[64] & vec(15));
     }
-    pack(bytes, 128, g.out, 0);
+    store_bytes(bytes, 128, g.out, 0);
     for (int k = 0; k < 64; k++) {
         const I *l = level + k / 32 * 128 + k % 32;
         bytes[k] = shr<4>(l[0]) | shl<2>(shr<4>(l[32])) | shl<4>(shr<4>(l[64])) | shl<6>(shr<4>(l[96]));
     }
-    pack(bytes, 64, g.out, 128);
+    store_bytes(bytes, 64, g.out, 128);
     store_half(half, g.out, 208);
     return odd;
 }

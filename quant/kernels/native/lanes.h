@@ -77,6 +77,16 @@ INLINE void load_lanes(const float *const *from, int64_t offset, int n, F *to) {
     for (int i = 0; i < n; i += W) load_transposed(from, offset + i, to + i);
 }
 
+// The same, and the sum of their squares in their order.
+INLINE F load_squares(const float *const *from, int64_t offset, int n, F *to) {
+    F sum = vec(0.0f);
+    for (int i = 0; i < n; i += W) {
+        load_transposed(from, offset + i, to + i);
+        for (int k = i; k < i + W; k++) sum = sum + to[k] * to[k];
+    }
+    return sum;
+}
+
 // Four vectors of bytes as one of little-endian words.
 INLINE I word(I a, I b, I c, I d) { return a | shl<8>(b) | shl<16>(c) | shl<24>(d); }
 
@@ -86,6 +96,14 @@ INLINE void store_words(const I *words, int n, uint8_t *const *to, int offset) {
     for (int k = 0; k < n; k++) {
         store(lanes, words[k]);
         for (int l = 0; l < W; l++) std::memcpy(to[l] + offset + 4 * k, &lanes[l], 4);
+    }
+}
+
+// `n` bytes of every lane (a multiple of 4), each in a vector of its own, to the lanes' places.
+INLINE void store_bytes(const I *bytes, int n, uint8_t *const *to, int offset) {
+    for (int k = 0; k < n; k += 4) {
+        const I w = word(bytes[k], bytes[k + 1], bytes[k + 2], bytes[k + 3]);
+        store_words(&w, 1, to, offset + k);
     }
 }
 

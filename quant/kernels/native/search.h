@@ -150,6 +150,7 @@ struct Symmetric {
     F scale;
     F iscale;   // the l that go with it are nearest_int(iscale * x), clamped, plus nmax
     M empty;    // or 0, where all weights are zero
+    F largest;  // size of a weight
 };
 
 template <int nmax> INLINE F symmetric_level(const Symmetric &s, F x) {
@@ -157,8 +158,10 @@ template <int nmax> INLINE F symmetric_level(const Symmetric &s, F x) {
     return select(s.empty, vec(0.0f), l + vec(static_cast<float>(nmax)));
 }
 
-// The sums of candidates first … first + K - 1; the weights run outside, so that each candidate adds in their order.
-template <int n, int nmax, int K>
+// The sums of K candidates; the weights run outside, so that each candidate adds in their order. Levels are clamped only
+// where the candidates can leave 0 … 2 * nmax - 1; as integers, for that keeps the units for floats free, and next to
+// MAGIC the order is the same.
+template <int n, int nmax, int K, bool clamp_low, bool clamp_high>
 INLINE void symmetric_sums(const F *x, const F *w, const F *iscale, F *sumlx, F *suml2) {
     const F magic = vec(MAGIC), low = vec(MAGIC - nmax), high = vec(MAGIC + nmax - 1);
     F lx[K], l2[K], scale[K];
@@ -169,7 +172,10 @@ INLINE void symmetric_sums(const F *x, const F *w, const F *iscale, F *sumlx, F 
     for (int i = 0; i < n; i++) {
         const F xi = x[i], wi = w[i], wx = wi * xi;
         for (int k = 0; k < K; k++) {
-            const F l = min_(max_(scale[k] * xi + magic, low), high) - magic;
+            F t = scale[k] * xi + magic;
+            if (clamp_low) t = from_bits(max_(bits_of(t), bits_of(low)));
+            if (clamp_high) t = from_bits(min_(bits_of(t), bits_of(high)));
+            const F l = t - magic;
             lx[k] = lx[k] + wx * l;
             l2[k] = l2[k] + wi * l * l;
         }
@@ -180,28 +186,31 @@ INLINE void symmetric_sums(const F *x, const F *w, const F *iscale, F *sumlx, F 
     }
 }
 
-// For finite x. No product iscale * x is larger than nmax + 1, so that all of them are roundable.
+// For finite x. Candidates -9 … 9 try nmax + 0.1 * candidate levels on either side; the start is number 0. No product
+// iscale * x is larger than nmax + 1, so that all of them are roundable.
 template <int n, int nmax> INLINE Symmetric symmetric_search(const F *x, const F *w) {
-    constexpr int CANDIDATES = 20, K = W == 16 ? 5 : 4;   // ggml's own start, and 18 around it; one is repeated
+    constexpr int FIRST = 9;   // where candidate 0 stands
     F max;
-    const M empty = largest_first(x, n, max) < vec(TINY);
-    F iscale[CANDIDATES], sumlx[CANDIDATES], suml2[CANDIDATES];
-    iscale[0] = vec(static_cast<float>(-nmax)) / max;
-    for (int is = -9, k = 1; is <= 9; is++) {
-        if (is != 0) iscale[k++] = vec(-(nmax + 0.1f * is)) / max;
+    const F largest = largest_first(x, n, max);
+    const M empty = largest < vec(TINY);
+    F iscale[19], sumlx[19], suml2[19];
+    for (int is = -9; is <= 9; is++) {
+        iscale[FIRST + is] = vec(is ? -(nmax + 0.1f * is) : static_cast<float>(-nmax)) / max;
     }
-    iscale[19] = iscale[18];
-    for (int k = 0; k < CANDIDATES; k += K) {
-        symmetric_sums<n, nmax, K>(x, w, iscale + k, sumlx + k, suml2 + k);
-    }
-    Symmetric found = {select(suml2[0] == vec(0.0f), vec(0.0f), sumlx[0] / suml2[0]), iscale[0], empty};
-    F best = found.scale * sumlx[0];
-    for (int k = 1; k < 19; k++) {
+    symmetric_sums<n, nmax, 4, false, false>(x, w, iscale, sumlx, suml2);   // up to nmax - 0.6: nothing to clamp
+    symmetric_sums<n, nmax, 5, false, true>(x, w, iscale + 4, sumlx + 4, suml2 + 4);
+    symmetric_sums<n, nmax, 5, false, true>(x, w, iscale + 9, sumlx + 9, suml2 + 9);   // up to nmax + 0.4
+    symmetric_sums<n, nmax, 5, true, true>(x, w, iscale + 14, sumlx + 14, suml2 + 14);
+    const M none = suml2[FIRST] == vec(0.0f);
+    Symmetric found = {select(none, vec(0.0f), sumlx[FIRST] / suml2[FIRST]), iscale[FIRST], empty, largest};
+    F best = found.scale * sumlx[FIRST];
+    for (int k = 0; k < 19; k++) {
+        if (k == FIRST) continue;
+        const F scale = sumlx[k] / suml2[k];
         const M better = (suml2[k] > vec(0.0f)) & (sumlx[k] * sumlx[k] > best * suml2[k]);
-        if (!any(better)) continue;
-        found.scale = select(better, sumlx[k] / suml2[k], found.scale);
+        found.scale = select(better, scale, found.scale);
         found.iscale = select(better, iscale[k], found.iscale);
-        best = select(better, found.scale * sumlx[k], best);
+        best = select(better, scale * sumlx[k], best);
     }
     found.scale = select(empty, vec(0.0f), found.scale);
     return found;

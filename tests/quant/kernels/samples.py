@@ -61,7 +61,7 @@ WEIGHTS: Mapping[str, Draw] = {
     "sizes of 16": lambda r, s: scaled(r, s, 16, 1),
     "minus zero": lambda r, s: np.where(r.random(s) < 0.3, -0.0, gauss(r, s)),
 }
-ODD = frozenset({"denormal", "huge", "mixed sizes", "empty parts", "tiny"})
+ODD = frozenset({"denormal", "huge", "mixed sizes", "empty parts", "tiny", "cauchy"})
 """Natures whose blocks may go to ggml; of the others none does."""
 
 

@@ -1,8 +1,8 @@
 """The project's kernels write the bytes that ggml writes, block by block, on every instruction set of this processor."""
 
 import os
+import sys
 from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -85,12 +85,13 @@ def test_rows_that_are_no_multiple_of_the_lanes_are_ggmls(
 @pytest.mark.tools
 @EVERY_KERNEL
 def test_a_hundred_thousand_superblocks_are_ggmls(
-    library: ggml.Library, native: Native, instructions: str, t: GGMLType, record_property: Callable[[str, str], None]
+    library: ggml.Library, native: Native, instructions: str, t: GGMLType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kernel = native.kernel(library, instructions, t)
     blocks, odd = compare(library, t, kernel, 4, (96, 2304))
     assert blocks * t.block >= 100_000 * 256
-    record_property("left to ggml", f"{odd} of {blocks} blocks ({odd / blocks:.2%})")
+    with capsys.disabled():
+        sys.stdout.write(f"\n{instructions} {t.name}: {blocks} blocks, {odd} left to ggml ({odd / blocks:.2%}) ")
 
 
 def test_every_instruction_set_of_this_processor_has_the_same_kernels(native: Native) -> None:
