@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+from quant import ongoing
 from quant.cli import progress
 from quant.cli.progress import Bar, Lines, say, shown
 
@@ -60,3 +61,35 @@ def test_a_bar_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, term
     monkeypatch.setattr(progress, "Console", lambda **_: Console(force_terminal=terminal, quiet=True))
     with shown(3) as do:
         assert isinstance(do, kind)
+
+
+def test_a_bar_says_how_far_a_long_stage_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    bar, task = bar_at(1)
+
+    def work() -> str:
+        ongoing.tell(0.25)
+        return str(task().description)
+
+    assert re.fullmatch(r"quantize V  25 %, 0:00 left", bar("quantize", "V", work))
+
+
+def test_a_log_hears_of_a_long_stage_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        ongoing.tell(0.1)
+        monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+        ongoing.tell(0.5)
+
+    Lines(12)("quantize", "V", work)
+    told, done = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r" {8}quantize +V  50 %, 0:00 left", told)
+    assert done.startswith("[ 1/12] quantize")
+
+
+@pytest.mark.parametrize(
+    ("share", "seconds", "text"),
+    [(0.0, 5, "0 %"), (0.5, 90, "50 %, 1:30 left"), (0.01, 100, "1 %, 2:45:00 left"), (1.0, 9, "100 %, 0:00 left")],
+)
+def test_the_time_that_is_left_goes_by_what_was_done(share: float, seconds: float, text: str) -> None:
+    assert progress.said(share, seconds) == text
