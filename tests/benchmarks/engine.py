@@ -48,7 +48,7 @@ class Bench:
         self.folder = folder / f"{gigabytes:g}GB"
         self.base, self.matrix = write_synthetic(self.folder, gigabytes)
         self.header = read_header(self.base)
-        self.covered = imatrix.read(self.matrix).unvisited
+        self.covered = imatrix.read(self.matrix).covered
         self.weights = self.header.elements
 
     def plan(self, name: str) -> Plan:
