@@ -10,6 +10,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,7 +96,9 @@ class Store:
         final = self._final(stage, inputs)
         partial = final.with_name(final.name + files.PARTIAL)
         with disk_errors(partial):
-            receipts = [files.receipt(p, partial) for p in sorted(partial.rglob("*")) if _is_output(p)]
+            outputs = [p for p in sorted(partial.rglob("*")) if _is_output(p)]
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as readers:  # hashing lets go of Python's lock
+                receipts = list(readers.map(lambda p: files.receipt(p, partial), outputs))
             record = {"inputs": inputs, "facts": facts, "files": [asdict(r) for r in receipts]}
             files.write_text(partial / RECEIPT, files.pretty(record))
             files.settle(partial, final)
