@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quant import ggml
+from quant import files, ggml
 from quant.engine import job as jobs
 from quant.engine import slots
 from quant.engine.chunks import Piece, chunks, longest_first
@@ -26,7 +26,10 @@ from quant.engine.weights import FLOATS, Matrix, Source, finite
 from quant.errors import CheckFailed, InputError, refuse
 from quant.ggml import Bytes, Kernel, Library, Rows
 from quant.ggml_types import TYPES, GGMLType
+from quant.kernels import Kernels
 
+KERNELS = "kernels.json"
+"""By what each type was quantised, and in which tensors a fault of ggml's was met; beside the job."""
 READERS = 2
 """Threads beside those that compute."""
 FLUSH_SECONDS = 1.0
@@ -56,6 +59,7 @@ def work(job: Job, folder: Path) -> None:
         source, matrix, outputs, library, Shelf(job.finished), slots.Slots(folder / slots.NAME), folder / slots.SHARE
     )
     run.go(job.settings.threads, job.settings.memory)
+    files.write_text(folder / KERNELS, files.pretty(run.fastest.report()))
     source.file.check_unchanged()
     if matrix:
         matrix.file.check_unchanged()
@@ -93,6 +97,7 @@ class Run:
         self.over = threading.Event()
         self.tensors = self.outputs[0].layout.tensors
         self.index = {placed.name: i for i, placed in enumerate(self.tensors)}
+        self.fastest = Kernels(self.library)
         self.kernels: dict[str, Kernel] = {}
 
     def go(self, jobs: int, memory: int) -> None:
@@ -101,8 +106,7 @@ class Run:
             self.shelf.fill(tensor, self.outputs)
         pieces = self.missing()
         for ggml_type in {t for p in pieces for t in p.types if t != p.tensor.type}:
-            self.library.initialise(ggml_type)
-            self.kernels[ggml_type.name] = self.library.kernel(ggml_type)
+            self.kernels[ggml_type.name] = self.fastest.kernel(ggml_type)
         self.compute = threading.Semaphore(jobs)
         self.left = Counter(self.index[p.tensor.name] for p in pieces)
         self.queue = deque(pieces)
@@ -167,7 +171,8 @@ class Run:
                 data, sums = raw, Sums(0.0, 0.0)
             else:
                 assert rows is not None
-                with self.compute, self.slots.working(no, f"{tensor.name} as {ggml_type.name}"):
+                working = self.slots.working(no, f"{tensor.name} as {ggml_type.name}")
+                with self.compute, working, self.fastest.at(tensor.name):
                     data = self.kernels[ggml_type.name](rows, columns)
                     sums = self.loss(ggml_type, rows, columns, data)
             self.check(piece, ggml_type, data)

@@ -7,12 +7,16 @@ blocks; otherwise, and for every type that has none, ggml itself serves, and the
 
 import threading
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quant import ggml
+from quant.errors import ToolError
 from quant.ggml import Bytes, Kernel, Rows
 from quant.ggml_types import GGMLType
 from quant.kernels import trial
@@ -31,17 +35,26 @@ class Served:
 
 @dataclass
 class Kernels:
-    """The kernels for one ggml library. May be shared by threads."""
+    """The kernels for one ggml library. May be shared by threads.
+
+    Raises ToolError in a process whose arithmetic would change ggml's bytes.
+    """
 
     library: ggml.Library
     native: Native = field(default_factory=load)
     odd: Counter[str] = field(default_factory=Counter)
     """By type: blocks that were left to ggml because of the numbers in them."""
-    faulty: Counter[str] = field(default_factory=Counter)
-    """By type: blocks that met a fault of ggml's."""
+    faulty: dict[str, Counter[str]] = field(default_factory=dict)
+    """By type and place: blocks that met a fault of ggml's, which is written as ggml writes it."""
 
     def __post_init__(self) -> None:
+        if self.native.flushes():
+            raise ToolError(
+                "this process takes denormal numbers for zero, or does not round to nearest: quantised bytes would not "
+                "be llama-quantize's; a library that it loaded was built with -ffast-math"
+            )
         self.lock = threading.Lock()
+        self.here = threading.local()
         self.chosen: dict[str, tuple[Served, Kernel]] = {}
 
     def kernel(self, ggml_type: GGMLType) -> Kernel:
@@ -52,6 +65,21 @@ class Kernels:
         """By what that type is quantised."""
         return self._choose(ggml_type)[0]
 
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """What this thread meets meanwhile is met there: in a tensor, say."""
+        self.here.place = place
+        try:
+            yield
+        finally:
+            self.here.place = ""
+
+    def report(self) -> Mapping[str, Any]:
+        """By what the types were quantised so far, and what was met."""
+        with self.lock:
+            served = {name: vars(served) for name, (served, _) in sorted(self.chosen.items())}
+            return {"served": served, "odd": dict(self.odd), "faulty": {t: dict(c) for t, c in self.faulty.items()}}
+
     def _choose(self, ggml_type: GGMLType) -> tuple[Served, Kernel]:
         with self.lock:
             if ggml_type.name not in self.chosen:
@@ -59,15 +87,20 @@ class Kernels:
             return self.chosen[ggml_type.name]
 
     def _tried(self, ggml_type: GGMLType) -> tuple[Served, Kernel]:
-        """The first kernel for that type that passes its trial; ggml's is initialised only where it serves."""
+        """The first kernel for that type that passes its trial, else ggml.
+
+        ggml builds its tables here only where it serves; otherwise when the first odd block needs them.
+        """
         why = self.native.problem or f"there is no kernel for {ggml_type.name}"
         for instructions in self.native.sets:
             if not self.native.has(instructions, ggml_type):
                 continue
             kernel = self.native.kernel(self.library, instructions, ggml_type)
-            if not (difference := trial.difference(self.library, ggml_type, kernel)):
+            name = f"{instructions} {ggml_type.name}"
+            wrong = trial.known_difference(self.library, ggml_type, kernel, name, self.native.path)
+            if not wrong:
                 return Served(instructions), self._counting(ggml_type, kernel)
-            why = f"{instructions}: {difference}"
+            why = f"{instructions}: {wrong}"
         self.library.initialise(ggml_type)
         return Served("ggml", why), self.library.kernel(ggml_type)
 
@@ -75,9 +108,11 @@ class Kernels:
         def quantize(rows: Rows, weights: NDArray[np.float32] | None) -> Bytes:
             data, counts = kernel(rows, weights)
             if counts.odd or counts.faulty:
+                place = getattr(self.here, "place", "")
                 with self.lock:
                     self.odd[ggml_type.name] += counts.odd
-                    self.faulty[ggml_type.name] += counts.faulty
+                    if counts.faulty:
+                        self.faulty.setdefault(ggml_type.name, Counter())[place] += counts.faulty
             return data
 
         return quantize

@@ -53,6 +53,7 @@ class Native:
     sets: tuple[str, ...]
     """What this processor can run, the fastest first."""
     problem: str = ""
+    path: Path = PATH
 
     def has(self, instructions: str, ggml_type: GGMLType) -> bool:
         """Whether there is a kernel for that type."""
@@ -117,5 +118,5 @@ def load(path: Path = PATH) -> Native:
     if wanted:
         if wanted not in usable:
             raise InputError(f"{SETTING}={wanted}: this processor has {', '.join(usable) or 'none of them'}")
-        return Native(dll, (wanted,))
-    return Native(dll, usable, "" if usable else "the processor has none of " + ", ".join(SETS))
+        return Native(dll, (wanted,), path=path)
+    return Native(dll, usable, "" if usable else "the processor has none of " + ", ".join(SETS), path)

@@ -11,24 +11,11 @@ from quant import ggml
 from quant.ggml import Rows
 from quant.ggml_types import TYPES, GGMLType
 from quant.kernels.library import SETS, Counted, Native, load
-from quant.toolchain import find
 from tests.quant.kernels import samples
 
 NATIVE = load()
 SERVED = [(i, t) for i in NATIVE.sets for t in TYPES.values() if NATIVE.has(i, t)]
 EVERY_KERNEL = pytest.mark.parametrize(("instructions", "t"), SERVED, ids=[f"{i}-{t.name}" for i, t in SERVED])
-
-
-@pytest.fixture(scope="module")
-def library() -> ggml.Library:
-    return ggml.load(ggml.find(find().bin))
-
-
-@pytest.fixture(scope="module")
-def native() -> Native:
-    if NATIVE.dll is None:
-        pytest.skip(NATIVE.problem)
-    return NATIVE
 
 
 def differ(library: ggml.Library, t: GGMLType, kernel: Counted, x: Rows, w: Rows | None) -> tuple[int, int]:
