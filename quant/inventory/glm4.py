@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quant.header import TensorSpec
-from quant.inventory.glm4_moe import biased, ends
-from quant.inventory.numbers import Numbers, f32, matrix
+from quant.inventory.numbers import Numbers, biased, ends, f32, matrix
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,12 @@ class Glm4(Numbers):
         """Width of one head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        """Every tensor of the BF16 file."""
-        return tuple(self._walk())
-
     def kv_bytes_per_token(self) -> int:
         """Keys and values of every layer."""
         return self.num_hidden_layers * self.num_key_value_heads * self.head * 2 * 2
 
-    def _walk(self) -> Iterator[TensorSpec]:
+    def walk(self) -> Iterator[TensorSpec]:
+        """The ends, and every block."""
         h, q, kv = self.hidden_size, self.num_attention_heads * self.head, self.num_key_value_heads * self.head
         yield from ends(h, self.vocab_size, self.tie_word_embeddings)
         for b in (f"blk.{n}" for n in range(self.num_hidden_layers)):

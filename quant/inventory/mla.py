@@ -7,44 +7,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quant.header import TensorSpec
-from quant.inventory.glm4_moe import Experts, ends
-from quant.inventory.numbers import Numbers, f32, matrix
+from quant.inventory.experts import Mixture
+from quant.inventory.numbers import f32, matrix
 
 
-@dataclass(frozen=True)
-class Latent(Numbers):
+@dataclass(frozen=True, kw_only=True)
+class Latent(Mixture):
     """What the two families have in common."""
 
-    hidden_size: int
-    vocab_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
     q_lora_rank: int
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    intermediate_size: int
-    moe_intermediate_size: int
-    n_routed_experts: int
-    n_shared_experts: int
-    first_k_dense_replace: int
-    num_nextn_predict_layers: int = 0
-    tie_word_embeddings: bool = False
-    mtp_own_embedding: bool = False
-    """The MTP block has an embedding and a head of its own: 4.7-Flash yes, 5 no. config.json does not say."""
-
-    @property
-    def experts(self) -> Experts:
-        """The feed-forward side."""
-        return Experts(
-            self.hidden_size, self.intermediate_size, self.moe_intermediate_size, self.n_routed_experts,
-            self.n_shared_experts, self.vocab_size, self.mtp_own_embedding,
-        )  # fmt: skip
-
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        """Every tensor of the BF16 file."""
-        return tuple(self._walk())
 
     def kv_bytes_per_token(self) -> int:
         """The latent and the rotary part of every trunk layer."""
@@ -54,18 +29,9 @@ class Latent(Numbers):
         """What a family adds to the attention of block ``n``."""
         yield from ()
 
-    def _walk(self) -> Iterator[TensorSpec]:
-        yield from ends(self.hidden_size, self.vocab_size, self.tie_word_embeddings)
-        for n in range(self.num_hidden_layers + self.num_nextn_predict_layers):
-            b = f"blk.{n}"
-            yield from self._attention(b)
-            yield from self.indexer(n)
-            yield from self.experts.feed_forward(b, dense=n < self.first_k_dense_replace)
-            if n >= self.num_hidden_layers:
-                yield from self.experts.prediction(b)
-
-    def _attention(self, b: str) -> Iterator[TensorSpec]:
-        h, heads = self.hidden_size, self.num_attention_heads
+    def attention(self, n: int) -> Iterator[TensorSpec]:
+        """Queries, keys and values through their latents, the output, and the indexer where there is one."""
+        b, h, heads = f"blk.{n}", self.hidden_size, self.num_attention_heads
         yield f32(f"{b}.attn_norm.weight", h)
         yield f32(f"{b}.ffn_norm.weight", h)
         yield f32(f"{b}.attn_q_a_norm.weight", self.q_lora_rank)
@@ -76,14 +42,15 @@ class Latent(Numbers):
         yield matrix(f"{b}.attn_k_b.weight", self.qk_nope_head_dim, self.kv_lora_rank, heads)
         yield matrix(f"{b}.attn_v_b.weight", self.kv_lora_rank, self.v_head_dim, heads)
         yield matrix(f"{b}.attn_output.weight", heads * self.v_head_dim, h)
+        yield from self.indexer(n)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Glm4MoeLite(Latent):
     """GLM-4.7-Flash."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GlmMoeDsa(Latent):
     """GLM-5: blocks, the MTP block among them, have an indexer that picks the tokens to attend to."""
 

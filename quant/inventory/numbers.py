@@ -1,5 +1,6 @@
 """What every architecture has in common: reading its numbers from a configuration, and writing down a tensor."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
@@ -12,12 +13,16 @@ T = TypeVar("T", bound="Numbers")
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Numbers(ABC):
     """The numbers of config.json from which an architecture's tensors follow; fields are called as the keys are."""
 
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """Every tensor of the BF16 file."""
-        raise NotImplementedError
+        """Every tensor of the file."""
+        return tuple(self.walk())
+
+    @abstractmethod
+    def walk(self) -> Iterator[TensorSpec]:
+        """Every tensor, in no order that counts."""
 
     def kv_bytes_per_token(self) -> int:
         """Bytes that the KV cache takes for one token of context, in F16."""
@@ -81,3 +86,18 @@ def f32(name: str, *shape: int) -> TensorSpec:
 def matrix(name: str, *shape: int) -> TensorSpec:
     """A tensor that has the file's type. Row length first."""
     return TensorSpec(name, shape, TYPES["BF16"])
+
+
+def biased(name: str, rows: int, columns: int, bias: bool) -> Iterator[TensorSpec]:
+    """A matrix, and its bias if it has one."""
+    yield matrix(f"{name}.weight", rows, columns)
+    if bias:
+        yield f32(f"{name}.bias", columns)
+
+
+def ends(hidden: int, vocabulary: int, tied: bool) -> Iterator[TensorSpec]:
+    """The embedding, the last norm, and the output unless the embedding serves as one."""
+    yield matrix("token_embd.weight", hidden, vocabulary)
+    yield f32("output_norm.weight", hidden)
+    if not tied:
+        yield matrix("output.weight", hidden, vocabulary)

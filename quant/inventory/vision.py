@@ -22,9 +22,9 @@ class Glm4v(Numbers):
     patch_size: int = 14
     spatial_merge_size: int = 2
 
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        """Every tensor of the F16 file."""
-        return tuple(t if t.type.name == "F32" else replace(t, type=TYPES["F16"]) for t in self._walk())
+    def walk(self) -> Iterator[TensorSpec]:
+        """Every tensor; matrices are in F16."""
+        return (t if t.type.name == "F32" else replace(t, type=TYPES["F16"]) for t in self._walk())
 
     def _walk(self) -> Iterator[TensorSpec]:
         h, out, p, merge = self.hidden_size, self.out_hidden_size, self.patch_size, self.spatial_merge_size
