@@ -24,7 +24,7 @@ from quant.package import Ingredients, Release, package
 from quant.plan import Plan, plan
 from quant.publish import Change, Published, Target, change, publish, welcome
 from quant.quantize import quantize
-from quant.recipe import Model, Variant, load_model, load_template_patch, load_variant
+from quant.recipe import Model, TemplatePatch, Variant, load_model, load_template_patch, load_variant
 from quant.shard import Sharded, shard
 from quant.smoke import Verdict, smoke
 from quant.source import Checkpoint
@@ -64,6 +64,8 @@ class Job:
     """Where to publish it, if that was asked for."""
     dry_run: bool = False
     """Only say what publishing would change."""
+    template: TemplatePatch | None = None
+    """The patch of the chat template itself, instead of the one that the model's recipe names."""
 
     @property
     def steps(self) -> int:
@@ -130,7 +132,7 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
     began = time.time()
     with store.alone():
         checkpoint = do("source", model.name, partial(pull, model, job.recipe, job.lock, store))
-        template = do("template", model.template, partial(patched_template, model.template, checkpoint))
+        template = do("template", model.template, partial(patched_template, job.template or model.template, checkpoint))
         base = do("convert", model.title, partial(convert, checkpoint, template, words(model), tools, store))
         vision = None
         if model.sees:
@@ -195,16 +197,16 @@ def pull(model: Model, recipe: Path, locked: Lock | None, store: Store) -> Check
     return checkpoint
 
 
-def patched_template(name: str, checkpoint: Checkpoint) -> ChatTemplate | None:
-    """The checkpoint's chat template with the patch of that name; ``none`` leaves it as it is.
+def patched_template(named: str | TemplatePatch, checkpoint: Checkpoint) -> ChatTemplate | None:
+    """The checkpoint's chat template with that patch, or the one of that name; ``none`` leaves it as it is.
 
     Raises InputError when the patch does not fit the template, or there is none to patch.
     """
-    by = None if name == "none" else load_template_patch(name)
+    by = named if isinstance(named, TemplatePatch) else None if named == "none" else load_template_patch(named)
     found = checkpoint.chat_template
     if found is None:
         if by is not None:
-            raise InputError(f"{checkpoint.folder}: expected a chat template to patch ({name}), found none")
+            raise InputError(f"{checkpoint.folder}: expected a chat template to patch ({by.name}), found none")
         return None
     text, where = found
     return patch(text, by, where)

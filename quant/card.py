@@ -1,59 +1,27 @@
 """The model card of a release. Pure: the manifest in, Markdown out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from quant.card_body import BODY
 from quant.recipe import Model
 
-BODY = """\
-# {{ title }} GGUF
+MEMORIES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
+"""Memory that people have, GPU and main memory together, in GB."""
+USABLE = 0.95
+"""What the system and the buffers of computation leave of it."""
+UNITS = (("kB", 10**3), ("MB", 10**6), ("GB", 10**9))
 
-{{ description }}
-
-Every file below was talked to over {{ turns }} turns through llama-server, with thinking on and off, before it was
-published. `manifest.json` says what went in and the sha256 of every tensor; `SHA256SUMS` is for `sha256sum --check`.
-
-| file | size | bits per weight | for whom |
-|---|---:|---:|---|
-{% for v in variants -%}
-| {{ link(v) }} | {{ size(v.bytes) }} | {{ '%.2f' | format(v.bpw) }} | {{ cell(v.summary) }} |
-{% endfor %}
-
-Sizes are in units of 10⁹ or 10⁶ bytes. Of a file in several shards, give llama.cpp the first.
-
-{% if single %}
-## Ollama
-
-`{{ single }}` is one file under a tag that Ollama can pull; the name is only that tag: it holds no tensor of ggml's
-ternary type TQ1_0. `Modelfile` belongs to it. Other variants: put the shards together first,
-
-```
-llama-gguf-split --merge {{ first_shard }} {{ merged }}
-```
-
-{% endif %}
-{% if vision %}
-## Pictures
-
-`{{ vision }}` is the part that sees; it goes with every file above: `--mmproj {{ vision }}`.
-
-{% endif %}
-## Settings
-
-temperature {{ sampling.temperature }}, top_p {{ sampling.top_p }}, top_k {{ sampling.top_k }}, min_p {{ sampling.min_p }},
-repeat penalty {{ sampling.repeat_penalty }}; they are in the files' metadata and in `params` too.
-
-## How it was made
-
-llama.cpp {{ llama_cpp }}; importance matrix over {{ documents }} documents of conversation, code and tools, rendered with the
-model's own chat template{% if patched %}, which was patched so that the second turn works{% endif %}.
-"""
+Variants = Sequence[Mapping[str, Any]]
 
 
 def card(model: Model, manifest: Mapping[str, Any]) -> str:
-    """README.md of a release, with the front matter that the hub reads."""
+    """README.md of a release, with the front matter that the hub reads.
+
+    A manifest whose variants were not talked to is a plan, and its card says so.
+    """
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
@@ -62,42 +30,168 @@ def card(model: Model, manifest: Mapping[str, Any]) -> str:
         language=list(model.card.languages),
         library_name="gguf",
         license=model.card.license,
-        pipeline_tag="text-generation",
-        tags=["gguf", "imatrix", "conversational"],
+        pipeline_tag=task(model),
+        quantized_by=model.publish.by,
+        tags=tags(model),
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{_body(model, manifest)}"
-
-
-def _body(model: Model, manifest: Mapping[str, Any]) -> str:
-    variants = manifest["variants"]
-    template = manifest["chat_template"]
-    sharded = next((v for v in variants if len(v["files"]) > 1), None)
+    # Not ModelCard.from_template: it lets a name that is not known pass as nothing.
     env = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False)
-    return env.from_string(BODY).render(
-        title=model.title,
-        description=model.card.description or f"Quantisations of {model.card.base_model or model.title} for llama.cpp.",
-        turns=len(model.smoke),
-        variants=variants,
-        link=_link,
-        size=human_bytes,
-        cell=_cell,
-        single=next((v["files"][0]["path"] for v in variants if v["name"].endswith("TQ1_0")), None),
-        first_shard=sharded["files"][0]["path"] if sharded else "FIRST-SHARD.gguf",
-        merged=f"{model.title}-{sharded['name']}.gguf" if sharded else "OUT.gguf",
-        sampling=model.sampling,
-        llama_cpp=manifest["llama.cpp"],
-        documents=manifest["calibration"]["documents"],
-        vision=manifest["vision"]["path"] if manifest.get("vision") else None,
-        patched=template is not None and template["sha256"] != template["original_sha256"],
-    )
+    body = env.from_string(BODY).render(_values(model, manifest))
+    return f"---\n{data.to_yaml()}\n---\n\n{_tidy(body)}"
+
+
+def tags(model: Model) -> list[str]:
+    """Words by which the hub finds a release."""
+    return ["gguf", "imatrix", "conversational"]
+
+
+def task(model: Model) -> str:
+    """The hub's name for what the model does."""
+    return "image-text-to-text" if model.sees else "text-generation"
+
+
+def single_file(variants: Variants) -> Mapping[str, Any] | None:
+    """The variant for Ollama: the first that is one file by its recipe, whatever its name."""
+    return next((v for v in variants if not v["recipe"]["split"]), None)
+
+
+def smoke_words(scenarios: Sequence[Mapping[str, Any]]) -> str:
+    """A verdict in a few words."""
+    failed = [s for s in scenarios if not s["passed"]]
+    return "passed" if not failed else f"passed; off: {', '.join(s['name'] for s in failed)}"
 
 
 def human_bytes(size: int) -> str:
     """A size for people: 135.2 GB, 2.7 MB; units are powers of 1000, as disks and hubs count."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size / 1000:.1f} kB"
+    unit, factor = next((u for u in UNITS if size < 999.95 * u[1]), UNITS[-1])
+    return f"{size / factor:.1f} {unit}"
+
+
+def _values(model: Model, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    variants: Variants = manifest["variants"]
+    single, sharded, example = single_file(variants), _sharded(variants), _example(variants)
+    kv, context = manifest["kv_bytes_per_token"], model.ollama.num_ctx
+    template = manifest["chat_template"] or {}
+    longest = model.context_length or 0
+    tested = all(v.get("smoke") for v in variants)
+    columns = _columns(kv * context, tested)
+    return {
+        "title": model.title,
+        "description": model.card.description or f"Quantisations of {model.card.base_model or model.title} for llama.cpp.",
+        "turns": len(model.smoke),
+        "tested": tested,
+        "variants": variants,
+        "columns": [name for name, _, _ in columns],
+        "rules": [rule for _, rule, _ in columns],
+        "rows": [[cell(v) for _, _, cell in columns] for v in variants],
+        "choices": list(_choices(variants, kv * context)) if kv else [],
+        "context": context,
+        "tokens": lambda n: f"{n:,}",
+        "cache": kv * context,
+        "long": f", {human_bytes(kv * longest)} for the {longest:,} that the model was made for" if longest > context else "",
+        "experts": any(v["memory"]["experts"] for v in variants),
+        "example": example,
+        "first": example["files"][0]["path"],
+        "pattern": f"{example['name']}/*" if len(example["files"]) > 1 else example["files"][0]["path"],
+        "repo": model.publish.repo or f"OWNER/{model.title}-GGUF",
+        "flags": _flags(model),
+        "sampling": model.sampling,
+        "single": single["files"][0]["path"] if single else None,
+        "single_name": single["name"].removeprefix("UD-") if single else None,
+        "ternary": single is not None and "TQ" in single["name"],
+        "go_template": bool(manifest.get("ollama_template")),
+        "sharded": sharded,
+        "vision": manifest["vision"]["path"] if manifest.get("vision") else None,
+        "fixes": [" ".join(r["why"].split()) for r in (template.get("patch") or {}).get("replacements", ())],
+        "llama_cpp": manifest["llama.cpp"],
+        "source": _source(manifest["source"]),
+        "documents": (manifest.get("calibration") or {}).get("documents"),
+        "matrix": (manifest.get("imatrix") or {}).get("path"),
+        "size": human_bytes, "types": _types, "rules_of": _rules,
+    }  # fmt: skip
+
+
+def _columns(cache: int, tested: bool) -> list[tuple[str, str, Callable[[Mapping[str, Any]], str]]]:
+    """The table of files: what a column is called, its rule in Markdown, and its cell for a variant."""
+    columns: list[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = [
+        ("file", "---", _link),
+        ("size", "---:", lambda v: human_bytes(v["bytes"])),
+        ("bits per weight", "---:", lambda v: f"{v['bpw']:.2f}"),
+        ("files", "---:", lambda v: str(len(v["files"]))),
+    ]
+    if cache:
+        columns.append(("memory in all", "---:", lambda v: human_bytes(v["memory"]["weights"] + cache)))
+        columns.append(("GPU + main memory for experts", "---:", lambda v: _halves(v["memory"], cache)))
+    columns.append(("for whom", "---", lambda v: _cell(v["summary"])))
+    if tested:
+        columns.append(("smoke test", "---", lambda v: _cell(smoke_words(v["smoke"]))))
+    return columns
+
+
+def _choices(variants: Variants, cache: int) -> Iterator[dict[str, Any]]:
+    """For each amount of memory that makes a difference, the largest variant that fits."""
+    # Those for one kind of processor or for making other files are nobody's first choice.
+    ladder = [v for v in variants if v["name"].startswith("UD-")] or [v for v in variants if v["recipe"]["rules"]]
+    before = None
+    for memory in MEMORIES:
+        fitting = [v for v in ladder if v["memory"]["weights"] + cache <= USABLE * memory * 10**9]
+        best = max(fitting, key=lambda v: v["bytes"], default=None)
+        if best is not None and best["name"] != before:
+            before = best["name"]
+            yield {"memory": memory, "name": before}
+
+
+def _halves(memory: Mapping[str, int], cache: int) -> str:
+    if not memory["experts"]:
+        return "-"
+    return f"{human_bytes(memory['weights'] - memory['experts'] + cache)} + {human_bytes(memory['experts'])}"
+
+
+def _example(variants: Variants) -> Mapping[str, Any]:
+    """The variant that the commands show: in shards if one is, and never the unquantised weights if there is another."""
+    quantised = [v for v in variants if v["recipe"]["rules"]] or list(variants)
+    sharded = [v for v in quantised if len(v["files"]) > 1]
+    return sharded[len(sharded) // 2] if sharded else quantised[0]
+
+
+def _sharded(variants: Variants) -> dict[str, str] | None:
+    shown = _example(variants)
+    if len(shown["files"]) < 2:
+        return None
+    first = shown["files"][0]["path"]
+    return {"first": first, "merged": first.rpartition("/")[2].rpartition("-00001-of-")[0] + ".gguf"}
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    if "repo" in source:
+        repo, commit = source["repo"], source["revision"]
+        return f"[{repo}](https://huggingface.co/{repo}/tree/{commit}) at commit `{commit}`"
+    return f"the checkpoint `{source['folder']}`"
+
+
+def _types(variant: Mapping[str, Any]) -> str:
+    total = sum(variant["bytes_by_type"].values())
+    shares = {name: 100 * size / total for name, size in variant["bytes_by_type"].items()}
+    return ", ".join(f"{name} {share:.0f} %" for name, share in shares.items() if share >= 0.5)
+
+
+def _rules(variant: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The rules that decided something: which tensors, type, why."""
+    for n in variant["decided"]:
+        rule = variant["recipe"]["rules"][n]
+        where = ""
+        if rule["depth"] and rule["depth"][0] < 1:
+            begin, end = (min(round(100 * share), 100) for share in rule["depth"])
+            where = f", {begin} to {end} % of the depth"
+        elif rule["depth"]:
+            where = ", behind the trunk"
+        yield f"`{_cell(rule['tensors'])}`{where}", rule["type"], _cell(rule["why"])
+
+
+def _flags(model: Model) -> str:
+    s = model.sampling
+    flags = f"--temp {s.temperature} --top-p {s.top_p} --top-k {s.top_k} --min-p {s.min_p}"
+    return flags if s.repeat_penalty == 1.0 else f"{flags} --repeat-penalty {s.repeat_penalty}"
 
 
 def _cell(text: str) -> str:
@@ -107,6 +201,13 @@ def _cell(text: str) -> str:
 
 def _link(variant: Mapping[str, Any]) -> str:
     files = variant["files"]
-    if len(files) == 1:
-        return f"[{variant['name']}]({files[0]['path']})"
-    return f"[{variant['name']}]({variant['name']}) ({len(files)} shards)"
+    return f"[{variant['name']}]({files[0]['path'] if len(files) == 1 else variant['name']})"
+
+
+def _tidy(text: str) -> str:
+    """At most one empty line in a row, and none at the end: conditions of the template leave more."""
+    kept: list[str] = []
+    for line in text.splitlines():
+        if line.strip() or (kept and kept[-1]):
+            kept.append(line.rstrip())
+    return "\n".join(kept).rstrip() + "\n"

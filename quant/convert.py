@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quant import files, toolchain
+from quant.card import tags, task
 from quant.files import Receipt
 from quant.header import Header, read_header
 from quant.recipe import Model
@@ -64,9 +65,23 @@ def words(model: Model) -> Words:
         "general.sampling.top_k": sampling.top_k,
         "general.sampling.min_p": sampling.min_p,
         "general.sampling.penalty_repeat": sampling.repeat_penalty,
-    } | ({"general.description": card.description} if card.description else {})
-    data = ModelCardData(license=card.license, language=list(card.languages), base_model=card.base_model)
+    } | _told(
+        {
+            "general.description": card.description,
+            "general.quantized_by": model.publish.by,
+            "general.repo_url": f"https://huggingface.co/{model.publish.repo}" if model.publish.repo else None,
+        }
+    )
+    data = ModelCardData(
+        license=card.license, language=list(card.languages), base_model=card.base_model, tags=tags(model),
+        pipeline_tag=task(model),
+    )  # fmt: skip
     return Words(model.title, metadata, data.to_yaml(), model.pre_tokenizer)
+
+
+def _told(metadata: Mapping[str, str | None]) -> dict[str, str]:
+    """Only what there is something to say about."""
+    return {key: value for key, value in metadata.items() if value}
 
 
 def convert(

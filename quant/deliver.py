@@ -53,8 +53,9 @@ def deliver(release: Release, out: Path) -> Delivered:
 def _is_release(folder: Path) -> bool:
     """Whether it is one of ours, which may be replaced; many things bring a file called manifest.json."""
     try:
-        return bool(json.loads((folder / MANIFEST).read_text())["format"] == FORMAT)
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads((folder / MANIFEST).read_text())["format"]
+        return bool(found.rpartition(" ")[0] == FORMAT.rpartition(" ")[0])  # of any version
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -50,6 +50,11 @@ def digest_of(parts: Sequence[str]) -> str:
     return hashlib.sha256(canonical(list(parts)).encode()).hexdigest()
 
 
+def text_digest(text: str) -> str:
+    """The sha256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def receipt(path: Path, root: Path) -> Receipt:
     """Read a file and say what it is, relative to ``root``."""
     return Receipt(path.relative_to(root).as_posix(), digest(path), path.stat().st_size)

@@ -6,16 +6,21 @@ model said) goes into the run's record beside the release, never into it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quant import card, files
+from quant import card, files, inventory
 from quant.calibrate import CalibrationText
+from quant.card import single_file, smoke_words
 from quant.convert import Base
 from quant.errors import refuse
 from quant.files import Receipt
+from quant.footprint import memory
 from quant.imatrix import ImportanceMatrix
 from quant.ollama import go_template, params_problems
+from quant.plan import Plan
+from quant.provenance import SHAPING, statement
 from quant.recipe import Model
 from quant.shard import Sharded
 from quant.smoke import Verdict
@@ -25,7 +30,8 @@ from quant.template import ChatTemplate
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
-FORMAT = "gguf-foundry release 1"
+PROVENANCE = "provenance.json"
+FORMAT = "gguf-foundry release 2"
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,9 @@ def package(made: Ingredients, store: Store) -> Release:
     """The release as a folder in the store; large files are second names of the stages' files."""
     refuse(params_problems(ollama_params(made.model)))
     manifest = _manifest(made)
-    done = store.once("package", manifest, lambda partial: _lay_out(made, manifest, partial))
+    versions = packages()
+    inputs = {**manifest, "packages": versions}
+    done = store.once("package", inputs, lambda partial: _lay_out(made, manifest, versions, partial))
     return Release(done.folder, made.model.title, manifest, done.receipts)
 
 
@@ -84,7 +92,9 @@ def modelfile(model: Model, file: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _lay_out(made: Ingredients, manifest: Mapping[str, Any], partial: Path) -> dict[str, Any]:
+def _lay_out(
+    made: Ingredients, manifest: Mapping[str, Any], versions: Mapping[str, str], partial: Path
+) -> dict[str, Any]:
     for sharded, _ in made.variants:
         for name, path in place(sharded).items():
             files.share(path, partial / name)
@@ -99,21 +109,30 @@ def _lay_out(made: Ingredients, manifest: Mapping[str, Any], partial: Path) -> d
         files.write_text(partial / "chat_template.jinja", made.template.text)
     if go := go_template(made.model.template):
         files.write_text(partial / "template", go)
-    single = next((s.paths[0].name for s, _ in made.variants if not s.plan.variant.split), None)
-    if single:
-        files.write_text(partial / "Modelfile", modelfile(made.model, single))
-    _write_lists(partial, manifest)
+    if single := single_file(manifest["variants"]):
+        files.write_text(partial / "Modelfile", modelfile(made.model, single["files"][0]["path"]))
+    _write_lists(partial, manifest, versions)
     return {"variants": len(made.variants)}
 
 
-def _write_lists(partial: Path, manifest: Mapping[str, Any]) -> None:
-    """SHA256SUMS of everything before it, then the manifest, whose presence means that all is there."""
+def packages() -> dict[str, str]:
+    """The versions here of the packages that can change a byte of a release, and the project's own."""
+    return {name: metadata.version(name) for name in ("gguf-foundry", *SHAPING)}
+
+
+def _write_lists(partial: Path, manifest: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+    """Provenance and SHA256SUMS of everything before them, then the manifest, whose presence means that all is there."""
     known = {f["path"]: f["sha256"] for v in manifest["variants"] for f in v["files"]}
-    paths = sorted(p for p in partial.rglob("*") if p.is_file())
-    names = {p.relative_to(partial).as_posix(): p for p in paths}
-    sums = {name: known.get(name) or files.digest(path) for name, path in names.items()}
+    paths = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
+    sums = {name: known.get(name) or files.digest(path) for name, path in paths.items()}
+    text = files.pretty(manifest)
+    others = {name: version for name, version in versions.items() if name != "gguf-foundry"}
+    subjects = {**sums, MANIFEST: files.text_digest(text)}
+    said = files.pretty(statement(manifest, subjects, others, versions["gguf-foundry"]))
+    files.write_text(partial / PROVENANCE, said)
+    sums = dict(sorted({**sums, PROVENANCE: files.text_digest(said)}.items()))
     files.write_text(partial / CHECKSUMS, "".join(f"{sha}  {name}\n" for name, sha in sums.items()))
-    files.write_text(partial / MANIFEST, files.pretty(manifest))
+    files.write_text(partial / MANIFEST, text)
 
 
 def _manifest(made: Ingredients) -> dict[str, Any]:
@@ -123,33 +142,52 @@ def _manifest(made: Ingredients) -> dict[str, Any]:
         "recipe": asdict(made.model),
         "source": {**made.checkpoint.origin, "files": [asdict(r) for r in made.checkpoint.receipts]},
         "llama.cpp": made.llama_cpp,
-        "chat_template": {"original_sha256": made.template.original_sha256, "sha256": made.template.sha256}
-        if made.template
-        else None,
+        "chat_template": _template(made.template) if made.template else None,
         "ollama_template": go_template(made.model.template),
         "calibration": {"set": made.text.name, "documents": made.text.documents, "sha256": made.text.receipt.sha256},
         "imatrix": made.matrix.json(),
         "base": asdict(made.base.receipt),
         "vision": asdict(made.vision.receipt) if made.vision else None,
         "parameters": made.base.header.elements,
+        "kv_bytes_per_token": kv_bytes(made.model),
         "variants": [_variant(sharded, verdict) for sharded, verdict in made.variants],
+    }
+
+
+def kv_bytes(model: Model) -> int:
+    """Bytes of KV cache for a token of context, in F16; 0 when the recipe does not tell the model's numbers."""
+    return inventory.numbers(model.architecture).kv_bytes_per_token() if model.architecture else 0
+
+
+def _template(template: ChatTemplate) -> dict[str, Any]:
+    patch = asdict(template.by) if template.by else None
+    return {"original_sha256": template.original_sha256, "sha256": template.sha256, "patch": patch}
+
+
+def entry(plan: Plan, listed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a manifest says of a variant before it was tried: its recipe, its sizes and its files."""
+    needs = memory(plan, 0, 0)
+    return {
+        "name": plan.variant.name,
+        "summary": plan.variant.summary,
+        "bytes": sum(f["bytes"] for f in listed),
+        "bpw": round(plan.bits_per_weight, 3),
+        "bytes_by_type": plan.type_bytes(),
+        "memory": {"weights": needs.weights, "experts": needs.experts},
+        "recipe": asdict(plan.variant),
+        "decided": sorted({t.rule for t in plan.tensors if t.rule is not None}),
+        "files": list(listed),
     }
 
 
 def _variant(sharded: Sharded, verdict: Verdict) -> dict[str, Any]:
     plan = sharded.plan
     placed = {path: name for name, path in place(sharded).items()}
-    return {
-        "name": plan.variant.name,
-        "summary": plan.variant.summary,
-        "bytes": sharded.bytes,
-        "bpw": round(plan.bits_per_weight, 3),
-        "bytes_by_type": plan.type_bytes(),
-        "rules": [asdict(rule) for rule in plan.variant.rules],
-        "files": [
-            {"path": placed[path], "sha256": r.sha256, "bytes": r.bytes}
-            for path, r in zip(sharded.paths, sharded.receipts, strict=True)
-        ],
+    listed = [
+        {"path": placed[path], "sha256": r.sha256, "bytes": r.bytes}
+        for path, r in zip(sharded.paths, sharded.receipts, strict=True)
+    ]
+    return entry(plan, listed) | {
         "tensors": {
             t.tensor.name: {"type": t.type.name, "sha256": sharded.tensor_digests[t.tensor.name]} for t in plan.tensors
         },
@@ -164,9 +202,3 @@ def variants_table(manifest: Mapping[str, Any]) -> Sequence[Sequence[str]]:
         (v["name"], f"{v['bytes']:,}", f"{v['bpw']:.2f}", str(len(v["files"])), smoke_words(v["smoke"]))
         for v in manifest["variants"]
     ]
-
-
-def smoke_words(scenarios: Sequence[Mapping[str, Any]]) -> str:
-    """A verdict in a few words."""
-    failed = [s for s in scenarios if not s["passed"]]
-    return "passed" if not failed else f"passed; off: {', '.join(s['name'] for s in failed)}"

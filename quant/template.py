@@ -26,6 +26,8 @@ class ChatTemplate:
 
     text: str
     original_sha256: str
+    by: TemplatePatch | None = None
+    """The patch that was made, if one was."""
 
     @property
     def sha256(self) -> str:
@@ -54,7 +56,7 @@ def patch(text: str, by: TemplatePatch | None, where: str) -> ChatTemplate:
             continue
         patched = patched.replace(change.find, change.replace)
     refuse(problems)
-    return ChatTemplate(patched, _sha256(text))
+    return ChatTemplate(patched, _sha256(text), by)
 
 
 def render(

@@ -26,11 +26,16 @@ def read(path: Path, noun: type[T]) -> T:
         data = tomllib.loads(text_of(path))
     except tomllib.TOMLDecodeError as e:
         raise InputError(f"{path}: not TOML: {e}") from e
+    return of_json(data, noun, str(path))
+
+
+def of_json(data: Any, noun: type[T], where: str) -> T:
+    """Plain values as the noun that they describe; ``where`` names them in errors. Raises InputError with every problem."""
     try:
         # Through JSON, because only there strict types and tuples go together.
         return TypeAdapter(noun).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as e:
-        raise InputError(*(f"{path}: {_say(error, noun)}" for error in e.errors())) from e
+        raise InputError(*(f"{where}: {_say(error, noun)}" for error in e.errors())) from e
 
 
 def text_of(path: Path) -> str:

@@ -42,7 +42,8 @@ NARROW = {  # a door that is open for one name only
 }
 PURE = {
     "quant/plan.py", "quant/template.py", "quant/card.py", "quant/ggml_types.py", "quant/errors.py", "quant/footprint.py",
-    "quant/contract.py", "quant/battery.py", "quant/engine/chunks.py", "quant/engine/layout.py",
+    "quant/card_body.py", "quant/provenance.py", "quant/contract.py", "quant/battery.py",
+    "quant/engine/chunks.py", "quant/engine/layout.py",
 }  # fmt: skip
 EFFECTS = {
     "os", "io", "shutil", "subprocess", "tempfile", "socket", "time", "random", "ctypes", "httpx", "quant.store", "quant.files",

@@ -1,4 +1,4 @@
-"""The command that puts a release on the hub. It imports what it needs when it runs, so `quant --help` stays quick."""
+"""The commands for a finished release: put it on the hub, and make it again. They import what they need when they run."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from quant.cli import progress
-from quant.cli.options import FOLDER, quant, target_of, target_options
+from quant.cli.options import FOLDER, quant, target_of, target_options, tools_option, work_option
 from quant.errors import InputError
 
 
@@ -38,3 +38,25 @@ def publish(release: Path, owner_name: str | None, repo: str | None, dry_run: bo
     click.echo(published.url)
     if not published.fresh:
         progress.say("nothing to do: this release stands there already")
+
+
+@quant.command()
+@click.argument("manifest", type=click.Path(path_type=Path))
+@click.option("--out", "-o", type=FOLDER, required=True, help="Where the new release goes.")
+@click.option("--source", type=FOLDER, help="The checkpoint, for a model that does not come from the hub.")
+@work_option
+@tools_option
+def rebuild(manifest: Path, out: Path, source: Path | None, work: Path | None, llama_cpp: Path | None) -> None:
+    """Make the release of a MANIFEST again in another folder, and compare every byte; exit 1 when anything differs."""
+    from quant import rebuild as rebuilding
+    from quant import toolchain
+
+    tools = toolchain.find(llama_cpp)
+    job, known = rebuilding.prepare(manifest, out, tools, work, source)
+    with progress.shown(job.steps) as do:
+        done = rebuilding.rebuild(job, known, manifest, do)
+    click.echo(f"{done.folder}: {len(done.compared)} files hold the same bytes")
+    if done.uncompared:
+        progress.say(f"not compared, for only the manifest was given: {', '.join(done.uncompared)}")
+    if done.packages:
+        progress.say(f"made with other packages, which changed nothing: {'; '.join(done.packages)}")

@@ -84,12 +84,17 @@ def pull(model: str, revision: str | None, work: Path) -> None:
 @quant.command()
 @click.argument("release", type=FOLDER)
 def verify(release: Path) -> None:
-    """Read every byte of a RELEASE folder and compare it with its manifest; exit 1 when anything differs."""
+    """Read every byte of a RELEASE folder and hold it against its own lists, recipes and card; exit 1 when anything differs."""
     from quant.errors import CheckFailed
-    from quant.verify import verify as problems_of
+    from quant.verify import verify as look_at
 
-    if problems := problems_of(release):
-        raise CheckFailed(*problems)
+    found = look_at(release)
+    if found.problems:
+        raise CheckFailed(*found.problems)
+    for line in found.checked:
+        click.echo(f"checked: {line}")
+    for line in found.unchecked:
+        click.echo(f"not checked: {line}")
     click.echo(f"{release}: every file and every tensor is what the manifest says")
 
 

@@ -4,8 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from quant.card import smoke_words
 from quant.files import Receipt
-from quant.package import modelfile, ollama_params, place, smoke_words, variants_table
+from quant.package import modelfile, ollama_params, place, variants_table
 from quant.plan import Plan
 from quant.recipe import Variant, load_model
 from quant.shard import Sharded

@@ -1,22 +1,46 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quant.errors import InputError
-from quant.files import digest
+from quant.files import digest, text_digest
 from quant.header import read_header
-from quant.package import CHECKSUMS, FORMAT, MANIFEST
+from quant.package import CHECKSUMS, FORMAT, MANIFEST, PROVENANCE
+from quant.provenance import statement
 from quant.verify import verify
 from tests.gguf_files import write as write_gguf
 
+RECIPE: dict[str, Any] = {"name": "A", "summary": "", "file_type": "Q8_0", "rules": []}
+TEMPLATE = "{{ messages }}"
 
-def lists(release: Path) -> None:
-    """Write the lists of a release as they have to be."""
+
+def problems(release: Path) -> tuple[str, ...]:
+    return verify(release).problems
+
+
+def manifest_of(release: Path) -> dict[str, Any]:
     header = read_header(release / "a.gguf")
     tensors = {t.name: {"type": t.type.name, "sha256": header.tensor_digests()[t.name]} for t in header.tensors}
-    variant = {"name": "A", "files": [{"path": "a.gguf"}], "tensors": tensors}
-    (release / MANIFEST).write_text(json.dumps({"format": FORMAT, "variants": [variant]}))
+    listed = [{"path": "a.gguf", "bytes": (release / "a.gguf").stat().st_size}]
+    text = header.metadata.get("tokenizer.chat_template")
+    return {
+        "format": FORMAT, "model": "a", "source": {"folder": "a", "files": []}, "llama.cpp": "0.5.0",
+        "recipe": {"card": {"license": "mit"}, "imatrix": {}, "max_shard_size": "50G", "pre_tokenizer": None},
+        "calibration": {"set": "embedded", "sha256": "0"},
+        "chat_template": {"sha256": text_digest(text), "patch": None} if isinstance(text, str) else None,
+        "variants": [{"name": "A", "files": listed, "tensors": tensors, "recipe": RECIPE}],
+    }  # fmt: skip
+
+
+def lists(release: Path, **changes: Any) -> None:
+    """Write the lists of a release as they have to be, but for what the manifest is to say otherwise."""
+    manifest = manifest_of(release) | changes
+    (release / MANIFEST).write_text(json.dumps(manifest))
+    named = {p.name: digest(p) for p in release.iterdir() if p.name not in (CHECKSUMS, PROVENANCE)}
+    (release / PROVENANCE).write_text(json.dumps(statement(manifest, named, {}, "0")))
     sums(release)
 
 
@@ -29,34 +53,99 @@ def sums(release: Path) -> None:
 def release(tmp_path: Path) -> Path:
     write_gguf(tmp_path / "a.gguf")
     (tmp_path / "params").write_text("{}")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# a\n[A](a.gguf) [hub](https://x.example/y)\n")
     lists(tmp_path)
     return tmp_path
 
 
-def test_a_sound_release_has_no_problems(release: Path) -> None:
-    assert verify(release) == ()
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[read_header(path).data_start] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_sound_release_has_no_problems_and_what_was_not_looked_at_is_said(release: Path) -> None:
+    found = verify(release)
+    assert found.problems == ()
+    assert any("quant rebuild" in line for line in found.unchecked)
+    assert any("signature" in line for line in found.unchecked)
 
 
 def test_a_flipped_bit_is_found_and_the_file_named(release: Path) -> None:
-    data = bytearray((release / "a.gguf").read_bytes())
-    data[read_header(release / "a.gguf").data_start] ^= 1
-    (release / "a.gguf").write_bytes(data)
-    (problem,) = verify(release)
+    flip(release / "a.gguf")
+    (problem,) = problems(release)
     assert "a.gguf: expected sha256" in problem
 
 
 def test_a_file_that_is_missing_and_one_too_many_are_both_told(release: Path) -> None:
     (release / "params").unlink()
     (release / "stranger").write_text("?")
-    assert [p.split(": ")[1].split(";")[0] for p in verify(release)] == ["missing", "not of this release"]
+    assert [p.split(": ")[1].split(";")[0] for p in problems(release)] == ["missing", "not of this release"]
 
 
 def test_other_tensors_under_fitting_checksums_are_found(release: Path) -> None:
-    data = bytearray((release / "a.gguf").read_bytes())
-    data[read_header(release / "a.gguf").data_start] ^= 1
-    (release / "a.gguf").write_bytes(data)
+    flip(release / "a.gguf")
     sums(release)
-    assert any("tensor" in p and "sha256" in p for p in verify(release))
+    assert any("tensor" in p and "sha256" in p for p in problems(release))
+
+
+def changed_variant(release: Path, **changes: Any) -> Iterator[dict[str, Any]]:
+    for variant in manifest_of(release)["variants"]:
+        yield variant | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"chat_template": {"sha256": "0" * 64, "patch": None}}, "tokenizer.chat_template: expected sha256 000"),
+        ({"variants": []}, "a.gguf: no variant of manifest.json has this file"),
+        ({"recipe": {"card": {"license": "apache-2.0"}, "imatrix": {}, "max_shard_size": "", "pre_tokenizer": ""}},
+         "README.md: license: expected apache-2.0, as in manifest.json"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_says_something_else_than_the_files_is_found(
+    release: Path, changes: dict[str, Any], said: str
+) -> None:
+    lists(release, **changes)
+    assert any(said in p for p in problems(release)), problems(release)
+
+
+def test_types_that_the_recipe_does_not_give_are_found(release: Path) -> None:
+    header = read_header(release / "a.gguf")
+    rule = {"tensors": ".*", "type": "Q2_K", "why": "It is so."}
+    lists(release, variants=list(changed_variant(release, recipe=RECIPE | {"rules": [rule]})))
+    found = [p for p in problems(release) if "of its recipe says Q2_K, found" in p]
+    assert found and all(any(t.name in p for t in header.tensors) for p in found)
+
+
+def test_shards_that_are_not_those_of_the_manifest_are_found(release: Path) -> None:
+    listed = [{"path": "a.gguf", "bytes": 1}, {"path": "b.gguf", "bytes": 1}]
+    lists(release, variants=list(changed_variant(release, files=listed)))
+    assert any("expected the shards a.gguf, b.gguf, found a.gguf" in p for p in problems(release))
+    assert any("a.gguf: expected 1 bytes, found" in p for p in problems(release))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("---\nlicense: mit\n---\n[A](a.gguf) [B](b.gguf)", "README.md: leads to b.gguf, which is not here"),
+        ("---\nlicense: mit\n---\nnothing", "README.md: says nothing of a.gguf"),
+        ("---\nlicense: other\n---\n[A](a.gguf)", "README.md: license: expected mit"),
+    ],
+)
+def test_a_card_that_does_not_fit_its_files_is_found(release: Path, text: str, said: str) -> None:
+    (release / "README.md").write_text(text)
+    lists(release)
+    assert len(problems(release)) == 1
+    assert said in problems(release)[0]
+
+
+def test_provenance_of_other_files_is_found(release: Path) -> None:
+    path = release / PROVENANCE
+    path.write_text(path.read_text().replace(digest(release / "params"), "0" * 64))
+    sums(release)
+    (problem,) = problems(release)
+    assert f"{PROVENANCE}: params: expected sha256 {digest(release / 'params')}, found {'0' * 64}" in problem
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other"}'])

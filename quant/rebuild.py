@@ -1,0 +1,148 @@
+"""Make a release again from nothing but its manifest, in another folder, and compare every byte.
+
+The manifest holds every recipe that went in, so that it does not matter what the recipes are called or say by now. What made
+the bytes has to be the same: the source's files, the calibration texts, and llama.cpp.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quant import build as builds
+from quant import files
+from quant.build import Do, Job
+from quant.errors import CheckFailed, InputError, refuse
+from quant.package import CHECKSUMS, FORMAT, MANIFEST, PROVENANCE
+from quant.recipe import RECIPES, Model, TemplatePatch, Variant
+from quant.release import read_checksums
+from quant.store import Store
+from quant.toml import of_json
+from quant.toolchain import Toolchain
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A release that was made again and is the same."""
+
+    folder: Path
+    compared: tuple[str, ...]
+    """Files that hold the same bytes."""
+    uncompared: tuple[str, ...]
+    """Files of the new release of which the old one's digest is not known, because only its manifest was given."""
+    packages: tuple[str, ...]
+    """Packages that are of another version here, and changed no byte but those that name them."""
+
+
+def prepare(
+    manifest: Path, out: Path, tools: Toolchain, work: Path | None = None, source: Path | None = None
+) -> tuple[Job, Mapping[str, Any]]:
+    """The job that makes a manifest's release again, and what is known of the old one.
+
+    ``source`` is a folder with the checkpoint, for a model that does not come from the hub. Raises InputError with
+    everything that keeps it from being the same.
+    """
+    path = manifest / MANIFEST if manifest.is_dir() else manifest
+    known = _read(path)
+    model = of_json(known["recipe"], Model, f"{path}: recipe")
+    variants = [of_json(v["recipe"], Variant, f"{path}: variants[{n}]") for n, v in enumerate(known["variants"])]
+    patch = (known["chat_template"] or {}).get("patch")
+    template = of_json(patch, TemplatePatch, f"{path}: chat_template.patch") if patch else None
+    beside = _beside(model, source)
+    refuse(_problems(path, known, model, tools, beside, out.resolve() / model.title))
+    store = Store(work.resolve() if work else out.resolve() / builds.WORK)
+    job = Job(
+        model, beside, tuple(variants), out.resolve(), Store(store.root / model.name), tools, None, template=template
+    )
+    return job, known
+
+
+def rebuild(job: Job, known: Mapping[str, Any], manifest: Path, do: Do) -> Rebuilt:
+    """Make the release and compare it; raises CheckFailed with every file that came out otherwise."""
+    with job.store.alone():
+        checkpoint = builds.pull(job.model, job.recipe, None, job.store)
+    found = {r.path: r.sha256 for r in checkpoint.receipts}
+    expected = {f["path"]: f["sha256"] for f in known["source"]["files"]}
+    if wrong := sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)):
+        raise CheckFailed(
+            *(f"{checkpoint.folder / n}: expected sha256 {expected.get(n)}, found {found.get(n)}" for n in wrong)
+        )
+    built = builds.build(job, do)
+    old = manifest if manifest.is_dir() else manifest.parent
+    new = _digests(built.folder)
+    before = _known_digests(old, known) | {MANIFEST: files.digest(old / MANIFEST if manifest.is_dir() else manifest)}
+    packages = tuple(_package_changes(old, built.folder))
+    excused = {PROVENANCE, CHECKSUMS} if packages else set()
+    differing = sorted(n for n in before.keys() | new.keys() if n in before and before[n] != new.get(n))
+    if wrong := [n for n in differing if n not in excused]:
+        raise CheckFailed(
+            *(f"{built.folder / n}: expected sha256 {before[n]}, found {new.get(n, 'no such file')}" for n in wrong)
+        )
+    same = tuple(sorted(n for n in before if before[n] == new.get(n)))
+    return Rebuilt(built.folder, same, tuple(sorted(new.keys() - before.keys())), packages if differing else ())
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: expected the manifest of a release, found something else ({e})") from e
+    if not isinstance(known, dict) or known.get("format") != FORMAT:
+        found = known.get("format") if isinstance(known, dict) else known
+        raise InputError(f"{path}: format: expected {FORMAT!r}, found {found!r}")
+    return known
+
+
+def _beside(model: Model, source: Path | None) -> Path:
+    """The file from whose folder the source's folder is looked for: the project's own recipe, or one beside ``source``."""
+    if source is None or model.source.folder is None:
+        return RECIPES / "models" / f"{model.name}.toml"
+    levels = len(Path(model.source.folder).parts)
+    return source.resolve().parents[levels - 1] / f"{model.name}.toml"
+
+
+def _problems(
+    path: Path, known: Mapping[str, Any], model: Model, tools: Toolchain, beside: Path, target: Path
+) -> Iterator[str]:
+    if known["llama.cpp"] != str(tools.version):
+        yield f"{path}: llama.cpp: expected {known['llama.cpp']}, found {tools.version}; name that one with --llama-cpp"
+    if model.source.folder and not (beside.parent / model.source.folder).is_dir():
+        wanted = beside.parent / model.source.folder
+        yield f"{wanted}: expected the checkpoint that the release was made of, found nothing; name it with --source"
+    if target.resolve() == path.parent.resolve():
+        yield f"{target}: expected another folder than the release's own; name one with -o"
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return read_checksums(folder) | {name: files.digest(folder / name) for name in (CHECKSUMS, MANIFEST)}
+
+
+def _known_digests(old: Path, known: Mapping[str, Any]) -> dict[str, str]:
+    """Of the old release: by its list of checksums if that is there, else what the manifest alone says."""
+    if (old / CHECKSUMS).is_file() and (old / MANIFEST).is_file():
+        return read_checksums(old) | {CHECKSUMS: files.digest(old / CHECKSUMS)}
+    others = [known[key] for key in ("imatrix", "vision") if known.get(key)]
+    return {f["path"]: f["sha256"] for f in [*others, *(f for v in known["variants"] for f in v["files"])]}
+
+
+def _package_changes(old: Path, new: Path) -> Iterator[str]:
+    """Packages that are not the same here as they were when the release was made."""
+    before, now = _packages(old / PROVENANCE), _packages(new / PROVENANCE)
+    if before:
+        yield from (
+            f"{name}: was {before.get(name, 'none')}, is {now.get(name, 'none')}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        )
+
+
+def _packages(path: Path) -> dict[str, str]:
+    """Version by package, from a statement."""
+    try:
+        predicate = json.loads(path.read_text())["predicate"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    uris = [d.get("uri", "") for d in predicate["buildDefinition"]["resolvedDependencies"]]
+    found = [uri.removeprefix("pkg:pypi/").partition("@") for uri in uris if uri.startswith("pkg:pypi/")]
+    return {name: version for name, _, version in found} | dict(predicate["runDetails"]["builder"]["version"])

@@ -1,0 +1,58 @@
+"""The model cards of two models before anything is made: planned sizes, nothing measured. Whoever changes a word sees it.
+
+``pytest --update-golden`` writes the cards anew.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quant.card import card
+from quant.footprint import shard_bytes_of
+from quant.inventory import inventory
+from quant.package import entry, kv_bytes
+from quant.plan import Plan, plan
+from quant.recipe import Model, Publish, load_model, load_template_patch, load_variant, shard_bytes
+
+FOLDER = Path(__file__).parent / "cards"
+
+
+def planned(model: Model) -> dict[str, Any]:
+    """A manifest as it will be, but for what only the work itself can tell."""
+    tensors = inventory(model.architecture)
+    patch = load_template_patch(model.template)
+    replacements = [{"why": r.why} for r in patch.replacements]
+    return {
+        "source": {"repo": model.source.repo, "revision": "0" * 40} if model.source.repo else {"folder": "tiny-glm"},
+        "llama.cpp": "0.5.0",
+        "chat_template": {"sha256": "", "original_sha256": "", "patch": {"replacements": replacements}},
+        "kv_bytes_per_token": kv_bytes(model),
+        "ollama_template": "there is one",
+        "calibration": None,
+        "variants": [entry(p, files(model, p)) for p in (plan(load_variant(v), tensors) for v in model.variants)],
+    }
+
+
+def files(model: Model, p: Plan) -> list[dict[str, Any]]:
+    cut = shard_bytes_of(p, shard_bytes(model.max_shard_size)) if p.variant.split else (p.bytes,)
+    name = f"{model.title}-{p.variant.name}"
+    if len(cut) == 1:
+        return [{"path": f"{name}.gguf", "bytes": p.bytes + model.header_bytes}]
+    names = [f"{p.variant.name}/{name}-{n:05d}-of-{len(cut):05d}.gguf" for n in range(1, len(cut) + 1)]
+    heads = [model.header_bytes, *[0] * len(cut)]
+    return [{"path": path, "bytes": b + head} for path, b, head in zip(names, cut, heads, strict=False)]
+
+
+@pytest.mark.parametrize("name", ["tiny-glm", "glm-4.6"])
+def test_a_card_is_as_it_was(name: str, pytestconfig: pytest.Config) -> None:
+    model = load_model(name)[0]
+    model = replace(model, publish=Publish("somebody/GLM-4.6-GGUF")) if name == "glm-4.6" else model
+    found = card(model, planned(model))
+    path = FOLDER / f"{name}.md"
+    if pytestconfig.getoption("update_golden"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(found)
+    assert path.exists(), f"{path}: missing; pytest --update-golden writes it"
+    assert found.splitlines() == path.read_text().splitlines()
