@@ -10,6 +10,7 @@ from pathlib import Path
 
 from quant import toolchain
 from quant.errors import ToolError
+from quant.ggml_types import TYPES
 from quant.toolchain import TOOLS, Toolchain
 
 LIBRARIES = ("gguf", "torch", "transformers", "safetensors", "huggingface-hub", "datasets", "prefect")
@@ -33,7 +34,8 @@ class Finding:
 
 def examine(llama_cpp: Path | None = None) -> tuple[Finding, ...]:
     """Everything that is needed, found or not; raises ToolError only for a named folder that does not exist."""
-    return (*_tools(toolchain.find(llama_cpp)), _converter(), *_libraries(), _compiler())
+    tools = toolchain.find(llama_cpp)
+    return (*_tools(tools), _converter(), *_libraries(), _compiler(), *_kernels(tools))
 
 
 def _tools(tools: Toolchain) -> Iterator[Finding]:
@@ -66,6 +68,31 @@ def _libraries() -> Iterator[Finding]:
 def _compiler() -> Finding:
     path = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     return Finding(path is not None, "a C++ compiler", "", path or "apt-get install g++ (it builds llama.cpp once)")
+
+
+def _kernels(tools: Toolchain) -> Iterator[Finding]:
+    """By what each type is quantised. Nothing of it is missing: ggml's own functions serve as well, only later."""
+    from quant import ggml
+    from quant.kernels import Kernels
+
+    try:
+        kernels = Kernels(ggml.load(ggml.find(tools.bin)))
+    except ToolError as e:
+        yield Finding(True, "kernels", "ggml", f"not tried: {e}")
+        return
+    if kernels.native.problem:
+        yield Finding(True, "kernels", "ggml", kernels.native.problem)
+    native = [t for t in TYPES.values() if any(kernels.native.has(i, t) for i in kernels.native.sets)]
+    waiting = [t.name for t in native if kernels.waiting(t)]
+    served = {t.name: kernels.served(t) for t in native if t.name not in waiting}
+    for by in kernels.native.sets:
+        if names := [name for name, s in served.items() if s.by == by]:
+            yield Finding(True, "kernels", by, ", ".join(names))
+    if waiting:
+        yield Finding(True, "kernels", "", f"tried at their first use: {', '.join(waiting)}")
+    for name, s in served.items():
+        if s.by == "ggml":
+            yield Finding(True, f"kernel of {name}", "ggml", s.why)
 
 
 def _version(name: str) -> str:

@@ -65,6 +65,12 @@ class Kernels:
         """By what that type is quantised."""
         return self._choose(ggml_type)[0]
 
+    def waiting(self, ggml_type: GGMLType) -> bool:
+        """Whether a kernel for that type was never tried, and trying it takes long."""
+        names = [f"{i} {ggml_type.name}" for i in self.native.sets if self.native.has(i, ggml_type)]
+        tried = (trial.kept(self.library, name, self.native.path) is not None for name in names)
+        return bool(names) and ggml_type.name in trial.SLOW and not any(tried)
+
     @contextmanager
     def at(self, place: str) -> Iterator[None]:
         """What this thread meets meanwhile is met there: in a tensor, say."""

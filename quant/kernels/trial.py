@@ -20,6 +20,8 @@ from quant.ggml_types import GGMLType
 from quant.kernels.library import Counted
 
 ROWS, ROW = 40, 768
+SLOW = frozenset({"IQ1_S", "IQ1_M", "IQ2_S", "IQ2_XS", "IQ2_XXS"})
+"""Types for which ggml computes for seconds before its first block."""
 
 
 @cache
@@ -60,15 +62,26 @@ def difference(library: ggml.Library, ggml_type: GGMLType, kernel: Counted) -> s
 
 def known_difference(library: ggml.Library, ggml_type: GGMLType, kernel: Counted, name: str, native: Path) -> str:
     """The same, from the cache if these two libraries were compared before for the kernel of that name."""
-    key = files.digest_of([_digest(library.path), _digest(native), name, _digest(Path(__file__))])
-    place = cache_folder() / key
-    try:
-        return str(json.loads(place.read_text())["difference"])
-    except (OSError, ValueError, KeyError, TypeError):
+    found = kept(library, name, native)
+    if found is None:
         found = difference(library, ggml_type, kernel)
-    with suppress(OSError):  # no place to keep it, or another process is keeping it: the next one tries again
-        files.write_text(place, json.dumps({"kernel": name, "library": str(library.path), "difference": found}) + "\n")
+        place = _place(library, name, native)
+        with suppress(OSError):  # no place to keep it, or another process is keeping it: the next one tries again
+            files.write_text(place, files.pretty({"kernel": name, "library": str(library.path), "difference": found}))
     return found
+
+
+def kept(library: ggml.Library, name: str, native: Path) -> str | None:
+    """What an earlier trial found, if there was one."""
+    try:
+        return str(json.loads(_place(library, name, native).read_text())["difference"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _place(library: ggml.Library, name: str, native: Path) -> Path:
+    key = [_digest(library.path), _digest(native), name, _digest(Path(__file__))]
+    return cache_folder() / files.digest_of(key)
 
 
 def cache_folder() -> Path:

@@ -11,6 +11,7 @@ from quant.cli import doctor
 from quant.cli.doctor import LIBRARIES, Finding, examine
 from quant.cli.options import quant
 from quant.errors import ToolError
+from quant.kernels.library import load
 from quant.toolchain import BRING_TOOLS, TOOLS, Toolchain
 
 Fake = Callable[..., Toolchain]
@@ -36,6 +37,16 @@ def test_a_machine_with_everything_is_fine(fake_tools: Fake) -> None:
         str(tools.bin / "llama-quantize"),
     )
     assert run(tools).exit_code == 0
+
+
+def test_it_says_by_what_types_are_quantised(fake_tools: Fake) -> None:
+    rows = [f for f in examine() if f.what == "kernels"]
+    if sets := load().sets:
+        assert (rows[0].ok, rows[0].version) == (True, sets[0])
+        assert {"Q4_K", "IQ4_XS"} <= set(rows[0].where.split(", "))
+    else:
+        assert rows[0].row == ("ok", "kernels", "ggml", load().problem)
+    assert found(fake_tools())["kernels"].where.startswith("not tried: libggml-base.so: missing")
 
 
 def test_a_missing_tool_comes_with_what_brings_it(fake_tools: Fake) -> None:

@@ -77,6 +77,16 @@ def test_an_outcome_that_cannot_be_read_or_kept_is_found_anew(
     assert Kernels(library, native).served(Q4).by == native.sets[0]
 
 
+def test_a_type_that_takes_ggml_long_waits_for_its_first_use(
+    library: ggml.Library, native: Native, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "SLOW", frozenset({"Q4_K", "Q8_0"}))
+    kernels = Kernels(library, native)
+    assert kernels.waiting(Q4) and not kernels.waiting(TYPES["Q8_0"]) and not kernels.waiting(TYPES["Q6_K"])
+    kernels.served(Q4)
+    assert not kernels.waiting(Q4)
+
+
 def test_ggml_can_be_asked_for(library: ggml.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANT_KERNELS", "ggml")
     assert Kernels(library, load.__wrapped__()).served(Q4) == Served("ggml", "QUANT_KERNELS says ggml")
