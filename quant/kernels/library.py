@@ -38,11 +38,11 @@ class Counts:
 
 
 class _Counts(ctypes.Structure):
-    _fields_ = (("odd", ctypes.c_int64), ("faulty", ctypes.c_int64))
+    _fields_ = (("odd", ctypes.c_int64), ("faulty", ctypes.c_int64), ("refused", ctypes.c_int64))
 
 
 Counted = Callable[[Rows, NDArray[np.float32] | None], tuple[Bytes, Counts]]
-"""A kernel that also says what it met."""
+"""A kernel that also says what it met. Raises InputError for rows on which ggml would end the process."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ class Native:
             out, counts = np.empty(ggml_type.bytes(rows.size), np.uint8), _Counts()
             address = weights.ctypes.data if weights is not None else None
             function(rows.ctypes.data, out.ctypes.data, *rows.shape, address, chunk, ctypes.byref(counts))
+            if counts.refused:
+                raise InputError(
+                    f"{counts.refused} of {rows.size // ggml_type.block} blocks cannot be made {ggml_type.name}, and ggml "
+                    "would end the process: their weights or those of the imatrix are too large, or no numbers"
+                )
             return out, Counts(counts.odd, counts.faulty)
 
         return quantize

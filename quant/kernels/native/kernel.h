@@ -24,6 +24,7 @@ using Chunk = size_t (*)(int, const float *, void *, int64_t, int64_t, int64_t, 
 struct Counts {
     int64_t odd;      // superblocks (rows, in types whose statistics span a row) that ggml itself wrote
     int64_t faulty;   // superblocks that meet a fault of ggml's, which is written as ggml writes it
+    int64_t refused;  // superblocks on which ggml ends the process; there are zeros in their place
 };
 
 struct Call {

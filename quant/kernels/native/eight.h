@@ -1,0 +1,128 @@
+// Groups of eight weights on a grid of eight dimensions (IQ1, IQ2), and the search for the nearest point.
+//
+// Here lanes are not superblocks. They are eight neighbours of one code (four where a vector has no more), as often as a
+// vector holds them, each time for another scale; one group is worked on at a time. A distance is a sum of eight terms,
+// and as a dimension has three levels only, the terms that there can be are laid out in tables and picked from them by
+// the bits of a neighbour's word.
+#pragma once
+
+#include <cfloat>
+
+#include "across.h"
+#include "grids.h"
+
+namespace {
+
+constexpr int NEAR = W < 8 ? W : 8;        // neighbours in a vector
+constexpr int SCALES = W / NEAR;           // scales in a vector
+constexpr int DIMENSIONS = NEAR / 4;       // of a group that fit into one table, four levels each
+constexpr int PARTS = 8 / DIMENSIONS;      // tables for all eight
+
+struct Eight {
+    F x[PARTS], w[PARTS];   // every value once for each level, and that for each scale
+};
+
+INLINE Eight eight(const float *x, const float *w) {
+    Eight e;
+    for (int r = 0; r < PARTS; r++) {
+        e.x[r] = spread4(x + r * DIMENSIONS);
+        e.w[r] = spread4(w + r * DIMENSIONS);
+    }
+    return e;
+}
+
+// What the levels 0, 1 and 2 stand for, as often as they stand in a table. The fourth makes a distance that is never the
+// least: infinite, or no number.
+INLINE F level_table(float a, float b, float c) {
+    alignas(64) float each[W];
+    for (int i = 0; i < W; i += 4) each[i] = a, each[i + 1] = b, each[i + 2] = c, each[i + 3] = INFINITY;
+    return load(each);
+}
+
+// Where in a table of terms a scale's half of it begins, for all eight dimensions of a word.
+INLINE I second_half() {
+    alignas(64) int32_t each[W];
+    for (int i = 0; i < W; i++) each[i] = i < NEAR ? 0 : static_cast<int32_t>(0x88888888u);
+    return load(each);
+}
+
+INLINE I places() {
+    alignas(64) int32_t each[W];
+    for (int i = 0; i < W; i++) each[i] = i % NEAR;
+    return load(each);
+}
+
+// The place of each of the eight dimensions in its table, in turn, for a vector of words.
+template <class Use>
+INLINE void each_dimension(I words, Use use) {
+    use(0, words);
+    use(1, shr<4>(words));
+    use(2, shr<8>(words));
+    use(3, shr<12>(words));
+    use(4, shr<16>(words));
+    use(5, shr<20>(words));
+    use(6, shr<24>(words));
+    use(7, shr<28>(words));
+}
+
+// For N * SCALES scales at once: the first of the nearest neighbours of a group, in ggml's sense of near. Of the scales
+// only the first `real` count. False where ggml finds no neighbour for one of them, because every distance overflows; it
+// ends the process then.
+template <int N>
+INLINE bool nearest_points(const uint32_t *words, uint32_t count, const Eight &e, F levels, const float *scale, int real,
+                           uint32_t *found) {
+    F term[N][PARTS], nearest[N];
+    I where[N];
+    for (int n = 0; n < N; n++) {
+        const F q = spread_eights(scale + n * SCALES) * levels;
+        for (int r = 0; r < PARTS; r++) {
+            const F difference = q - e.x[r];
+            term[n][r] = e.w[r] * difference * difference;
+        }
+        nearest[n] = vec(FLT_MAX);
+        where[n] = places();
+    }
+    const I half = second_half();
+    I place = places();
+    for (uint32_t first = 0; first < count; first += NEAR) {
+        const I some = load_eights(reinterpret_cast<const int32_t *>(words) + first) | half;
+        F sum[N];
+        each_dimension(some, [&](int i, I level) {
+            for (int n = 0; n < N; n++) {
+                const F t = pick(term[n][i / DIMENSIONS], level);
+                sum[n] = i == 0 ? t : sum[n] + t;
+            }
+        });
+        for (int n = 0; n < N; n++) {
+            const M nearer = sum[n] < nearest[n];
+            nearest[n] = min_(sum[n], nearest[n]);
+            where[n] = select(nearer, place, where[n]);
+        }
+        place = place + vec(NEAR);
+    }
+    unsigned lost = 0;
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+        alignas(64) int32_t at[W];
+        store(at, where[n]);
+        const F least = least_of_eights(nearest[n]);
+        const unsigned all_there = bits(nearest[n] == least);
+        lost |= bits(least == vec(FLT_MAX)) << n * W;
+#pragma GCC unroll 4
+        for (int s = 0; s < SCALES; s++) {
+            const unsigned there = all_there >> s * NEAR & ((1u << NEAR) - 1);
+            int32_t first = at[s * NEAR + __builtin_ctz(there)];
+            if (there & (there - 1)) {   // some are as near, and the first of them may be in another lane
+                for (unsigned others = there; others; others &= others - 1) {
+                    const int32_t other = at[s * NEAR + __builtin_ctz(others)];
+                    first = other < first ? other : first;
+                }
+            }
+            found[n * SCALES + s] = words[first];
+        }
+    }
+    const int counted = real < N * SCALES ? real : N * SCALES;
+    return !(lost & ((1ull << counted * NEAR) - 1));
+}
+
+}  // namespace

@@ -1,0 +1,326 @@
+// IQ3_XXS and IQ3_S: groups of four weights on a grid of four dimensions with eight levels each.
+//
+// The lists of neighbours are short and the scales that are tried are many, so that lanes are scales here, in the search
+// too: what a dimension adds to a distance is tabulated for every level and every scale, and the neighbours of a code are
+// gone through one by one, for all the scales in a row that lead to that code.
+#include <cfloat>
+
+#include "grid_blocks.h"
+
+namespace {
+
+constexpr int LEVELS = 8, GROUPS = 8, MOST_TRIES = 32;
+constexpr int MOST_NEIGHBOURS = 48;   // 38 in IQ3_S, filled up to a multiple of 16
+
+struct Xxs {
+    static constexpr GridName NAME = GridName::iq3_xxs;
+    static constexpr int N = 32, TRIES = 31, MIDDLE = 15;
+    static constexpr float EMPTY = 1e-8f, SIGMA = 2.0f;
+    static constexpr bool EVEN_SIGNS = true, ALL_AGAIN = false, WEIGHTED = false;
+    static F unweighted(F, F v) { return v * v; }
+};
+struct S {
+    static constexpr GridName NAME = GridName::iq3_s;
+    static constexpr int N = 32, TRIES = 19, MIDDLE = 9;
+    static constexpr float EMPTY = FLT_TRUE_MIN, SIGMA = 2.0f;   // nothing but zeros is less
+    static constexpr bool EVEN_SIGNS = false, ALL_AGAIN = true, WEIGHTED = false;
+    static F unweighted(F, F v) { return v * v; }
+};
+
+constexpr float STANDS_FOR[16] = {1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15};
+
+// ggml's level of a weight, 0 … 7, for y = 0.5 * (p - 1): what is rounded by adding MAGIC, with the bits taken for what
+// ggml takes them for where y is out of range. In range, half of everything may be left out: p - 1 has the same bits
+// after the sum with twice MAGIC as half of it after the sum with MAGIC.
+template <bool PLAIN>
+INLINE I level_of(F p) {
+    if (PLAIN) {
+        const F zero = vec(2 * MAGIC), seven = vec(2 * MAGIC + 14);
+        return bits_of(min_(max_(p - vec(1.0f) + zero, zero), seven)) & vec(7);
+    }
+    const I l = (bits_of(vec(0.5f) * (p - vec(1.0f)) + vec(MAGIC)) & vec(0x007fffff)) - vec(0x00400000);
+    return min_(max_(l, vec(0)), vec(LEVELS - 1));
+}
+
+// The code of a group of four for every scale in the lanes: three bits for each weight.
+template <bool PLAIN>
+INLINE I code_of(const float *x, F id) {
+    I code = level_of<PLAIN>(id * vec(x[3]));
+    for (int i = 2; i >= 0; i--) code = shl<3>(code) | level_of<PLAIN>(id * vec(x[i]));
+    return code;
+}
+
+template <class T>
+struct alignas(64) Tries {
+    static constexpr int V = (T::TRIES + W - 1) / W;
+    float id[V * W], scale[V * W];
+    float levels[LEVELS][V * W];        // scale times what a level stands for
+    float terms[4][LEVELS][MOST_TRIES]; // of the group that is worked on
+    I code[V + 1];                      // of that group, too
+    int32_t words[GROUPS][V * W];       // the points
+    uint32_t on_grid[GROUPS];           // a bit for each try
+};
+
+INLINE M between(int first, int end) { return mask_of(((1u << end) - 1) & ~((1u << first) - 1)); }
+
+// The points of a group for every try. False where ggml finds none and ends the process, because all distances overflow.
+template <class T>
+INLINE bool try_points(const Grid &g, const Block &b, int k, Tries<T> &t) {
+    constexpr int V = Tries<T>::V;
+    uint32_t last = 1u << (T::TRIES - 1);   // a bit for each try that is the last one of a run with the same code
+    alignas(64) int32_t code[V * W];
+    for (int v = 0; v < V; v++) {
+        last |= bits(~(t.code[v] == following(t.code[v], t.code[v + 1]))) << v * W;
+        store(code + v * W, t.code[v]);
+    }
+    last &= (2u << (T::TRIES - 1)) - 1;
+    Cell cells[T::TRIES];
+    uint32_t needed = 0;   // levels of each dimension
+    int runs = 0, start = 0;
+    for (uint32_t ends = last; ends; ends &= ends - 1) {
+        cells[runs] = g.cells[code[start]];
+        needed |= cells[runs++].levels;
+        start = __builtin_ctz(ends) + 1;
+    }
+    for (; needed; needed &= needed - 1) {
+        const int i = __builtin_ctz(needed) / LEVELS, l = __builtin_ctz(needed) % LEVELS;
+        const F x = vec(b.x[4 * k + i]), w = vec(b.root[4 * k + i]);
+        for (int v = 0; v < V * W; v += W) {
+            const F difference = load(t.levels[l] + v) - x;
+            store(t.terms[i][l] + v, w * difference * difference);
+        }
+    }
+    uint32_t lost = 0, on_grid = 0;
+    I found[V];
+    for (int v = 0; v < V; v++) found[v] = vec(0);
+    for (int first = 0, run = 0; last; last &= last - 1) {
+        const int end = __builtin_ctz(last) + 1;
+        const Cell cell = cells[run++];
+        const uint32_t *const near = g.words + cell.first;
+        if (!cell.count) on_grid |= (2u << (end - 1)) - (1u << first);
+        for (int v = 0; v < V; v++) {
+            const int from = first - v * W > 0 ? first - v * W : 0, to = end - v * W < W ? end - v * W : W;
+            if (from >= to) continue;
+            F nearest = vec(FLT_MAX);
+            I point = vec(static_cast<int32_t>(near[0]));
+            // A byte of a word is its level times 16, so that the place of the terms is eight times that. A list of odd
+            // length goes on with its first word, which is no nearer than itself.
+            const auto *word = reinterpret_cast<const uint8_t *>(near);
+            for (uint32_t j = 0; j < cell.count; j += 2, word += 8) {
+                F sum[2];
+                for (int n = 0; n < 2; n++) {
+                    sum[n] = load(t.terms[0][0] + 2 * word[4 * n] + v * W);
+                    for (int i = 1; i < 4; i++) sum[n] = sum[n] + load(t.terms[i][0] + 2 * word[4 * n + i] + v * W);
+                }
+                for (int n = 0; n < 2; n++) {
+                    point = select(sum[n] < nearest, vec(static_cast<int32_t>(near[j + static_cast<uint32_t>(n)])), point);
+                    nearest = min_(sum[n], nearest);
+                }
+            }
+            const M mine = between(from, to);
+            if (cell.count) lost |= bits(mine & (nearest == vec(FLT_MAX)));
+            found[v] = select(mine, point, found[v]);
+        }
+        first = end;
+    }
+    for (int v = 0; v < V; v++) store(t.words[k] + v * W, found[v]);
+    t.on_grid[k] = on_grid;
+    return !lost;
+}
+
+// The two sums over a block for the tries, W of them from `first` on: of w * x * q and of w * q * q.
+struct Sums {
+    F qx, q2;
+};
+
+template <class T>
+INLINE Sums sum_up(const Block &b, const Tries<T> &t, int first) {
+    Sums s = {vec(0.0f), vec(0.0f)};
+    const F stands_for = loadu(STANDS_FOR);
+    for (int k = 0; k < GROUPS; k++) {
+        I words = shr<4>(load(t.words[k] + first));
+        for (int i = 4 * k; i < 4 * k + 4; i++) {
+            F wxq, wqq;
+            if (W >= 8) {
+                wxq = pick(vec(b.wx[i]) * stands_for, words);
+                wqq = pick(vec(b.w[i]) * stands_for * stands_for, words);
+            } else {
+                const F q = float_of(shl<1>(words & vec(7)) + vec(1));
+                wxq = vec(b.wx[i]) * q;
+                wqq = vec(b.w[i]) * q * q;
+            }
+            s.qx = s.qx + wxq;
+            s.q2 = s.q2 + wqq;
+            words = shr<8>(words);
+        }
+    }
+    return s;
+}
+
+// The nearest neighbour of one group by one scale; the lanes are neighbours.
+INLINE bool nearest_point(const uint32_t *words, uint32_t count, const float *x, const float *w, float scale,
+                          uint32_t *found) {
+    if (W < 8) {
+        float least = FLT_MAX;
+        *found = words[0];
+        for (uint32_t j = 0; j < count; j++) {
+            float sum = 0;
+            for (int i = 0; i < 4; i++) {
+                const float difference = scale * static_cast<float>(2 * (words[j] >> (8 * i + 4) & 7) + 1) - x[i];
+                sum += w[i] * difference * difference;
+            }
+            if (sum < least) least = sum, *found = words[j];
+        }
+        return least < FLT_MAX;
+    }
+    const F q = vec(scale) * loadu(STANDS_FOR);
+    F term[4];
+    for (int i = 0; i < 4; i++) {
+        const F difference = q - vec(x[i]);
+        term[i] = vec(w[i]) * difference * difference;
+    }
+    F sum[MOST_NEIGHBOURS / W], nearest = vec(FLT_MAX);
+    for (uint32_t j = 0; j < count; j += W) {
+        const I some = load(reinterpret_cast<const int32_t *>(words) + j);
+        sum[j / W] = pick(term[0], shr<4>(some)) + pick(term[1], shr<12>(some)) + pick(term[2], shr<20>(some)) +
+                     pick(term[3], shr<28>(some));
+        nearest = min_(sum[j / W], nearest);
+    }
+    // What fills up the list is as near as its first word, and comes later.
+    nearest = least_of_all(nearest);
+    uint32_t j = 0;
+    unsigned there = bits(sum[0] == nearest);
+    while (!there && (j += W) < count) there = bits(sum[j / W] == nearest);
+    *found = words[there ? j + static_cast<uint32_t>(__builtin_ctz(there)) : 0];
+    return !any(nearest == vec(FLT_MAX));
+}
+
+INLINE int code_of_word(uint32_t word) {
+    return static_cast<int>((word >> 4 & 7) | (word >> 12 & 7) << 3 | (word >> 20 & 7) << 6 | (word >> 28 & 7) << 9);
+}
+
+template <class T, bool PLAIN>
+INLINE void try_codes(const Block &b, int k, Tries<T> &t) {
+    for (int v = 0; v < Tries<T>::V; v++) t.code[v] = code_of<PLAIN>(b.x + 4 * k, load(t.id + v * W));
+    t.code[Tries<T>::V] = vec(0);
+}
+
+// False where ggml ends the process.
+template <class T>
+INLINE bool quantize(const Grid &g, const float *x, const float *weights, float sigma2, Done &done) {
+    constexpr int V = Tries<T>::V;
+    Block b;
+    if (!weigh<T>(x, weights, sigma2, b)) return false;
+    take_signs<T>(x, b);
+    done.scale = 0;
+    done.empty = b.largest < T::EMPTY;
+    for (int k = 0; k < GROUPS; k++) done.point[k] = 0, done.signs[k / 2] = done.empty ? 0 : b.signs[k / 2];
+    if (done.empty) return true;
+    for (int i = 0; i < T::N; i += W) store(b.wx + i, load(b.w + i) * load(b.x + i));
+
+    Tries<T> t;
+    for (int i = 0; i < V * W; i++) t.id[i] = 15 + static_cast<float>(i - T::MIDDLE) * 0.2f;
+    for (int v = 0; v < V * W; v += W) {
+        const F id = load(t.id + v) / vec(b.largest), scale = vec(1.0f) / id;
+        store(t.id + v, id);
+        store(t.scale + v, scale);
+        for (int l = 0; l < LEVELS; l++) store(t.levels[l] + v, scale * vec(STANDS_FOR[l]));
+    }
+    const bool plain = b.largest > 1e-35f && b.smallest >= -1e5f * b.largest;
+    bool well = true;
+    for (int k = 0; k < GROUPS; k++) {
+        if (plain) try_codes<T, true>(b, k, t);
+        else try_codes<T, false>(b, k, t);
+        well &= try_points(g, b, k, t);
+    }
+    if (!well) return false;
+
+    alignas(64) float qx2[V * W], q2[V * W], by[V * W], gain[V * W];
+    for (int v = 0; v < V * W; v += W) {
+        const Sums s = sum_up(b, t, v);
+        store(qx2 + v, s.qx * s.qx);
+        store(q2 + v, s.q2);
+        store(by + v, s.qx / s.q2);
+        store(gain + v, s.qx / s.q2 * s.qx);
+    }
+    float best = 0, scale = b.largest / 15;
+    int chosen = -1;
+    for (int i = 0; i < T::TRIES; i++) {
+        if (q2[i] > 0 && qx2[i] > best * q2[i]) scale = by[i], best = gain[i], chosen = i;
+    }
+    uint32_t word[GROUPS], again = 0;
+    for (int k = 0; k < GROUPS; k++) {
+        word[k] = chosen < 0 ? g.words[0] : static_cast<uint32_t>(t.words[k][chosen]);
+        const bool off = chosen < 0 ? T::ALL_AGAIN : !(t.on_grid[k] >> chosen & 1);
+        again |= static_cast<uint32_t>(off) << k;
+    }
+    if (again && scale > 0) {
+        if (T::ALL_AGAIN) again = 255;
+        const float id = 1 / scale;
+        alignas(64) int32_t level[32];
+        for (int i = 0; i < 32; i += W) store(level + i, level_of<false>(vec(id) * load(b.x + i)));
+        for (; again; again &= again - 1) {
+            const int k = __builtin_ctz(again);
+            const int32_t *const l = level + 4 * k;
+            const Cell cell = g.cells[l[0] | l[1] << 3 | l[2] << 6 | l[3] << 9];
+            word[k] = g.words[cell.first];
+            if (cell.count) {
+                well &= nearest_point(g.words + cell.first, cell.count, b.x + 4 * k, b.root + 4 * k, scale, word + k);
+            }
+        }
+        float sumqx = 0, sumq2 = 0;
+        for (int i = 0; i < T::N; i++) {
+            const float q = STANDS_FOR[word[i / 4] >> (8 * (i % 4) + 4) & 7];
+            sumqx += b.wx[i] * q;
+            sumq2 += b.w[i] * q * q;
+        }
+        if (sumq2 > 0) scale = sumqx / sumq2;
+    }
+    if (scale < 0) {
+        scale = -scale;
+        for (int k = 0; k < 4; k++) done.signs[k] = static_cast<uint8_t>(~done.signs[k] & (T::EVEN_SIGNS ? 127 : 255));
+    }
+    done.scale = scale;
+    for (int k = 0; k < GROUPS; k++) done.point[k] = static_cast<uint16_t>(g.cells[code_of_word(word[k])].first);
+    return well && scale >= 0;
+}
+
+INLINE void pack_xxs(const Call &, const Done *done, float largest, uint8_t *out) {
+    if (largest == 0) return;
+    const float d = largest / 31, id = 1 / d;
+    const uint16_t stored = half(d * 1.0125f);
+    std::memcpy(out, &stored, 2);
+    for (int b = 0; b < 8; b++) {
+        uint32_t signs = scale_bits(id, done[b].scale) << 28;
+        for (int k = 0; k < 8; k++) out[2 + 8 * b + k] = static_cast<uint8_t>(done[b].point[k]);
+        for (int k = 0; k < 4; k++) signs |= static_cast<uint32_t>(done[b].signs[k]) << 7 * k;
+        std::memcpy(out + 66 + 4 * b, &signs, 4);
+    }
+}
+
+// As ggml writes it, with its fault: a block of zeros takes no place among the points and signs, so that those of the
+// blocks after it stand where nobody looks for them. The high bits of the points and the scales are where they should be.
+INLINE void pack_s(const Call &call, const Done *done, float largest, uint8_t *out) {
+    const float d = largest / 31, id = 1 / d;
+    const uint16_t stored = largest == 0 ? 0 : half(d * 1.033f);
+    std::memcpy(out, &stored, 2);
+    int place = 0;
+    for (int b = 0; b < 8; b++) {
+        if (largest != 0) out[106 + b / 2] |= static_cast<uint8_t>(scale_bits(id, done[b].scale) << 4 * (b % 2));
+        if (done[b].empty) continue;
+        for (int k = 0; k < 8; k++) {
+            out[2 + 8 * place + k] = static_cast<uint8_t>(done[b].point[k]);
+            out[66 + b] |= static_cast<uint8_t>(done[b].point[k] >> 8 << k);
+        }
+        std::memcpy(out + 74 + 4 * place, done[b].signs, 4);
+        place++;
+    }
+    bool faulty = false;
+    for (int b = 1; b < 8; b++) faulty |= done[b - 1].empty && !done[b].empty;
+    call.counts->faulty += faulty;
+}
+
+}  // namespace
+
+KERNEL(iq3_xxs) { superblocks<Xxs, 98>(call, quantize<Xxs>, pack_xxs); }
+KERNEL(iq3_s) { superblocks<S, 110>(call, quantize<S>, pack_s); }
