@@ -7,6 +7,7 @@ others compute; a thread holds one piece and nothing else, which bounds the memo
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import fsum
 from pathlib import Path
@@ -102,8 +103,8 @@ class Run:
 
     def go(self, jobs: int, memory: int) -> None:
         """Write all that is missing in the files. Raises what the first thread that failed raised."""
-        for tensor in range(len(self.tensors)):
-            self.shelf.fill(tensor, self.outputs)
+        with ThreadPoolExecutor(jobs) as copiers:  # hashing and copying let go of Python's lock
+            list(copiers.map(lambda tensor: self.shelf.fill(tensor, self.outputs), range(len(self.tensors))))
         pieces = self.missing()
         for ggml_type in {t for p in pieces for t in p.types if t != p.tensor.type}:
             self.kernels[ggml_type.name] = self.fastest.kernel(ggml_type)
