@@ -22,6 +22,7 @@ from quant.engine.weights import Source
 from quant.engine.work import work
 from quant.ggml_types import TYPES, GGMLType
 from quant.header import TensorSpec, read_header
+from quant.kernels import Kernels
 from tests.quant.engine.models import MATRIX_NAME, job, types, write_base, write_matrix
 
 pytestmark = pytest.mark.tools
@@ -42,15 +43,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[Any]]:
     """Counts what is read, by tensor and chunk, and what is quantised, by type."""
     seen: Counter[Any] = Counter()
     lock = threading.Lock()
-    real_raw, real_kernel = Source.raw, ggml.Library.kernel
+    real_raw, real_kernel = Source.raw, Kernels.kernel
 
     def raw(source: Source, tensor: TensorSpec, chunk: Chunk) -> ggml.Bytes:
         with lock:
             seen[tensor.name, chunk.no] += 1
         return real_raw(source, tensor, chunk)
 
-    def kernel(library: ggml.Library, kind: GGMLType) -> ggml.Kernel:
-        inner = real_kernel(library, kind)
+    def kernel(kernels: Kernels, kind: GGMLType) -> ggml.Kernel:
+        inner = real_kernel(kernels, kind)
 
         def counted(rows: ggml.Rows, weights: ggml.Rows | None) -> ggml.Bytes:
             with lock:
@@ -60,7 +61,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[Any]]:
         return counted
 
     monkeypatch.setattr(Source, "raw", raw)
-    monkeypatch.setattr(ggml.Library, "kernel", kernel)
+    monkeypatch.setattr(Kernels, "kernel", kernel)
     yield seen
 
 
