@@ -9,7 +9,8 @@ from quant.build import Built
 from quant.package import variants_table
 from quant.plan import Plan
 from quant.publish import Change, Published
-from quant.smoke import Verdict
+from quant.report import transcript
+from quant.verdict import Verdict
 
 
 def tell(stage: str, subject: str, result: Any) -> None:
@@ -36,13 +37,7 @@ def tell_plan(key: str, plan: Plan) -> None:
 
 def tell_conversation(key: str, verdict: Verdict) -> None:
     """The scenarios of a smoke test, and every question and answer."""
-    lines = [f"# {verdict.file}: {'passed' if verdict.passed else 'failed'}", ""]
-    lines += [f"- {s.name} ({s.kind}): {'passed' if s.passed else s.detail}" for s in verdict.scenarios]
-    for exchange in verdict.transcript:
-        lines += ["", f"**{exchange.question}**" + (" (thinking)" if exchange.thinking else "")]
-        lines += [f"> {line}" for line in (exchange.reasoning or "").splitlines()]
-        lines += ["", exchange.answer]
-    create_markdown_artifact(key=_key(key), markdown="\n".join(lines))
+    create_markdown_artifact(key=_key(key), markdown=transcript(verdict))
 
 
 def tell_change(key: str, change: Change) -> None:

@@ -21,6 +21,7 @@ from quant import build as builds
 from quant.errors import CheckFailed, Unreachable
 from quant.hub import TOKEN
 from quant.publish import Change
+from quant.smoke import SmokeFailed
 
 T = TypeVar("T")
 RETRIES = {"source": 3, "publish": 3}
@@ -45,6 +46,7 @@ def quantize(
     dry_run: bool = False,
     approve: bool = False,
     token_secret: str | None = None,
+    waive: list[str] | None = None,
 ) -> str:
     """Build the release of a model, publish it if there is a repo, and return its folder.
 
@@ -62,12 +64,13 @@ def quantize(
         dry_run: Only say what publishing would change.
         approve: Show what publishing will change, and wait until this run is resumed.
         token_secret: The name of a Prefect secret block that holds the hub's token; HF_TOKEN when not given.
+        waive: Parts of the smoke test that may fail; the model card says so.
     """
     with shown_token(token_secret):
         target = builds.target(model, repo, private=private, pull_request=pull_request) if publish else None
         job = builds.prepare(
             model, variants or (), out=out, work=work, revision=revision, llama_cpp=llama_cpp,
-            target=target, dry_run=dry_run,
+            target=target, dry_run=dry_run, waive=waive or (),
         )  # fmt: skip
         built = builds.build(job, partial(as_task, approve=approve and not dry_run))
     tell_release(built)
@@ -90,7 +93,11 @@ def as_task(stage: str, subject: str, work: Callable[[], T], approve: bool = Fal
         retry_condition_fn=may_pass,
     )
     def run() -> T:
-        result = work()
+        try:
+            result = work()
+        except SmokeFailed as e:
+            tell(stage, subject, e.verdict)
+            raise
         tell(stage, subject, result)
         return result
 

@@ -24,13 +24,15 @@ from quant.package import Ingredients, Release, package
 from quant.plan import Plan, plan
 from quant.publish import Change, Published, Target, change, publish, welcome
 from quant.quantize import quantize
-from quant.recipe import Model, TemplatePatch, Variant, load_model, load_template_patch, load_variant
+from quant.recipe import Model, TemplatePatch, Variant, Waiver, load_model, load_template_patch, load_variant
+from quant.scenarios import all_of
 from quant.shard import Sharded, shard
-from quant.smoke import Verdict, smoke
+from quant.smoke import Original, smoke, waived
 from quant.source import Checkpoint
 from quant.store import Store
 from quant.template import ChatTemplate, patch
 from quant.toolchain import Toolchain
+from quant.verdict import Verdict
 
 T = TypeVar("T")
 NEEDED = ("llama-tokenize", "llama-imatrix", "llama-gguf-split", "llama-server")
@@ -102,13 +104,16 @@ def prepare(
     settings: Settings | None = None,
     target: Target | None = None,
     dry_run: bool = False,
+    waive: Sequence[str] = (),
 ) -> Job:
-    """A job from what a person says: names or paths of recipes, folders, and where to publish.
+    """A job from what a person says: names or paths of recipes, folders, where to publish, what may fail in smoke tests.
 
     Raises InputError with everything that is wrong with the recipes or forbids to publish, ToolError for tools that are
     missing or too old: all of it before hours of work.
     """
     recipe, path, locked = pinned_model(model, revision)
+    waivers = waived(recipe, all_of(recipe, sees=recipe.sees), waive)
+    recipe = replace(recipe, waivers=tuple(Waiver(*w) for w in waivers.items()))
     loaded = tuple(load_variant(name) for name in _all_known(variants or recipe.variants))
     if recipe.template != "none":
         load_template_patch(recipe.template)
@@ -158,7 +163,10 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
                 cut = partial(shard, base, p, model.title, model.max_shard_size, tools, store)
                 made.append(do("shard", p.variant.name, cut))
         made.sort(key=lambda v: plans.index(v.plan))
-        heard = [(v, do("smoke", v.name, partial(smoke, v, model, tools, store))) for v in made]
+        # What BF16 says need not be asked twice of the same weights.
+        known = next((Original(v.paths[0], v.receipts) for v in made if v.plan.is_base), None)
+        original = known or Original(base.path, (base.receipt,))
+        heard = [(v, do("smoke", v.name, partial(smoke, v, original, model, tools, store, vision))) for v in made]
         whole = Ingredients(model, checkpoint, template, base, vision, text, matrix, tuple(heard), str(tools.version))
         release = do("package", model.title, partial(package, whole, store))
         delivered = do("deliver", model.title, partial(deliver, release, job.out))

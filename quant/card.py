@@ -57,8 +57,18 @@ def single_file(variants: Variants) -> Mapping[str, Any] | None:
 
 def smoke_words(scenarios: Sequence[Mapping[str, Any]]) -> str:
     """A verdict in a few words."""
-    failed = [s for s in scenarios if not s["passed"]]
-    return "passed" if not failed else f"passed; off: {', '.join(s['name'] for s in failed)}"
+    failed = dict.fromkeys(s["name"] for s in scenarios if not s["passed"])
+    return "passed" if not failed else f"passed; off: {', '.join(failed)}"
+
+
+def _waived(variants: Variants) -> list[tuple[str, str, list[str]]]:
+    """What failed and was published all the same: its name, why, and in which variants."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for variant in variants:
+        for s in variant.get("smoke", ()):
+            if why := s.get("waived"):
+                found.setdefault((s["name"], why), []).append(variant["name"])
+    return [(name, _cell(why), files) for (name, why), files in found.items()]
 
 
 def human_bytes(size: int) -> str:
@@ -79,6 +89,7 @@ def _values(model: Model, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "title": model.title,
         "description": model.card.description or f"Quantisations of {model.card.base_model or model.title} for llama.cpp.",
         "turns": len(model.smoke),
+        "waived": _waived(variants),
         "tested": tested,
         "variants": variants,
         "columns": [name for name, _, _ in columns],

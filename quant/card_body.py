@@ -6,8 +6,9 @@ BODY = """\
 {{ description }}
 
 {% if tested %}
-Every file below was talked to over {{ turns }} turns through llama-server, with thinking on and off, before it was
-published. `manifest.json` says what went in and the sha256 of every tensor; `SHA256SUMS` is for `sha256sum --check`.
+Every file below was talked to through llama-server before it was published: {{ turns }} turns with thinking on and off,
+calls of tools, streams, JSON by a schema, and a long prompt. `manifest.json` says what went in and the sha256 of every
+tensor; `SHA256SUMS` is for `sha256sum --check`.
 {% else %}
 These are the sizes that are planned: the files were not made yet, and nothing was measured.
 {% endif %}
@@ -124,6 +125,16 @@ A KV cache in Q8_0 takes half the memory, for hardly any loss: `-fa on -ctk q8_0
 temperature {{ sampling.temperature }}, top_p {{ sampling.top_p }}, top_k {{ sampling.top_k }}, min_p {{ sampling.min_p }},
 repeat penalty {{ sampling.repeat_penalty }}; they are in the files' metadata and in `params` too.
 
+{% if waived %}
+## Waived
+
+These parts of the smoke test failed, and the files were published all the same:
+
+{% for name, why, files in waived -%}
+- {{ name }}, in {{ files | join(', ') }}: {{ why }}
+{% endfor %}
+
+{% endif %}
 {% if fixes %}
 ## What was mended in the chat template
 

@@ -138,3 +138,16 @@ def runs(sizes: Iterable[int], max_bytes: int) -> Iterator[list[int]]:
             run = []
         run.append(size)
     yield run
+
+
+def cache_bytes(header: Header, context: int) -> int:
+    """Bytes of keys and values in F16 for so many tokens, as a file's own numbers say; 0 where they do not say it."""
+    told = {k.removeprefix(f"{header.architecture}."): v for k, v in header.metadata.items()}
+    layers, heads = told.get("block_count", 0), told.get("attention.head_count", 0)
+    if rank := told.get("attention.kv_lora_rank"):  # latent attention keeps one vector for all heads
+        width = rank + told.get("rope.dimension_count", 0)
+    else:
+        wide = told.get("embedding_length", 0) // heads if heads else 0
+        kv_heads = told.get("attention.head_count_kv", heads)
+        width = kv_heads * (told.get("attention.key_length", wide) + told.get("attention.value_length", wide))
+    return int(2 * layers * width * context)

@@ -23,10 +23,10 @@ from quant.plan import Plan
 from quant.provenance import SHAPING, statement
 from quant.recipe import Model
 from quant.shard import Sharded
-from quant.smoke import Verdict
 from quant.source import Checkpoint
 from quant.store import Store
 from quant.template import ChatTemplate
+from quant.verdict import Verdict
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
@@ -192,7 +192,10 @@ def _variant(sharded: Sharded, verdict: Verdict) -> dict[str, Any]:
             t.tensor.name: {"type": t.type.name, "sha256": sharded.tensor_digests[t.tensor.name]} for t in plan.tensors
         },
         "raised": {t.tensor.name: t.raised_from.name for t in plan.tensors if t.raised_from},
-        "smoke": [{"name": s.name, "kind": s.kind, "passed": s.passed} for s in verdict.scenarios],
+        "smoke": [
+            {"name": s.name, "kind": s.kind, "passed": s.passed} | ({"waived": s.waived} if s.waived else {})
+            for s in verdict.scenarios
+        ],
     }
 
 

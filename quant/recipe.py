@@ -66,8 +66,8 @@ class Variant(Strict):
     """None at all: the converted file itself."""
     split: bool = True
     """False: one file whatever its size, because Ollama cannot pull shards."""
-    smoke_quality: typing.Literal["required", "reported"] = "required"
-    """Whether an answer off the topic stops the release, or is only told."""
+    answers: float = 1.0
+    """Of the answers that the BF16 file gives rightly, the share that this file must give rightly too."""
 
     @property
     def is_base(self) -> bool:
@@ -157,6 +157,15 @@ class CoverageRule(Strict):
 
 
 @dataclass(frozen=True)
+class Waiver(Strict):
+    """A scenario of the smoke test that may fail and does not stop the release; the model card says so."""
+
+    scenario: str
+    """The name under which it fails."""
+    why: str
+
+
+@dataclass(frozen=True)
 class Imatrix(Strict):
     """How the importance matrix is computed."""
 
@@ -190,6 +199,9 @@ class Model(Strict):
     card: Card
     smoke: tuple[Turn, ...]
     """The conversation that every file must hold, turn by turn."""
+    scenarios: str = "glm"
+    """recipes/scenarios/NAME.toml: what is tried beside it."""
+    waivers: tuple[Waiver, ...] = ()
     max_shard_size: str = "50G"
     pre_tokenizer: str | None = None
     """llama.cpp's name for the pre-tokenizer, where the converter does not know its hash."""
@@ -234,7 +246,7 @@ class TemplatePatch(Strict):
 
 def load_model(name: str) -> tuple[Model, Path]:
     """A model by its name in recipes/models or by a path, and the file it came from. Raises InputError."""
-    path = _find("models", name)
+    path = locate("models", name)
     model = read(path, Model)
     refuse(_model_problems(model, path))
     return model, path
@@ -249,7 +261,7 @@ def _architecture_problems(model: Model, path: Path) -> typing.Iterator[str]:
 
 def load_variant(name: str) -> Variant:
     """A variant by its name in recipes/variants or by a path. Raises InputError."""
-    path = _find("variants", name)
+    path = locate("variants", name)
     variant = read(path, Variant)
     refuse(_variant_problems(variant, path))
     return variant
@@ -257,7 +269,7 @@ def load_variant(name: str) -> Variant:
 
 def load_template_patch(name: str) -> TemplatePatch:
     """A template patch by its name in recipes/templates or by a path. Raises InputError."""
-    path = _find("templates", name)
+    path = locate("templates", name)
     by = read(path, TemplatePatch)
     refuse(
         f"{path}: replacements[{n}].find: expected the text to replace, found nothing"
@@ -297,7 +309,8 @@ def _spelt(rules: typing.Iterable[Rule]) -> typing.Iterator[Rule]:
     return (dataclasses.replace(rule, type=names.get(rule.type, rule.type)) for rule in rules)
 
 
-def _find(kind: str, name: str) -> Path:
+def locate(kind: str, name: str) -> Path:
+    """The file of a recipe, by its name among the project's own or by a path. Raises InputError."""
     if name.endswith(".toml"):
         return Path(name)
     if name not in known(kind):
@@ -324,7 +337,7 @@ def _model_problems(model: Model, path: Path) -> typing.Iterator[str]:
     yield from _architecture_problems(model, path)
     yield from _imatrix_problems(model.imatrix, f"{path}: imatrix")
     for n, turn in enumerate(model.smoke):
-        yield from _pattern_problems(turn.expect, f"{path}: smoke[{n}].expect")
+        yield from pattern_problems(turn.expect, f"{path}: smoke[{n}].expect")
 
 
 def _imatrix_problems(told: Imatrix, where: str) -> typing.Iterator[str]:
@@ -362,7 +375,9 @@ def _variant_problems(variant: Variant, path: Path) -> typing.Iterator[str]:
         for key, name in (("type", rule.type), ("narrow", rule.narrow or "")):
             if name.startswith("TQ"):
                 yield f"{path}: rules[{n}].{key}: {name} ruins weights that were not trained ternary; IQ1_S is as small"
-        yield from _pattern_problems(rule.tensors, f"{path}: rules[{n}].tensors")
+        yield from pattern_problems(rule.tensors, f"{path}: rules[{n}].tensors")
+    if not 0 <= variant.answers <= 1:
+        yield f"{path}: answers: expected a share from 0 to 1, found {variant.answers}"
 
 
 def _name_problems(name: str, where: str) -> typing.Iterator[str]:
@@ -370,7 +385,8 @@ def _name_problems(name: str, where: str) -> typing.Iterator[str]:
         yield f"{where}: expected letters, digits, '.', '_' and '-', found {name!r}"
 
 
-def _pattern_problems(pattern: str, where: str) -> typing.Iterator[str]:
+def pattern_problems(pattern: str, where: str) -> typing.Iterator[str]:
+    """What is wrong with a regular expression."""
     try:
         re.compile(pattern)
     except re.error as e:

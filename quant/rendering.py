@@ -15,13 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from quant import files, toolchain
 from quant.contract import Ask, Rendered, Renderings
 from quant.errors import ToolError
 from quant.renderer import Limits
-from quant.talk import Talk
+from quant.talk import Refused, Talk, talking
 from quant.toolchain import Toolchain
 
 START_SECONDS = 120
@@ -111,10 +109,10 @@ def render_by_server(template: str, asks: Sequence[Ask], tools: Toolchain, token
         arguments: list[str | Path] = ["-m", folder / "mute.gguf", "--jinja", "--no-reasoning-preserve", *SMALL]
         with (
             tools.serve(arguments, port=port, cwd=folder, log=log) as server,
-            httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http,
+            talking(port, 60) as talk,
         ):
-            _wait(Talk(http, 1), server, log)
-            return {ask.name: _served(http, ask) for ask in prompts}
+            _wait(talk, server, log)
+            return {ask.name: _served(talk, ask) for ask in prompts}
 
 
 def write_mute_model(path: Path, template: str, tokens: Tokens) -> None:
@@ -200,18 +198,12 @@ def _wait(talk: Talk, server: subprocess.Popen[bytes], log: Path) -> None:
         time.sleep(0.05)
 
 
-def _served(http: httpx.Client, ask: Ask) -> Rendered:
+def _served(talk: Talk, ask: Ask) -> Rendered:
     variables = {k: v for k, v in ask.variables.items() if k != "add_generation_prompt"}
-    body: dict[str, Any] = {"messages": ask.messages, "chat_template_kwargs": variables}
-    if ask.conversation.tools:
-        body["tools"] = ask.conversation.tools
     try:
-        answer = http.post("/apply-template", json=body)
-    except httpx.HTTPError as e:
-        return Rendered(None, f"llama-server: {e!r}")
-    if answer.status_code != 200:
-        return Rendered(None, f"llama-server: HTTP {answer.status_code}: {answer.text[:500]}")
-    return Rendered(str(answer.json()["prompt"]))
+        return Rendered(talk.rendered(ask.messages, ask.conversation.tools, variables))
+    except Refused as e:
+        return Rendered(None, f"llama-server: {e}")
 
 
 def _byte_letters() -> list[str]:

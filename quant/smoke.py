@@ -1,183 +1,195 @@
 """Talk to a file over several turns through llama-server: pass, or no release.
 
-Two kinds of scenario. *Protocol*: the server speaks as clients expect, whatever the model knows: requests succeed, no
-special token leaks into an answer, thinking is where it belongs, and every prompt is a prefix of the next. *Quality*:
-answers end by themselves and are on the topic. At temperature 0, so that a verdict can be repeated.
+The server is a real one on a loopback port, and what is said to it is said by OpenAI's own client. At temperature 0, so
+that a verdict can be repeated. What a file said is kept in the store; the verdict is worked out from it anew each time,
+so a variant is held against the BF16 file without asking that one again.
 """
 
 import hashlib
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import httpx
-
-from quant import toolchain
-from quant.errors import CheckFailed, InputError, ToolError, disk_errors
-from quant.header import read_headers
-from quant.recipe import Model, Turn
+from quant import files, report, toolchain
+from quant.convert import Base
+from quant.errors import CheckFailed, ToolError, disk_errors, nearest, refuse
+from quant.files import Receipt
+from quant.footprint import cache_bytes
+from quant.header import Header, read_headers
+from quant.holding import Holding
+from quant.recipe import Model
+from quant.scenarios import Scenarios, all_of
 from quant.shard import Sharded
 from quant.store import Store
-from quant.talk import Exchange, Talk, off_topic, protocol_faults
-from quant.template import render
+from quant.talk import Message, Talk, talking
 from quant.toolchain import Toolchain
+from quant.verdict import ANSWERS, Heard, Verdict, heard_from, judge
 
 START_SECONDS = 60
 LOAD_BYTES_PER_SECOND = 50 * 10**6
 """A server that has not loaded at this pace after START_SECONDS is given up: a slow network disk reads faster."""
 SECONDS_PER_TOKEN = 5
 """An answer that comes slower than this is given up: a large model on processors alone is ten times faster."""
+CHECKS = 1
+"""Counts up when what is checked changes in a way that the scenarios do not show; kept work is then done again."""
+ENDS = ("eos", "eot", "eom")
+"""The file's keys for the tokens that end an answer: tokenizer.ggml.eos_token_id and so on."""
+WINDOW_BYTES = 2**16
+FILE_CHECKS = (
+    "template", "generation prompt", "special tokens", "end of turn", "tool format", "weights", "raw history, thinking on",
+    "raw history, thinking off",
+)  # fmt: skip
+"""What is looked at before the conversations."""
+WAIVED = "waived for this run"
+
+
+class SmokeFailed(CheckFailed):
+    """A file did not pass; the verdict is kept for who wants to show it."""
+
+    def __init__(self, verdict: Verdict, folder: Path) -> None:
+        super().__init__(*verdict.faults, f"{verdict.file}: what was said: {folder / report.TRANSCRIPT}")
+        self.verdict = verdict
 
 
 @dataclass(frozen=True)
-class Scenario:
-    """One thing that was tried."""
+class Original:
+    """The BF16 file that a variant is measured by: its first shard, and what all of it is."""
 
-    name: str
-    kind: Literal["protocol", "quality"]
-    passed: bool
-    detail: str
+    first: Path
+    receipts: tuple[Receipt, ...]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the smoke test found in one file."""
+class Served:
+    """How a file is served for a smoke test."""
 
-    file: str
-    passed: bool
-    scenarios: tuple[Scenario, ...]
-    transcript: tuple[Exchange, ...]
-
-    def json(self) -> dict[str, Any]:
-        """The verdict as plain JSON, without the transcript."""
-        return {"file": self.file, "passed": self.passed, "scenarios": [asdict(s) for s in self.scenarios]}
+    first: Path
+    tried: Scenarios
+    max_answer: int
+    ends: tuple[str, ...]
+    """Tokens that must end an answer."""
+    vision: Path | None = None
+    """The part that sees (mmproj)."""
+    override_tensors: tuple[str, ...] = ()
+    """As llama-server's -ot: where some tensors are kept."""
+    port: int | None = None
 
     @property
-    def faults(self) -> tuple[str, ...]:
-        """A line for every scenario that failed."""
-        return tuple(f"{self.file}: {s.name}: {s.detail}" for s in self.scenarios if not s.passed)
+    def context(self) -> int:
+        """Tokens that the longest conversation can take."""
+        turns = (
+            s.fill_tokens + self.max_answer * (1 + sum(1 + bool(t.calls) for t in s.turns))
+            for s in self.tried.scenarios
+        )
+        return max(turns)
+
+    @property
+    def server(self) -> tuple[str, ...]:
+        """The server's arguments that can change what is said."""
+        moved = (part for pattern in self.override_tensors for part in ("-ot", pattern))
+        return ("--jinja", "-c", str(self.context), "-np", "1", "--seed", "1", "--no-prefill-assistant", *moved)
 
 
-def smoke(sharded: Sharded, model: Model, tools: Toolchain, store: Store) -> Verdict:
-    """The verdict on one variant of a release; raises CheckFailed when it may not be published."""
-    quality = sharded.plan.variant.smoke_quality
+def smoke(
+    sharded: Sharded, original: Original, model: Model, tools: Toolchain, store: Store, vision: Base | None = None
+) -> Verdict:
+    """The verdict on one variant of a release; raises SmokeFailed when it may not be published."""
+    waivers = {w.scenario: w.why for w in model.waivers}
+    heard, folder = _kept(Original(sharded.paths[0], sharded.receipts), model, tools, store, vision, waivers)
+    reference = None
+    if original.receipts != sharded.receipts:
+        reference, _ = _kept(original, model, tools, store, vision, waivers)
+    verdict = judge(heard, sharded.plan.variant.answers, reference, waivers)
+    if not verdict.passed:
+        raise SmokeFailed(verdict, folder)
+    return verdict
+
+
+def _kept(
+    file: Original, model: Model, tools: Toolchain, store: Store, vision: Base | None, waivers: Mapping[str, str]
+) -> tuple[Heard, Path]:
+    """What a file says, asked now or found, and the folder with its transcript.
+
+    Raises SmokeFailed when the protocol does not hold: that is not kept, because it may have been the machine.
+    """
+    served = Served(
+        file.first,
+        all_of(model, sees=vision is not None),
+        model.max_answer,
+        model.ollama.stop,
+        vision.path if vision else None,
+    )
     inputs = {
-        "files": [asdict(r) for r in sharded.receipts],
-        "turns": [asdict(t) for t in model.smoke],
+        "checks": CHECKS,
+        "files": [asdict(r) for r in file.receipts],
+        "vision": vision.receipt.sha256 if vision else None,
+        "scenarios": asdict(served.tried),
         "max_answer": model.max_answer,
-        "quality": quality,
+        "ends": model.ollama.stop,
         "llama.cpp": str(tools.version),
     }
-    first = sharded.paths[0]
-    done = store.once(
-        "smoke",
-        inputs,
-        lambda partial: _must_pass(try_file(first, model.smoke, tools, partial, quality, model.max_answer)),
-    )
-    return _verdict(done.facts)
+
+    def ask(partial: Path) -> dict[str, Any]:
+        heard = hear(served, tools, partial)
+        verdict = replace(judge(heard, 0, None, waivers), log=toolchain.last_words(partial / report.LOG))
+        files.write_text(partial / report.TRANSCRIPT, report.transcript(verdict))
+        if not verdict.passed:
+            raise SmokeFailed(verdict, partial)
+        return heard.json()
+
+    done = store.once("smoke", inputs, ask)
+    return heard_from(done.facts), done.folder
 
 
-def try_file(
-    first: Path,
-    turns: Sequence[Turn],
-    tools: Toolchain,
-    folder: Path,
-    quality: str = "required",
-    max_answer: int = 1024,
-    port: int | None = None,
-) -> Verdict:
-    """Serve a GGUF (its first shard) on a loopback port and hold every conversation; logs go to ``folder``.
+def hear(served: Served, tools: Toolchain, folder: Path, start_seconds: float = START_SECONDS) -> Heard:
+    """Serve a GGUF (its first shard) and hold every conversation with it; the server's log goes to ``folder``.
 
-    Raises ToolError when the server does not come up, InputError when a wanted port is taken.
+    Raises ToolError when the server does not come up or dies, InputError for a shard that is missing or a port in use.
     """
-    headers = read_headers(first)
-    template = headers[0].metadata.get("tokenizer.chat_template")
-    port = toolchain.free_port(port)
-    log = folder / "server.log"
-    arguments: list[str | Path] = [
-        "-m",
-        first,
-        "--jinja",
-        "-c",
-        str(max_answer * (len(turns) + 1)),
-        "-np",
-        "1",
-        "--seed",
-        "1",
-        "--no-webui",
-    ]
-    patience = START_SECONDS + SECONDS_PER_TOKEN * max_answer
-    address = f"http://127.0.0.1:{port}"
+    headers = read_headers(served.first)
+    port, log = toolchain.free_port(served.port), folder / report.LOG
+    arguments: list[str | Path] = ["-m", served.first, *served.server, "--no-webui"]
+    if served.vision:
+        arguments += ["--mmproj", served.vision]
+    size = sum(h.path.stat().st_size for h in headers)
+    patience = start_seconds + SECONDS_PER_TOKEN * served.max_answer
     with (
         disk_errors(folder),
         tools.serve(arguments, port=port, cwd=folder, log=log) as server,
-        httpx.Client(base_url=address, timeout=patience, trust_env=False) as http,
+        talking(port, patience, served.max_answer) as talk,
     ):
-        talk = Talk(http, max_answer)
-        _wait_until_loaded(talk, server, log, sum(h.path.stat().st_size for h in headers))
-        scenarios, transcript = _converse(talk, turns, template)
-    decisive = [s for s in scenarios if s.kind == "protocol" or quality == "required"]
-    return Verdict(first.name, all(s.passed for s in decisive), tuple(scenarios), tuple(transcript))
+
+        def check_dead() -> None:
+            if server.poll() is not None:
+                raise ToolError(_died(server, log, size, headers[0], served))
+
+        _wait_until_loaded(talk, check_dead, log, start_seconds + size / LOAD_BYTES_PER_SECOND)
+        holding = Holding(talk, served.tried, check_dead)
+        _hold_the_file(holding, headers, served)
+        holding.all()
+    return Heard(
+        served.first.name, served.server, tuple(holding.outcomes), tuple(holding.answers), tuple(holding.transcript)
+    )
 
 
-def _converse(talk: Talk, turns: Sequence[Turn], template: Any) -> tuple[list[Scenario], list[Exchange]]:
-    """Every conversation, thinking on and off, and what is to be said of each."""
-    scenarios = [_tried("template", "protocol", _template_faults(talk, template))]
-    transcript: list[Exchange] = []
+def _hold_the_file(holding: Holding, headers: Sequence[Header], served: Served) -> None:
+    """What can be said of a file before anything is said to it."""
+    talk, tokens = holding.talk, served.tried.tokens
+    holding.note("template", _template_faults(talk, headers[0].metadata.get("tokenizer.chat_template")))
+    holding.note("generation prompt", _generation_faults(talk))
+    holding.note("special tokens", _split_tokens(talk, tokens.single))
+    holding.note("end of turn", _end_faults(headers[0], served.ends))
+    holding.note("tool format", _format_faults(holding, tokens.call))
+    holding.note("weights", (fault for header in headers for fault in zero_tensors(header)))
     for thinking in (True, False):
-        mode = f"thinking {'on' if thinking else 'off'}"
-        held: list[Exchange] = []
-        scenarios.append(_tried(f"{len(turns)} turns, {mode}", "protocol", _hold(talk, turns, thinking, held)))
-        scenarios.append(_tried(f"answers, {mode}", "quality", off_topic(turns, held)))
-        scenarios.append(_tried(f"raw history, {mode}", "protocol", _raw_history(talk, thinking, str(template))))
-        transcript += held
-    return scenarios, transcript
-
-
-def _tried(name: str, kind: Literal["protocol", "quality"], faults: Iterator[str]) -> Scenario:
-    """A scenario that passed when it yields no fault; a broken connection or answer is a fault too."""
-    try:
-        found = list(faults)
-    except (InputError, httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as e:
-        found = [f"the server's answer could not be used: {e!r}"]
-    return Scenario(name, kind, not found, "; ".join(found) or "ok")
-
-
-def _hold(talk: Talk, turns: Sequence[Turn], thinking: bool, held: list[Exchange]) -> Iterator[str]:
-    """One conversation, turn by turn; what was said is appended to ``held``."""
-    history: list[dict[str, Any]] = []
-    before = ""
-    for turn in turns:
-        history.append({"role": "user", "content": turn.say})
-        prompt = talk.prompt(history, thinking)
-        if not prompt.startswith(before):
-            yield f"turn {len(held) + 1}: the prompt before is not a prefix of this one: the template rewrites the past"
-        before = prompt
-        exchange = talk.answer(history, thinking)
-        held.append(exchange)
-        yield from (f"turn {len(held)}: {fault}" for fault in protocol_faults(exchange))
-        history.append({"role": "assistant", "content": exchange.answer, "reasoning_content": exchange.reasoning})
-
-
-def _raw_history(talk: Talk, thinking: bool, template: str) -> Iterator[str]:
-    """A client that leaves ``<think>…</think>`` inside ``content``: past reasoning must not come back, nor cut the prompt."""
-    said = [
-        {"role": "user", "content": "Hello."},
-        {"role": "assistant", "content": "<think>They greet me at some length.</think>\nHello!"},
-    ]
-    # Rendered here, because the server takes a last word of the assistant for the beginning of its own.
-    past = render(template, said, enable_thinking=thinking)
-    prompt = talk.prompt([*said, {"role": "user", "content": "And again."}], thinking)
-    if "at some length" in prompt:
-        yield "reasoning of an earlier turn is in the prompt of the next"
-    if not prompt.startswith(past):
-        yield "the conversation so far is not a prefix of the next prompt: programs that send the difference break here"
+        holding.note(f"raw history, thinking {'on' if thinking else 'off'}", _raw_history(holding, thinking))
 
 
 def _template_faults(talk: Talk, template: Any) -> Iterator[str]:
+    """The server tells the template that it uses; another one would be llama.cpp's own guess."""
     served = str(talk.properties().get("chat_template"))
     if template is None:
         yield "the file holds no chat template"
@@ -185,28 +197,118 @@ def _template_faults(talk: Talk, template: Any) -> Iterator[str]:
         yield f"the server uses another template than the file's (sha256 {_short(served)}, not {_short(str(template))})"
 
 
-def _wait_until_loaded(talk: Talk, server: subprocess.Popen[bytes], log: Path, size: int) -> None:
-    deadline = time.monotonic() + START_SECONDS + size / LOAD_BYTES_PER_SECOND
+def _generation_faults(talk: Talk) -> Iterator[str]:
+    said: list[Message] = [{"role": "user", "content": "Hello."}]
+    prompt, past = talk.prompt(said, True), talk.past(said, True)
+    if prompt == past or not prompt.startswith(past):
+        yield f"nothing behind the question asks the model for its answer: the prompt ends with {prompt[-40:]!r}"
+
+
+def _split_tokens(talk: Talk, singles: Sequence[str]) -> Iterator[str]:
+    for token in singles:
+        if (count := talk.token_count(token)) != 1:
+            yield f"{token}: expected one token of the vocabulary, found {count} pieces"
+
+
+def _end_faults(header: Header, ends: Sequence[str]) -> Iterator[str]:
+    """A file that does not say where an answer ends lets the model talk on for both sides."""
+    words = header.metadata.get("tokenizer.ggml.tokens") or []
+    found = {}
+    for kind in ENDS:
+        number = header.metadata.get(key := f"tokenizer.ggml.{kind}_token_id")
+        if isinstance(number, int) and 0 <= number < len(words):
+            found[key] = words[number]
+    if (key := "tokenizer.ggml.eos_token_id") not in found:
+        yield f"{key}: missing, or no token of the vocabulary; expected one of {', '.join(ends)}"
+    elif found[key] not in ends:
+        yield f"{key}: expected one of {', '.join(ends)}, found {found[key]}"
+    if missing := [end for end in ends if end not in found.values()]:
+        yield f"expected {', '.join(missing)} to end an answer too, found {', '.join(found.values()) or 'none'}"
+
+
+def _format_faults(holding: Holding, marks: Sequence[str]) -> Iterator[str]:
+    """A template of another family writes calls in a way that the model was not taught."""
+    if not marks or not holding.tried.tools:
+        return
+    tool = holding.tried.tools[0]
+    call = {"id": "1", "type": "function", "function": {"name": tool.name, "arguments": '{"key": "value"}'}}
+    said: list[Message] = [
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "a result"},
+    ]
+    holding.prompt = holding.talk.prompt(said, True, [tool.declared])
+    written = holding.prompt.partition("Hello.")[2]
+    if missing := [mark for mark in (*marks, tool.name, "a result") if mark not in written]:
+        yield f"expected a call and its result to be written with {', '.join(missing)}, found {written[:200]!r}"
+
+
+def _raw_history(holding: Holding, thinking: bool) -> Iterator[str]:
+    """A client that leaves ``<think>…</think>`` inside ``content``: past reasoning must not come back, nor cut the prompt."""
+    said: list[Message] = [
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "<think>They greet me at some length.</think>\nHello!"},
+    ]
+    past = holding.talk.past(said, thinking)
+    holding.prompt = prompt = holding.talk.prompt([*said, {"role": "user", "content": "And again."}], thinking)
+    if "at some length" in prompt:
+        yield "reasoning of an earlier turn is in the prompt of the next"
+    if not prompt.startswith(past):
+        yield "the conversation so far is not a prefix of the next prompt: programs that send the difference break here"
+
+
+def zero_tensors(header: Header) -> Iterator[str]:
+    """Every weight of a file that is nothing but zeros: no trained model has one, so something was lost on the way.
+
+    Looks at the beginning, the middle and the end of each tensor, and reads all of it only where those are zero.
+    """
+    with header.path.open("rb") as f:
+
+        def zero(start: int, length: int) -> bool:
+            f.seek(header.data_start + start)
+            return not any(f.read(length))
+
+        for t in header.tensors:
+            if not t.name.endswith(".weight") or not t.bytes:
+                continue
+            last = max(0, t.bytes - WINDOW_BYTES)
+            if all(zero(t.offset + at, min(WINDOW_BYTES, t.bytes - at)) for at in (0, last // 2, last)) and all(
+                zero(t.offset + at, min(WINDOW_BYTES, t.bytes - at)) for at in range(0, t.bytes, WINDOW_BYTES)
+            ):
+                yield f"tensor {t.name}: expected weights, found {t.bytes} bytes of zero"
+
+
+def _wait_until_loaded(talk: Talk, check_dead: Any, log: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while not talk.is_ready():
-        if server.poll() is not None:
-            raise ToolError(f"llama-server ended while loading; its last words:\n{toolchain.last_words(log)}")
+        check_dead()
         if time.monotonic() > deadline:
-            raise ToolError(f"llama-server did not finish loading; its last words:\n{toolchain.last_words(log)}")
+            raise ToolError(
+                f"llama-server: expected it to be ready within {seconds:.0f} s, found it still loading;"
+                f" its last words:\n{toolchain.last_words(log)}"
+            )
         time.sleep(0.05)
 
 
-def _must_pass(verdict: Verdict) -> dict[str, Any]:
-    if not verdict.passed:
-        raise CheckFailed(*verdict.faults)
-    return verdict.json() | {"transcript": [asdict(e) for e in verdict.transcript]}
-
-
-def _verdict(facts: Any) -> Verdict:
-    return Verdict(
-        facts["file"], facts["passed"], tuple(Scenario(**s) for s in facts["scenarios"]),
-        tuple(Exchange(**e) for e in facts["transcript"]),
-    )  # fmt: skip
+def _died(server: "subprocess.Popen[bytes]", log: Path, size: int, header: Header, served: Served) -> str:
+    """How a server ended, and what it needed if it was killed: the kernel does so when memory runs out."""
+    how = toolchain.how_it_ended(server.returncode)
+    needed = f"weights of {size / 1e9:.2f} GB and a cache of {cache_bytes(header, served.context) / 1e9:.2f} GB"
+    room = f"; it needed {needed} for {served.context} tokens, and {toolchain.free_memory() / 1e9:.2f} GB are free now"
+    killed = "SIGKILL" in how
+    return f"llama-server {how}{room if killed else ''}; its last words:\n{toolchain.last_words(log)}"
 
 
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def waived(model: Model, tried: Scenarios, named: Sequence[str] = ()) -> dict[str, str]:
+    """The failures that do not count, and why: the recipe's, and those that were named for this run.
+
+    Raises InputError for a name under which nothing can fail: a misspelt waiver would be none.
+    """
+    found = {w.scenario: w.why for w in model.waivers} | dict.fromkeys(named, WAIVED)
+    names = [*FILE_CHECKS, *(s.name for s in tried.scenarios), ANSWERS]
+    refuse(f"waiver {n!r}: no scenario of that name: {nearest(n, names)}" for n in found if n not in names)
+    return found

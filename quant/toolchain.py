@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,13 +96,16 @@ class Toolchain:
     def serve(
         self, args: Sequence[str | Path], *, port: int, cwd: Path, log: Path
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """llama-server on a loopback port while the block runs."""
+        """llama-server on a loopback port while the block runs; nothing that it started outlives the block.
+
+        It is a process group of its own, so an interrupt of the terminal reaches it only through this block's end.
+        """
         command = [self.path("llama-server"), *args, "--host", "127.0.0.1", "--port", str(port)]
-        with _logged(command, log) as out, _start(command, cwd, out) as server:
+        with _logged(command, log) as out, _start(command, cwd, out, group=True) as server:
             try:
                 yield server
             finally:
-                _stop(server)
+                _stop(server, group=True)
 
 
 def find(folder: str | Path | None = None) -> Toolchain:
@@ -140,7 +143,7 @@ def run(
     if code and (reason := no_room(cwd)):
         raise InputError(f"{cwd}: {name or Path(command[0]).name} stopped: {reason}; free some and run again")
     if code:
-        raise ToolError(f"{name or Path(command[0]).name} {_how_it_ended(code)}; its last words:\n{last_words(log)}")
+        raise ToolError(f"{name or Path(command[0]).name} {how_it_ended(code)}; its last words:\n{last_words(log)}")
 
 
 def no_room(folder: Path) -> str | None:
@@ -172,6 +175,12 @@ def free_port(wanted: int | None = None) -> int:
         return int(s.getsockname()[1])
 
 
+def free_memory() -> int:
+    """Bytes of main memory that a new program can have, as the kernel estimates it."""
+    said = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(said["MemAvailable"].split()[0]) * 1024
+
+
 @contextmanager
 def _logged(command: Sequence[str | Path], log: Path) -> Iterator[int]:
     """Append the command, as it could be typed, to the log, and give the log to write to."""
@@ -184,13 +193,13 @@ def _logged(command: Sequence[str | Path], log: Path) -> Iterator[int]:
 
 
 def _start(
-    command: Sequence[str | Path], cwd: Path, out: int, env: dict[str, str] | None = None
+    command: Sequence[str | Path], cwd: Path, out: int, env: dict[str, str] | None = None, group: bool = False
 ) -> subprocess.Popen[bytes]:
     """A program that speaks into ``out`` and dies with this process. Raises ToolError when it is none for this machine."""
     try:
         return subprocess.Popen(
             [str(part) for part in command], cwd=cwd, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=env,
-            preexec_fn=_die_with_parent,
+            preexec_fn=_die_with_parent, process_group=0 if group else None,
         )  # fmt: skip
     except OSError as e:
         raise ToolError(f"{command[0]}: cannot be started ({e})") from e
@@ -201,15 +210,20 @@ def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a child that still runs: asked first, killed after five seconds."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def _stop(process: subprocess.Popen[bytes], group: bool = False) -> None:
+    """End a child that still runs: asked first, killed after five seconds; then whatever is left of its group."""
+    try:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    finally:
+        if group:  # also when a second interrupt comes while the first is being obeyed
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float | None) -> int | None:
@@ -220,7 +234,8 @@ def _wait(process: subprocess.Popen[bytes], seconds: float | None) -> int | None
         return None
 
 
-def _how_it_ended(code: int) -> str:
+def how_it_ended(code: int) -> str:
+    """A return code in words; a signal by its name."""
     if code < 0:
         name = signal.Signals(-code).name
         reason = {"SIGKILL": " (out of memory?)", "SIGXFSZ": " (a file grew too large)"}.get(name, "")

@@ -28,7 +28,8 @@ DOORS = {  # who imports it, or a part of it   who may (a name that ends in / is
     "torch": {"quant/converter.py"},
     "transformers": PROCESSES,
     "datasets": {"calibration/"},
-    "httpx": {"quant/talk.py", "quant/smoke.py", "quant/rendering.py"},
+    "httpx": set(),
+    "openai": {"quant/talk.py"},
     "urllib": set(),
     "http": set(),
     "requests": set(),
@@ -42,7 +43,7 @@ NARROW = {  # a door that is open for one name only
 }
 PURE = {
     "quant/plan.py", "quant/template.py", "quant/card.py", "quant/ggml_types.py", "quant/errors.py", "quant/footprint.py",
-    "quant/card_body.py", "quant/provenance.py", "quant/contract.py", "quant/battery.py",
+    "quant/card_body.py", "quant/provenance.py", "quant/contract.py", "quant/battery.py", "quant/verdict.py", "quant/report.py",
     "quant/engine/chunks.py", "quant/engine/layout.py",
 }  # fmt: skip
 EFFECTS = {
@@ -64,7 +65,7 @@ OPENS = {
     "stat",
 }
 HEAVY = {"torch", "transformers", "prefect", "datasets"}
-LATE = {*HEAVY, "numpy", "httpx", "huggingface_hub", "gguf", "safetensors"}
+LATE = {*HEAVY, "numpy", "openai", "httpx", "huggingface_hub", "gguf", "safetensors"}
 """What ``quant --help`` does without."""
 
 

@@ -6,11 +6,11 @@ from typing import Any, NoReturn
 
 import click
 
-from quant.cli import imatrix, look, planning, progress, publishing, release, stages, template
+from quant.cli import imatrix, look, planning, progress, publishing, release, stages, talking, template
 from quant.cli.options import quant
 from quant.errors import QuantError
 
-__all__ = ["imatrix", "look", "main", "planning", "publishing", "release", "stages", "template"]
+__all__ = ["imatrix", "look", "main", "planning", "publishing", "release", "stages", "talking", "template"]
 """Importing the modules of commands is what makes the commands known."""
 
 

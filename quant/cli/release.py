@@ -35,6 +35,9 @@ def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Pat
 @click.argument("model")
 @click.option("--out", "-o", type=FOLDER, required=True, help="Where the release goes.")
 @click.option("--revision", metavar="COMMIT", help="The commit of the hub repo, if the recipe does not pin it.")
+@click.option(
+    "--waive", multiple=True, metavar="NAME", help="What may fail in smoke tests; the card says so. Repeatable."
+)
 @variants_option
 @work_option
 @jobs_option

@@ -1,22 +1,18 @@
 """The commands that do one stage on files that are already there."""
 
-import json
-import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import click
 
-from quant.cli import progress, tables
+from quant.cli import progress
 from quant.cli.options import (
     FILE,
     FOLDER,
     absent,
     jobs_option,
-    json_option,
     memory_option,
-    one_line,
     quant,
     settings,
     size,
@@ -150,37 +146,3 @@ def merge(first_shard: Path, out: Path, llama_cpp: Path | None) -> None:
 
     receipt = shard.merge(first_shard, out, toolchain.find(llama_cpp))
     progress.say(f"{out}: {receipt.bytes:,} bytes, every tensor as it was, sha256 {receipt.sha256}")
-
-
-@quant.command()
-@click.argument("path", type=FILE)
-@click.option("--model", default="tiny-glm", show_default=True, help="Whose conversation to hold.")
-@click.option("--port", type=click.IntRange(1, 65535), help="A loopback port.  [a free one]")
-@json_option
-@tools_option
-def smoke(path: Path, model: str, port: int | None, as_json: bool, llama_cpp: Path | None) -> None:
-    """Talk to a GGUF (or the first shard of one) over several turns; exit 1 when it may not be published."""
-    from quant import toolchain
-    from quant.recipe import load_model
-    from quant.smoke import try_file
-
-    recipe, _ = load_model(model)
-    with tempfile.TemporaryDirectory(prefix="quant-smoke-") as folder:
-        verdict = try_file(
-            path.resolve(),
-            recipe.smoke,
-            toolchain.find(llama_cpp),
-            Path(folder),
-            max_answer=recipe.max_answer,
-            port=port,
-        )
-    if as_json:
-        click.echo(json.dumps(verdict.json(), ensure_ascii=False))
-    else:
-        for exchange in verdict.transcript:
-            click.echo(f"{'+' if exchange.thinking else '-'} {exchange.question}\n    {one_line(exchange.answer)}")
-        tables.show(
-            ("scenario", "kind", "verdict"),
-            [(s.name, s.kind, "passed" if s.passed else f"FAILED: {s.detail}") for s in verdict.scenarios],
-        )
-    raise SystemExit(0 if verdict.passed else 1)

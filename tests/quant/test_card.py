@@ -164,7 +164,15 @@ def test_settings_counts_and_versions_are_said() -> None:
     assert "temperature 1.0, top_p 0.95, top_k 40, min_p 0.0" in text
     assert "over 321 documents" in text
     assert "llama.cpp 0.5.0 (abc)" in text
-    assert f"over {len(TINY.smoke)} turns" in text
+    assert f"published: {len(TINY.smoke)} turns" in text
+
+
+def test_what_was_waived_is_said_with_the_reason_and_the_files() -> None:
+    waived = {"name": "parallel tools", "kind": "protocol", "passed": False, "waived": "the model | calls\none by one"}
+    text = made(variants=[variant("A", "A.gguf", smoke=[waived]), variant("B", "B.gguf", smoke=[waived])])
+    assert "## Waived" in text
+    assert "- parallel tools, in A, B: the model \\| calls one by one\n" in text
+    assert "Waived" not in made()
 
 
 def test_the_same_inputs_make_the_same_card() -> None:

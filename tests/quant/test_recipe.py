@@ -48,7 +48,7 @@ def test_the_recipe_that_the_broken_ones_are_made_from_is_read(tmp_path: Path) -
     path = tmp_path / "v.toml"
     path.write_text(VARIANT)
     variant = load_variant(str(path))
-    assert (variant.name, variant.split, variant.smoke_quality) == ("V", True, "required")
+    assert (variant.name, variant.split, variant.answers) == ("V", True, 1.0)
     assert variant.rules == (Rule(".*", "Q4_K", "All of it."),)
 
 

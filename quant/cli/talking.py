@@ -1,0 +1,114 @@
+"""The command that talks to a file: ``quant smoke``."""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from quant.cli import progress, tables
+from quant.cli.options import FILE, FOLDER, json_option, one_line, quant, tools_option
+
+if TYPE_CHECKING:
+    from quant.verdict import Verdict
+
+FALLBACK = "glm-4.6"
+"""The model whose conversation is held with a file of a name that no recipe has."""
+
+
+@quant.command()
+@click.argument("path", type=FILE)
+@click.option("--model", help="Whose conversation to hold.  [the one whose title begins the file's name]")
+@click.option("--reference", type=FILE, help="The BF16 file: only what it answers rightly is asked of this one.")
+@click.option("--answers", type=click.FloatRange(0, 1), help="The share of right answers needed.  [the variant's]")
+@click.option("--scenario", "only", multiple=True, metavar="NAME", help="Only this conversation; repeatable.")
+@click.option("--waive", multiple=True, metavar="NAME", help="A failure under this name does not count; repeatable.")
+@click.option("--mmproj", type=FILE, help="The part that sees; then it is shown a picture too.")
+@click.option("--override-tensor", "-ot", "moved", multiple=True, metavar="REGEX=PLACE", help="As llama-server's.")
+@click.option("--port", type=click.IntRange(1, 65535), help="A loopback port.  [a free one]")
+@click.option("--out", "-o", type=FOLDER, help="A folder for transcript.md, junit.xml, verdict.json and server.log.")
+@json_option
+@tools_option
+def smoke(
+    path: Path, model: str | None, reference: Path | None, answers: float | None, only: tuple[str, ...],
+    waive: tuple[str, ...], mmproj: Path | None, moved: tuple[str, ...], port: int | None, out: Path | None, as_json: bool,
+    llama_cpp: Path | None,
+) -> None:  # fmt: skip
+    """Talk to a GGUF (or the first shard of one) over several turns; exit 1 when it may not be published."""
+    from dataclasses import replace
+
+    from quant import files, report, toolchain
+    from quant.recipe import load_model
+    from quant.scenarios import all_of
+    from quant.smoke import Served, hear, waived
+    from quant.verdict import judge
+
+    began = time.monotonic()
+    recipe, _ = load_model(model or _model_of(path))
+    tried = all_of(recipe, only, sees=mmproj is not None)
+    waivers = waived(recipe, tried, waive)
+    tools = toolchain.find(llama_cpp)
+    vision = mmproj.resolve() if mmproj else None
+    served = Served(path.resolve(), tried, recipe.max_answer, recipe.ollama.stop, vision, moved, port)
+    with tempfile.TemporaryDirectory(prefix="quant-smoke-") as name:
+        folder = Path(name)
+        known = hear(replace(served, first=reference.resolve()), tools, folder) if reference else None
+        (folder / report.LOG).unlink(missing_ok=True)
+        heard = hear(served, tools, folder)
+        share = _share_of(path) if answers is None else answers
+        verdict = judge(heard, share, known, waivers)
+        verdict = replace(verdict, log=toolchain.last_words(folder / report.LOG))
+        if out:
+            texts = {
+                report.TRANSCRIPT: report.transcript(verdict), report.JUNIT: report.junit(verdict, time.monotonic() - began),
+                report.JSON: files.pretty(verdict.json()), report.LOG: (folder / report.LOG).read_text(errors="replace"),
+            }  # fmt: skip
+            for file, text in texts.items():
+                files.write_text(out / file, text)
+    if as_json:
+        click.echo(json.dumps(verdict.json(), ensure_ascii=False))
+    else:
+        _show(verdict)
+    raise SystemExit(0 if verdict.passed else 1)
+
+
+def _model_of(path: Path) -> str:
+    """The recipe whose title begins the file's name: the longest, because GLM-4.6 begins GLM-4.6V-Flash too."""
+    from quant.recipe import known, load_model
+
+    titles = {load_model(name)[0].title.lower(): name for name in known("models")}
+    fitting = [title for title in titles if path.name.lower().startswith(title)]
+    return titles[max(fitting, key=len)] if fitting else FALLBACK
+
+
+def _share_of(path: Path) -> float:
+    """The share of right answers that the recipe of a file's variant names; all of them for a file of no variant."""
+    from quant.header import FIRST_SHARD
+    from quant.recipe import known, load_variant
+
+    match = FIRST_SHARD.fullmatch(path.stem)
+    stem = match[1].removesuffix("-") if match else path.stem
+    fitting = [name for name in known("variants") if stem.endswith(f"-{name}")]
+    return load_variant(max(fitting, key=len)).answers if fitting else 1.0
+
+
+def _show(verdict: "Verdict") -> None:
+    for exchange in verdict.transcript:
+        said = exchange.answer or ", ".join(exchange.calls)
+        click.echo(f"{'+' if exchange.thinking else '-'} {one_line(exchange.question)}\n    {one_line(said)}")
+    rows = []
+    for s in verdict.scenarios:
+        state = "passed" if s.passed else f"waived: {s.waived}" if s.waived else "FAILED"
+        rows.append((s.name, s.kind, state if s.detail == "ok" else f"{state}: {one_line(s.detail)}"))
+    tables.show(("scenario", "kind", "verdict"), rows)
+    for s in verdict.scenarios:
+        if not s.passed and (s.prompt or s.answer):
+            progress.say(f"{s.name} ({s.kind}): {s.detail}")
+            for what, text in (("prompt", s.prompt), ("answer", s.answer)):
+                if text:
+                    progress.say(f"  {what}:")
+                    progress.say("\n".join(f"    {line}" for line in text.splitlines()))
+    if not verdict.passed:
+        progress.say(f"the server's last words:\n{verdict.log}")
