@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quant import card, files, inventory
+from quant import modelfile as modelfiles
 from quant.calibrate import CalibrationText
 from quant.card import single_file, smoke_words
 from quant.convert import Base
@@ -63,6 +64,7 @@ class Release:
 def package(made: Ingredients, store: Store) -> Release:
     """The release as a folder in the store; large files are second names of the stages' files."""
     refuse(params_problems(ollama_params(made.model)))
+    modelfile(made.model, made.model.title)  # refused now, if it cannot be written
     manifest = _manifest(made)
     versions = packages()
     inputs = {**manifest, "packages": versions}
@@ -82,14 +84,8 @@ def ollama_params(model: Model) -> dict[str, Any]:
 
 
 def modelfile(model: Model, file: str) -> str:
-    """A Modelfile for one unsplit file."""
-    params = ollama_params(model)
-    stops = params.pop("stop")
-    lines = [f"FROM ./{file}", *(f"PARAMETER {key} {value}" for key, value in params.items())]
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
-    if model.ollama.system:
-        lines.append(f'SYSTEM """{model.ollama.system}"""')
-    return "\n".join(lines) + "\n"
+    """A Modelfile for one unsplit file of a model."""
+    return modelfiles.modelfile(file, ollama_params(model), model.ollama.system)
 
 
 def _lay_out(

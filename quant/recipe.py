@@ -259,6 +259,20 @@ def _architecture_problems(model: Model, path: Path) -> typing.Iterator[str]:
         yield from recipe_problems(model.architecture, f"{path}: architecture")
 
 
+def model_of_file(file: str) -> str | None:
+    """The project's model whose title begins a file's name; the longest, because GLM-4.6 begins GLM-4.6V-Flash too."""
+    titles = {load_model(name)[0].title.lower(): name for name in known("models")}
+    fitting = [title for title in titles if file.lower().startswith(f"{title}-")]
+    return titles[max(fitting, key=len)] if fitting else None
+
+
+def variant_of_file(file: str) -> str | None:
+    """The project's variant with whose name a file's name ends, before the number of a shard."""
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", file.removesuffix(".gguf"))
+    fitting = [name for name in known("variants") if stem.endswith(f"-{name}")]
+    return max(fitting, key=len) if fitting else None
+
+
 def load_variant(name: str) -> Variant:
     """A variant by its name in recipes/variants or by a path. Raises InputError."""
     path = locate("variants", name)

@@ -4,6 +4,7 @@ The tool checks none of its reads and writes, so nothing is believed because it 
 is compared with the one after.
 """
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from quant import files
 from quant.convert import Base
-from quant.errors import CheckFailed, InputError, disk_errors
+from quant.errors import CheckFailed, InputError, disk_errors, refuse
 from quant.files import Receipt
 from quant.header import read_header, read_headers
 from quant.plan import Plan
@@ -97,13 +98,15 @@ def split(path: Path, max_size: str | None, tools: Toolchain, stem: Path) -> dic
 def merge(first: Path, out: Path, tools: Toolchain) -> Receipt:
     """All shards beside ``first`` as one file at ``out``, with every tensor as it was.
 
-    Raises InputError for shards that are missing or do not belong together, CheckFailed when a tensor changed.
+    The shards stay. Raises InputError for shards that are missing or do not belong together, and where there is no room;
+    CheckFailed when a tensor changed.
     """
     headers = read_headers(first)
     if len(headers) == 1:
         raise InputError(f"{first}: expected the first shard of a split (…-00001-of-0000N.gguf), found a whole file")
     if out.exists():
         raise InputError(f"{out}: exists already; name another file or take it away")
+    refuse(_no_room(sum(h.path.stat().st_size for h in headers), out))
     expected = _digests([h.path for h in headers])
     partial = out.with_name(out.name + files.PARTIAL)
     log = out.with_name(out.name + ".log")
@@ -121,6 +124,13 @@ def merge(first: Path, out: Path, tools: Toolchain) -> Receipt:
             files.remove(log)
         files.flush_folder(out.parent)
     return files.receipt(out, out.parent)
+
+
+def _no_room(needed: int, out: Path) -> Iterator[str]:
+    """Said before anything is read: a merge of hundreds of gigabytes must not end on a full disk."""
+    there = next(folder for folder in out.resolve().parents if folder.is_dir())
+    if (free := shutil.disk_usage(there).free) < needed:
+        yield f"{out}: expected {needed:,} bytes free for the merged file beside its shards, found {free:,} in {there}"
 
 
 def changed(before: Mapping[str, str], after: Mapping[str, str], where: Path) -> Iterator[str]:

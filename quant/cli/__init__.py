@@ -6,11 +6,13 @@ from typing import Any, NoReturn
 
 import click
 
-from quant.cli import imatrix, look, planning, progress, publishing, release, stages, talking, template
+from quant.cli import imatrix, look, ollama, planning, progress, publishing, release, stages, talking, template
 from quant.cli.options import quant
 from quant.errors import QuantError
 
-__all__ = ["imatrix", "look", "main", "planning", "publishing", "release", "stages", "talking", "template"]
+__all__ = [
+    "imatrix", "look", "main", "ollama", "planning", "publishing", "release", "stages", "talking", "template",
+]  # fmt: skip
 """Importing the modules of commands is what makes the commands known."""
 
 

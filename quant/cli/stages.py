@@ -134,15 +134,3 @@ def shard(gguf: Path, out: Path, max_size: str, llama_cpp: Path | None) -> None:
         for made in sorted(folder.glob("*.gguf")):
             files.adopt(made, absent(out / made.name))
             progress.say(str(out / made.name))
-
-
-@quant.command()
-@click.argument("first_shard", type=FILE)
-@click.argument("out", type=FILE)
-@tools_option
-def merge(first_shard: Path, out: Path, llama_cpp: Path | None) -> None:
-    """Put the shards beside FIRST_SHARD together as OUT, for programs that take one file (Ollama)."""
-    from quant import shard, toolchain
-
-    receipt = shard.merge(first_shard, out, toolchain.find(llama_cpp))
-    progress.say(f"{out}: {receipt.bytes:,} bytes, every tensor as it was, sha256 {receipt.sha256}")

@@ -40,13 +40,13 @@ def smoke(
     from dataclasses import replace
 
     from quant import files, report, toolchain
-    from quant.recipe import load_model
+    from quant.recipe import load_model, model_of_file
     from quant.scenarios import all_of
     from quant.smoke import Served, hear, waived
     from quant.verdict import judge
 
     began = time.monotonic()
-    recipe, _ = load_model(model or _model_of(path))
+    recipe, _ = load_model(model or model_of_file(path.name) or FALLBACK)
     tried = all_of(recipe, only, sees=mmproj is not None)
     waivers = waived(recipe, tried, waive)
     tools = toolchain.find(llama_cpp)
@@ -74,24 +74,12 @@ def smoke(
     raise SystemExit(0 if verdict.passed else 1)
 
 
-def _model_of(path: Path) -> str:
-    """The recipe whose title begins the file's name: the longest, because GLM-4.6 begins GLM-4.6V-Flash too."""
-    from quant.recipe import known, load_model
-
-    titles = {load_model(name)[0].title.lower(): name for name in known("models")}
-    fitting = [title for title in titles if path.name.lower().startswith(title)]
-    return titles[max(fitting, key=len)] if fitting else FALLBACK
-
-
 def _share_of(path: Path) -> float:
     """The share of right answers that the recipe of a file's variant names; all of them for a file of no variant."""
-    from quant.header import FIRST_SHARD
-    from quant.recipe import known, load_variant
+    from quant.recipe import load_variant, variant_of_file
 
-    match = FIRST_SHARD.fullmatch(path.stem)
-    stem = match[1].removesuffix("-") if match else path.stem
-    fitting = [name for name in known("variants") if stem.endswith(f"-{name}")]
-    return load_variant(max(fitting, key=len)).answers if fitting else 1.0
+    name = variant_of_file(path.name)
+    return load_variant(name).answers if name else 1.0
 
 
 def _show(verdict: "Verdict") -> None:

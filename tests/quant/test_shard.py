@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -100,6 +101,18 @@ def test_merging_never_writes_over_a_file(fake_tools: Fake, tmp_path: Path) -> N
     with pytest.raises(InputError, match="exists already"):
         merge(tmp_path / "in" / "M-00001-of-00002.gguf", tmp_path / "out.gguf", fake_tools())
     assert (tmp_path / "out.gguf").read_text() == "mine"
+
+
+def test_merging_is_refused_where_there_is_no_room_and_the_shards_stay(
+    fake_tools: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair(tmp_path / "in", [[Tensor("a", (32,))], [Tensor("b", (32,))]])
+    monkeypatch.setattr("quant.shard.shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(
+        InputError, match=r"M\.gguf: expected \d+ bytes free for the merged file beside its shards, found 100"
+    ):
+        merge(tmp_path / "in" / "M-00001-of-00002.gguf", tmp_path / "new" / "M.gguf", fake_tools())
+    assert len(list((tmp_path / "in").iterdir())) == 2 and not (tmp_path / "new").exists()
 
 
 def test_a_failing_merge_is_quoted_and_leaves_nothing(fake_tools: Fake, tmp_path: Path) -> None:
