@@ -1,11 +1,11 @@
-"""Load a calibration set: conversations as JSON lines, one file a theme, in ``calibration/sets/NAME/``.
+"""Documents: what a model reads while its activations are measured, and the JSON lines that hold them.
 
-The form of a line is described beside the sets. A path to a folder or to one ``.jsonl`` file works like a name.
+The form of a line is described beside the embedded set. A document is a conversation, or plain text.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,50 @@ FORM: dict[str, tuple[type, str]] = {
     "thinking": (bool, "true or false"),
     "tools": (list, "a list"),
     "messages": (list, "a list"),
+    "text": (str, "text"),
 }
-"""What a line holds; the id and the messages it must hold."""
+"""What a line holds: the id, and messages or a text, it must hold."""
+MAY_FOLLOW = {  # after a role (None: the start), these may come
+    None: {"system", "user"},
+    "system": {"user"},
+    "user": {"assistant"},
+    "assistant": {"user"},
+    "calls": {"tool"},
+    "tool": {"tool", "assistant"},
+}
 
 
 @dataclass(frozen=True)
 class Document:
-    """One conversation."""
+    """One conversation, or one text."""
 
     id: str
     language: str
     thinking: bool
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] = ()
+    text: str | None = None
+    """Instead of messages: read as it stands."""
+    source: str = ""
+    kind: str = ""
+
+    def words(self) -> str:
+        """All that is said in it, without declarations of tools and their arguments."""
+        parts = (m.get(key) for m in self.messages for key in ("content", "reasoning_content"))
+        return "\n".join([self.text or "", *(str(p) for p in parts if p)])
+
+    def json(self) -> dict[str, Any]:
+        """All of it as plain JSON."""
+        return asdict(self)
 
 
 def load(name: str) -> tuple[Document, ...]:
-    """Every document of a set, files and lines in order. Raises InputError that names file, line and field."""
-    return tuple(document for path in set_files(name) for document in _read(path))
+    """Every document of a folder of JSON lines, files and lines in order. Raises InputError with file, line and field."""
+    return tuple(document for path in set_files(name) for document in read_lines(path))
 
 
 def set_files(name: str) -> tuple[Path, ...]:
-    """The files of a set, by its name or a path. Raises InputError when there are none."""
+    """The files of a folder, by its name or a path. Raises InputError when there are none."""
     known = sorted(p.name for p in SETS.iterdir() if p.is_dir())
     folder = SETS / name if name in known else Path(name)
     paths = (folder,) if folder.is_file() else tuple(sorted(folder.glob("*.jsonl")))
@@ -48,30 +70,55 @@ def set_files(name: str) -> tuple[Path, ...]:
     return paths
 
 
-def _read(path: Path) -> Iterator[Document]:
+def read_lines(path: Path) -> Iterator[Document]:
+    """The documents of one file of JSON lines. Raises InputError with every problem of the first line that is broken."""
+    for number, data in json_lines(path):
+        where = f"{path}:{number}"
+        refuse(_problems(data, where))
+        yield Document(
+            data["id"], data.get("language", ""), data.get("thinking", False),
+            tuple(data.get("messages", ())), tuple(data.get("tools", ())), data.get("text"),
+        )  # fmt: skip
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file of JSON lines, with their numbers. Raises InputError for what is none."""
+    # Not splitlines(): a JSON string may hold U+2028 and its like, which Python takes for ends of lines too.
+    for number, line in enumerate(text_of(path).removesuffix("\n").split("\n"), 1):
+        where = f"{path}:{number}"
+        try:
+            data = json.loads(line)
+        except ValueError as e:
+            raise InputError(f"{where}: expected a JSON object, found something else ({e})") from e
+        if not isinstance(data, dict):
+            raise InputError(f"{where}: expected a JSON object, found {line[:40]}")
+        yield number, data
+
+
+def text_of(path: Path) -> str:
+    """A file's text. Raises InputError when it cannot be read, is not UTF-8, or holds nothing."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: expected UTF-8, found something else ({e})") from e
-    # Not splitlines(): a JSON string may hold U+2028 and its like, which Python takes for ends of lines too.
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        yield _document(line, f"{path}:{number}")
+    if not text.strip():
+        raise InputError(f"{path}: expected documents, found an empty file")
+    return text
 
 
-def _document(line: str, where: str) -> Document:
-    try:
-        data = json.loads(line)
-    except ValueError as e:
-        raise InputError(f"{where}: expected a JSON object, found something else ({e})") from e
-    if not isinstance(data, dict):
-        raise InputError(f"{where}: expected a JSON object, found {line[:40]}")
-    refuse(_problems(data, where))
-    return Document(
-        data["id"], data.get("language", ""), data.get("thinking", False),
-        tuple(data["messages"]), tuple(data.get("tools", ())),
-    )  # fmt: skip
+def role_problems(messages: Sequence[Mapping[str, Any]], where: str) -> Iterator[str]:
+    """Where roles do not follow each other as in a conversation: the first such place."""
+    before: str | None = None
+    for n, message in enumerate(messages):
+        role = str(message.get("role"))
+        if role not in MAY_FOLLOW[before]:
+            wanted = " or ".join(sorted(MAY_FOLLOW[before]))
+            after = f"after {before}" if before else "at the beginning"
+            yield f"{where}: messages[{n}].role: roles out of order: expected {wanted} {after}, found {role}"
+            return
+        before = "calls" if role == "assistant" and message.get("tool_calls") else role
 
 
 def _problems(data: dict[str, Any], where: str) -> Iterator[str]:
@@ -83,9 +130,22 @@ def _problems(data: dict[str, Any], where: str) -> Iterator[str]:
             yield f"{where}: {key}: expected {words}, found {data[key]!r}"
     if "id" not in data:
         yield f"{where}: id: missing"
-    if not data.get("messages"):
+    if "text" in data:
+        if "messages" in data:
+            yield f"{where}: text: expected text or messages, found both"
+        elif not data["text"]:
+            yield f"{where}: text: expected some, found none"
+    elif not data.get("messages"):
         yield f"{where}: messages: expected at least one, found none"
     elif isinstance(data["messages"], list):
-        for n, message in enumerate(data["messages"]):
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                yield f"{where}: messages[{n}]: expected an object with a role, found {message!r}"
+        yield from _message_problems(data["messages"], where)
+
+
+def _message_problems(messages: list[Any], where: str) -> Iterator[str]:
+    broken = False
+    for n, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            broken = True
+            yield f"{where}: messages[{n}]: expected an object with a role, found {message!r}"
+    if not broken:
+        yield from role_problems(messages, where)

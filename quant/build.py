@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 from quant import files, ggml, toolchain
 from quant import source as sources
 from quant.calibrate import calibrate
+from quant.calibrate import check as check_set
 from quant.convert import convert, convert_vision, words
 from quant.deliver import deliver
 from quant.engine.job import Settings
@@ -117,6 +118,7 @@ def prepare(
     loaded = tuple(load_variant(name) for name in _all_known(variants or recipe.variants))
     if recipe.template != "none":
         load_template_patch(recipe.template)
+    check_set(recipe.imatrix.calibration)
     tools = toolchain.find(llama_cpp)
     tools.require(*NEEDED, *(["llama-quantize"] if recipe.imatrix.base == SMALL_BASE else []))
     ggml.find(tools.bin)

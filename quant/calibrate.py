@@ -1,20 +1,31 @@
-"""Render the calibration set with the model's own, patched chat template: the text that the imatrix is computed on."""
+"""Render the calibration set with the model's own, patched chat template: the text that the imatrix is computed on.
 
-import hashlib
-from dataclasses import dataclass
+What is made: the text, packed into chunks of the context's length; the documents that are held out, rendered as well, which
+no importance matrix ever sees; and what is in them.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from calibration import documents
+from calibration import alike, fetch, packing, sets
 from calibration.documents import Document
+from calibration.sets import CalibrationSet
 from quant import files
 from quant.convert import Base
-from quant.errors import InputError
+from quant.errors import InputError, refuse
 from quant.files import Receipt
 from quant.recipe import Imatrix, Model
 from quant.store import Store
 from quant.template import ChatTemplate, render
-from quant.tokens import Tokenizer
+from quant.tokens import Counter, Tokenizer
 from quant.toolchain import Toolchain
+
+TEXT, HELD_OUT = "calibration.txt", "held-out.jsonl"
+HOW = "packed 1"
+"""Names the way in which a text is put together; another way is another text."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,61 @@ class CalibrationText:
     documents: int
     tokens: int
     """As the model counts them."""
+    facts: Mapping[str, Any]
+    """What is in it, source by source, as plain JSON."""
+    held_out: Path | None = None
+    """Lines of JSON: see :func:`held_out_texts`."""
+
+    def json(self) -> dict[str, Any]:
+        """As a manifest tells it."""
+        about = {"set": self.name, "documents": self.documents, "tokens": self.tokens, "sha256": self.receipt.sha256}
+        return about | {k: v for k, v in self.facts.items() if k not in about}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A document that the importance matrix never saw, as the model reads it."""
+
+    id: str
+    source: str
+    kind: str
+    language: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A set, chosen and rendered: what is read, and what is held out."""
+
+    told: CalibrationSet
+    read: tuple[Document, ...]
+    texts: tuple[str, ...]
+    tokens: tuple[int, ...]
+    held_out: tuple[HeldOut, ...]
+    dropped: int
+    """Documents that were too much like others."""
+
+    def json(self) -> dict[str, Any]:
+        """What is in it, source by source."""
+        found, whole = packing.tally(self.read, self.tokens), max(sum(self.tokens), 1)
+        sources = []
+        for s in self.told.source:
+            documents, tokens = found.get(s.name, (0, 0))
+            about: dict[str, Any] = {
+                "name": s.name,
+                "kind": s.kind,
+                "licence": s.licence,
+                "attribution": s.attribution,
+                "repo": s.repo,
+            }
+            about |= {
+                "documents": documents,
+                "tokens": tokens,
+                "share": round(tokens / whole, 4),
+                "share_wanted": s.share,
+            }
+            sources.append({k: v for k, v in about.items() if v not in (None, "")})
+        return {"near_duplicates": self.dropped, "held_out": len(self.held_out), "sources": sources}
 
 
 def calibrate(
@@ -41,41 +107,139 @@ def of_set(
     settings: Imatrix, template: ChatTemplate | None, base: Base, tools: Toolchain, store: Store
 ) -> CalibrationText:
     """The same without a recipe of a model."""
-    name = settings.calibration
-    sources = documents.set_files(name)
-    inputs = {
-        "set": {p.name: files.digest(p) for p in sources},
-        "template": template.sha256 if template else None,
-        "order": "by the digest of the documents' names",
-    }
+    told, folder = sets.find(settings.calibration)
+    locked = fetch.read_lock(told, folder)
     tokenizer = Tokenizer(base.path, tools)
-    inputs["tokenizer"] = tokenizer.digest
-    count = len(documents.load(name))
+    inputs = {
+        "set": files.digest_of([files.canonical(fetch.identity(told, folder, locked))]),
+        "template": template.sha256 if template else None,
+        "tokenizer": tokenizer.digest,
+        "context": settings.context,
+        "how": HOW,
+    }
 
-    def make(partial: Path) -> dict[str, int]:
-        facts = write(name, template, partial / "calibration.txt")
-        return facts | {"tokens": tokenizer.count((partial / "calibration.txt").read_text())}
+    def make(partial: Path) -> dict[str, Any]:
+        rendered = choose(told, fetch.documents(told, folder, locked), template, tokenizer)
+        return write(rendered, template, tokenizer, settings.context, partial)
 
     done = store.once("calibrate", inputs, make)
-    text = done.receipt("calibration.txt")
-    return CalibrationText(done.path("calibration.txt"), text, Path(name).stem, count, done.facts["tokens"])
+    facts = dict(done.facts)
+    path, receipt, held = done.path(TEXT), done.receipt(TEXT), done.path(HELD_OUT)
+    return CalibrationText(path, receipt, told.name, facts["documents"], facts["tokens"], facts, held)
+
+
+def check(name: str) -> None:
+    """Raise InputError for a set that cannot be read, before anything costly is begun."""
+    told, folder = sets.find(name)
+    fetch.read_lock(told, folder)
+
+
+def choose(
+    told: CalibrationSet, documents: Sequence[Document], template: ChatTemplate | None, counter: Counter
+) -> Rendered:
+    """The documents of a set that are read, rendered and counted, and those that are held out.
+
+    Raises InputError with every document that the template refuses.
+    """
+    distinct = alike.distinct(packing.order_of(told, documents))
+    read, held = packing.split(told, distinct)
+    texts = _all_as_read(read, template)
+    tokens = counter.counts(texts)
+    chosen = packing.draw(told, read, tokens)
+    rendered = zip(held, _all_as_read(held, template), strict=True)
+    return Rendered(
+        told,
+        tuple(read[n] for n in chosen),
+        tuple(texts[n] for n in chosen),
+        tuple(tokens[n] for n in chosen),
+        tuple(HeldOut(d.id, d.source, d.kind, d.language, text) for d, text in rendered),
+        len(documents) - len(distinct),
+    )
+
+
+def write(
+    rendered: Rendered, template: ChatTemplate | None, tokenizer: Tokenizer, context: int, folder: Path
+) -> dict[str, Any]:
+    """Write the text and the held-out part into a folder, and say what is in them."""
+    pieces = _pieces(rendered, turn_marker(template), tokenizer, context)
+    packed = packing.pack([n for _, n in pieces], context, context - tokenizer.begins)
+    text = "".join(pieces[n][0] for n in packed.order)
+    files.write_text(folder / TEXT, text)
+    lines = [json.dumps(asdict(d), ensure_ascii=False) + "\n" for d in rendered.held_out]
+    files.write_text(folder / HELD_OUT, "".join(lines))
+    about = rendered.json()
+    return about | {
+        "documents": len(rendered.read),
+        "characters": len(text),
+        "tokens": tokenizer.count(text),
+        "pieces": len(pieces),
+        "needless_cuts": packed.cuts,
+        "held_out_sha256": files.digest(folder / HELD_OUT),
+    }
+
+
+def held_out_texts(path: Path, kind: str | None = None) -> tuple[HeldOut, ...]:
+    """The documents that were held out when a text was made, all or those of one kind."""
+    found = (HeldOut(**json.loads(line)) for line in path.read_text().split("\n") if line)
+    return tuple(d for d in found if kind in (None, d.kind))
 
 
 def as_read(document: Document, template: ChatTemplate | None) -> str:
     """One document as the model reads it; without a template, its messages as plain paragraphs."""
+    if document.text is not None:
+        return document.text
     if template is None:
         return "\n\n".join(str(m.get("content") or "") for m in document.messages)
     messages, tools = list(document.messages), list(document.tools) or None
     try:
         return render(template.text, messages, tools=tools, enable_thinking=document.thinking)
     except InputError as e:
-        raise InputError(f"calibration document {document.id}: {e}") from e
+        where = f"{document.source}: {document.id}" if document.source else document.id
+        raise InputError(f"calibration document {where}: {e}") from e
 
 
-def write(name: str, template: ChatTemplate | None, out: Path) -> dict[str, int]:
-    """Write a set, rendered, as one text."""
-    # By the digest of its name: themes are mixed, always in the same way, so the first chunks are a fair sample of all.
-    mixed = sorted(documents.load(name), key=lambda document: hashlib.sha256(document.id.encode()).digest())
-    texts = [as_read(document, template) for document in mixed]
-    files.write_text(out, "\n".join(texts) + "\n")
-    return {"documents": len(texts), "characters": sum(map(len, texts))}
+def turn_marker(template: ChatTemplate | None) -> str:
+    """What a template writes before a turn of the user; nothing where that cannot be told."""
+    if template is None:
+        return ""
+    said = [{"role": "user", "content": "«1»"}, {"role": "assistant", "content": "«2»"}]
+    try:
+        ended = render(template.text, said, tools=None, enable_thinking=False)
+        whole = render(template.text, [*said, {"role": "user", "content": "«3»"}], tools=None, enable_thinking=False)
+    except InputError:
+        return ""
+    end = ended.partition("«2»")[2]
+    return whole.partition("«2»")[2].partition("«3»")[0].removeprefix(end)
+
+
+def _all_as_read(documents: Sequence[Document], template: ChatTemplate | None) -> tuple[str, ...]:
+    """Every document, with a line's end behind it."""
+    problems: list[str] = []
+
+    def texts() -> Iterator[str]:
+        for document in documents:
+            try:
+                yield as_read(document, template) + "\n"
+            except InputError as e:
+                problems.extend(e.problems)
+
+    found = tuple(texts())
+    refuse(problems)
+    return found
+
+
+def _pieces(rendered: Rendered, marker: str, tokenizer: Tokenizer, context: int) -> list[tuple[str, int]]:
+    """The texts with their tokens; what is longer than a chunk is cut between exchanges."""
+    long = {n: packing.exchanges(t, marker) for n, t in enumerate(rendered.texts) if rendered.tokens[n] > context}
+    counted = iter(tokenizer.counts([part for parts in long.values() for part in parts]))
+    pieces: list[tuple[str, int]] = []
+    for n, text in enumerate(rendered.texts):
+        if n not in long:
+            pieces.append((text, rendered.tokens[n]))
+            continue
+        sizes = [next(counted) for _ in long[n]]
+        pieces += (
+            ("".join(long[n][k] for k in group), sum(sizes[k] for k in group))
+            for group in packing.groups(sizes, context)
+        )
+    return pieces

@@ -140,7 +140,7 @@ def _manifest(made: Ingredients) -> dict[str, Any]:
         "llama.cpp": made.llama_cpp,
         "chat_template": _template(made.template) if made.template else None,
         "ollama_template": go_template(made.model.template),
-        "calibration": {"set": made.text.name, "documents": made.text.documents, "sha256": made.text.receipt.sha256},
+        "calibration": made.text.json(),
         "imatrix": made.matrix.json(),
         "base": asdict(made.base.receipt),
         "vision": asdict(made.vision.receipt) if made.vision else None,

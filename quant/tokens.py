@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 from quant import files
 from quant.errors import InputError, ToolError
@@ -16,12 +17,35 @@ CONTROL = 3
 """A token that no text is made of (LLAMA_TOKEN_TYPE_CONTROL)."""
 
 
+class Counter(Protocol):
+    """Whatever can say how long texts are."""
+
+    @property
+    def unit(self) -> str:
+        """What it counts."""
+
+    def counts(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """The length of each text."""
+
+
+@dataclass(frozen=True)
+class Characters:
+    """Counts letters, where no model is there to be asked."""
+
+    unit: ClassVar[str] = "characters"
+
+    def counts(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """The letters of each text."""
+        return tuple(map(len, texts))
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """The vocabulary of one GGUF file."""
 
     gguf: Path
     tools: Toolchain
+    unit: ClassVar[str] = "tokens"
 
     @cached_property
     def header(self) -> Header:

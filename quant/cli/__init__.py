@@ -6,12 +6,24 @@ from typing import Any, NoReturn
 
 import click
 
-from quant.cli import imatrix, look, ollama, planning, progress, publishing, release, stages, talking, template
+from quant.cli import (
+    calibration,
+    imatrix,
+    look,
+    ollama,
+    planning,
+    progress,
+    publishing,
+    release,
+    stages,
+    talking,
+    template,
+)
 from quant.cli.options import quant
 from quant.errors import QuantError
 
 __all__ = [
-    "imatrix", "look", "main", "ollama", "planning", "publishing", "release", "stages", "talking", "template",
+    "calibration", "imatrix", "look", "main", "ollama", "planning", "publishing", "release", "stages", "talking", "template",
 ]  # fmt: skip
 """Importing the modules of commands is what makes the commands known."""
 

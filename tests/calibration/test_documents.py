@@ -11,6 +11,9 @@ from calibration.documents import Document, load, set_files
 from quant.errors import InputError
 
 USER = {"role": "user", "content": "Hello"}
+ANSWER = {"role": "assistant", "content": "Hi"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+RESULT = {"role": "tool", "content": "1"}
 WHOLE: dict[str, Any] = {"id": "a", "language": "en", "thinking": True, "tools": [{"name": "f"}], "messages": [USER]}
 
 
@@ -20,10 +23,10 @@ def write(path: Path, *lines: Any) -> Path:
 
 
 def test_a_line_is_a_document(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.jsonl", WHOLE, {"id": "b", "messages": [USER, USER]})
+    path = write(tmp_path / "x.jsonl", WHOLE, {"id": "b", "messages": [USER, ANSWER]})
     assert load(str(path)) == (
         Document("a", "en", True, (USER,), ({"name": "f"},)),
-        Document("b", "", False, (USER, USER), ()),
+        Document("b", "", False, (USER, ANSWER), ()),
     )
 
 
@@ -93,6 +96,8 @@ def lacking(key: str) -> dict[str, Any]:
         (WHOLE | {"thinking": "false"}, "thinking: expected true or false, found 'false'"),
         (WHOLE | {"tools": {"name": "f"}}, "tools: expected a list, found {'name': 'f'}"),
         (WHOLE | {"id": 5}, "id: expected text, found 5"),
+        (WHOLE | {"text": "a"}, "text: expected text or messages, found both"),
+        ({"id": "a", "text": ""}, "text: expected some, found none"),
     ],
 )
 def test_a_broken_line_is_told_with_its_file_and_number(tmp_path: Path, line: Any, said: str) -> None:
@@ -101,6 +106,43 @@ def test_a_broken_line_is_told_with_its_file_and_number(tmp_path: Path, line: An
         load(str(path))
     [problem] = caught.value.problems
     assert problem.startswith(f"{path}:2: {said}")
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([ANSWER], "messages[0].role: roles out of order: expected system or user at the beginning, found assistant"),
+        ([USER, USER], "messages[1].role: roles out of order: expected assistant after user, found user"),
+        ([USER, ANSWER, RESULT], "messages[2].role: roles out of order: expected user after assistant, found tool"),
+        ([USER, CALL, ANSWER], "messages[2].role: roles out of order: expected tool after calls, found assistant"),
+        (
+            [USER, {"role": "narrator"}],
+            "messages[1].role: roles out of order: expected assistant after user, found narrator",
+        ),
+    ],
+)
+def test_roles_out_of_order_are_told(tmp_path: Path, messages: list[dict[str, Any]], said: str) -> None:
+    path = write(tmp_path / "x.jsonl", WHOLE, WHOLE | {"messages": messages})
+    with pytest.raises(InputError) as caught:
+        load(str(path))
+    assert caught.value.problems == (f"{path}:2: {said}",)
+
+
+def test_a_conversation_with_tools_is_in_order(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "x"}, USER, CALL, RESULT, RESULT, ANSWER, USER, ANSWER]
+    assert len(load(str(write(tmp_path / "x.jsonl", WHOLE | {"messages": messages})))) == 1
+
+
+def test_a_document_may_be_plain_text(tmp_path: Path) -> None:
+    [document] = load(str(write(tmp_path / "x.jsonl", {"id": "a", "text": "Once upon a time"})))
+    assert (document.text, document.messages, document.words()) == ("Once upon a time", (), "Once upon a time")
+
+
+@pytest.mark.parametrize("content", ["", "\n", "   \n\n"])
+def test_an_empty_file_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(InputError, match=r"x.jsonl: expected documents, found an empty file"):
+        load(str(tmp_path / "x.jsonl"))
 
 
 def test_all_mistakes_of_a_line_are_told_at_once(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_ranges_cover_the_chunks_and_begin_where_the_tool_can(
 
 
 def text_of(path: Path, tokens: int) -> CalibrationText:
-    return CalibrationText(path, files.receipt(path, path.parent), path.stem, 1, tokens)
+    return CalibrationText(path, files.receipt(path, path.parent), path.stem, 1, tokens, {})
 
 
 def test_a_text_that_is_shorter_than_two_chunks_is_refused(tmp_path: Path) -> None:

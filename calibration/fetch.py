@@ -1,0 +1,174 @@
+"""Where the files of a set's sources are, and the lock that pins those of the hub.
+
+A lock is JSON beside the set, ``NAME.lock.json``: for every dataset the commit, the digest of each file, how many rows make
+documents, and the digest of those documents. What is built from a lock is what was locked, or it is refused.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from calibration import forms
+from calibration.documents import Document, read_lines
+from calibration.rows import rows
+from calibration.sets import CalibrationSet, Source
+from quant import files, hub
+from quant.errors import CheckFailed, InputError, refuse
+from quant.files import Receipt
+from quant.recipe import COMMIT
+
+
+@dataclass(frozen=True)
+class Locked:
+    """One dataset of the hub, pinned."""
+
+    repo: str
+    revision: str
+    files: tuple[Receipt, ...]
+    rows: int
+    """Documents that were made of its rows."""
+    sha256: str
+    """Of those documents."""
+
+
+Lock = Mapping[str, Locked]
+"""By the name of the source."""
+
+
+def lock(told: CalibrationSet, folder: Path) -> Lock:
+    """Ask the hub what the datasets of a set are now, fetch what is read of them, and write the lock beside the set.
+
+    Raises InputError for what the hub does not have, and for files that are not what the set says.
+    """
+    wanted = [s for s in told.source if s.repo]
+    if not wanted:
+        raise InputError(
+            f"calibration set {told.name}: expected a dataset of the hub to lock, found only files beside it"
+        )
+    found = {source.name: _lock_one(source) for source in wanted}
+    files.write_text(lock_path(told, folder), files.pretty({name: asdict(one) for name, one in found.items()}))
+    return found
+
+
+def lock_path(told: CalibrationSet, folder: Path) -> Path:
+    """Where the lock of a set is."""
+    return folder / f"{told.name}.lock.json"
+
+
+def read_lock(told: CalibrationSet, folder: Path) -> Lock:
+    """What is pinned of a set. Raises InputError for a dataset that is not, or is another than the lock's."""
+    path, wanted = lock_path(told, folder), [s for s in told.source if s.repo]
+    if not wanted:
+        return {}
+    how = f"run `quant calibration lock {told.name}`"
+    if not path.exists():
+        names = ", ".join(s.name for s in wanted)
+        raise InputError(f"{path}: missing; {names} are datasets of the hub, which are read from a lock only: {how}")
+    try:
+        data = json.loads(path.read_text())
+        found = {n: Locked(**{**one, "files": tuple(Receipt(**f) for f in one["files"])}) for n, one in data.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{path}: expected a lock, found something else ({e!r}); {how}") from e
+    refuse(
+        f"{path}: {s.name}: expected a commit of {s.repo}, found {found[s.name].repo if s.name in found else 'nothing'}; {how}"
+        for s in wanted
+        if s.name not in found or found[s.name].repo != s.repo or not COMMIT.fullmatch(found[s.name].revision)
+    )
+    return found
+
+
+def identity(told: CalibrationSet, folder: Path, locked: Lock) -> dict[str, Any]:
+    """Everything that decides a set's documents, as plain JSON: its text, and the digests of what it reads."""
+    beside = {s.name: [asdict(files.receipt(p, folder)) for p in local_files(s, folder)] for s in told.source if s.path}
+    pinned = {name: asdict(one) for name, one in locked.items()}
+    return {"set": asdict(told), "files": beside, "locked": pinned}
+
+
+def local_files(source: Source, folder: Path) -> list[Path]:
+    """The files beside a set. Raises InputError when there are none."""
+    found = sorted(folder.glob(str(source.path)))[: source.most_files]
+    if not found:
+        raise InputError(f"{folder / str(source.path)}: source {source.name}: expected files, found none")
+    return found
+
+
+def documents(told: CalibrationSet, folder: Path, locked: Lock) -> tuple[Document, ...]:
+    """The documents of every source, in its order.
+
+    Raises InputError with file, row and field for what is broken, and for a source that holds nothing; CheckFailed for a
+    dataset that is not what was locked.
+    """
+    found: list[Document] = []
+    for source in told.source:
+        if source.repo is None:
+            read = tuple(_read(source, local_files(source, folder)))
+        else:
+            read = _locked_documents(source, locked[source.name])
+        if not read:
+            raise InputError(f"calibration set {told.name}: source {source.name}: expected documents, found none")
+        found += read
+    return tuple(found)
+
+
+def _locked_documents(source: Source, pin: Locked) -> tuple[Document, ...]:
+    paths = [_fetch(source, pin.revision, receipt.path) for receipt in pin.files]
+    wrong = [
+        f"{pin.repo}@{pin.revision}: {receipt.path}: expected the locked sha256 {receipt.sha256}, found {found}"
+        for receipt, path in zip(pin.files, paths, strict=True)
+        if (found := files.digest(path)) != receipt.sha256
+    ]
+    if wrong:
+        raise CheckFailed(*wrong)
+    read = tuple(_read(source, paths))
+    if (found := digest(read)) != pin.sha256:
+        raise CheckFailed(
+            f"source {source.name}: expected {pin.rows} documents with the locked sha256 {pin.sha256},"
+            f" found {len(read)} with {found}; the set says something else than when it was locked: lock it again"
+        )
+    return read
+
+
+def digest(found: tuple[Document, ...]) -> str:
+    """Of documents, in their order."""
+    return files.digest_of([files.canonical(d.json()) for d in found])
+
+
+def _read(source: Source, paths: list[Path]) -> Iterator[Document]:
+    return islice(_all(source, paths), source.rows)
+
+
+def _all(source: Source, paths: list[Path]) -> Iterator[Document]:
+    if source.form == "documents":
+        for path in paths:
+            for d in read_lines(path):
+                yield Document(d.id, d.language, d.thinking, d.messages, d.tools, d.text, source.name, source.kind)
+    else:
+        yield from forms.documents((row for path in paths for row in rows(path)), source)
+
+
+def _lock_one(source: Source) -> Locked:
+    repo = str(source.repo)
+    with hub.errors(repo, source.revision):
+        client = hub.client()
+        commit = str(client.repo_info(repo, repo_type="dataset", revision=source.revision).sha)
+        there = sorted(client.list_repo_files(repo, repo_type="dataset", revision=commit))
+    names = [n for n in there if any(fnmatch(n, pattern) for pattern in source.files)][: source.most_files]
+    if not names:
+        some = ", ".join(there[:10]) + (" ..." if len(there) > 10 else "")
+        raise InputError(f"{repo}@{commit}: source {source.name}: expected {', '.join(source.files)}, found {some}")
+    paths = [_fetch(source, commit, name) for name in names]
+    receipts = tuple(Receipt(n, files.digest(p), p.stat().st_size) for n, p in zip(names, paths, strict=True))
+    read = tuple(_read(source, paths))
+    if not read:
+        raise InputError(f"{repo}@{commit}: source {source.name}: expected documents, found none in {', '.join(names)}")
+    return Locked(repo, commit, receipts, len(read), digest(read))
+
+
+def _fetch(source: Source, commit: str, name: str) -> Path:
+    """One file of a dataset at a commit, in the cache of the hub's client."""
+    with hub.errors(str(source.repo), commit):
+        return Path(hub.client().hf_hub_download(str(source.repo), name, repo_type="dataset", revision=commit))

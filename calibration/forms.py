@@ -1,0 +1,190 @@
+"""Bring a row of any source to one form: messages (with tools and thinking), or plain text.
+
+Datasets hold conversations in a handful of ways. A row that makes no conversation (an empty answer, roles that do not
+follow each other) is left out; a column that is not there is an error, because then the whole source is another.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from calibration.documents import Document, role_problems
+from calibration.sets import Source
+from quant.errors import InputError, refuse
+
+Row = Mapping[str, Any]
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "pairs": ("input", "output"),
+    "tree": ("message_id", "parent_id", "role", "text", "rank", "lang"),
+    "text": ("text",),
+}
+"""What a form cannot do without; all may be called otherwise in a source."""
+ROLES = {
+    "human": "user", "prompter": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "system": "system", "tool": "tool", "function": "tool", "function_response": "tool",
+}  # fmt: skip
+CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+RESPONSE = re.compile(r"</?tool_response>")
+THOUGHT = re.compile(r"^\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """A row and where it is: ``FILE:ROW``."""
+
+    row: Row
+    where: str
+    id: str
+
+
+def documents(rows: Iterable[Numbered], source: Source) -> Iterator[Document]:
+    """The documents in the rows of a source. Raises InputError for a column that is missing."""
+    known = False
+    kept = []
+    for numbered in rows:
+        if not known:
+            refuse(_column_problems(numbered, source))
+            known = True
+        if _wanted(numbered.row, source):
+            kept.append(numbered)
+            if source.form != "tree":
+                yield from _one(kept.pop(), source)
+    if source.form == "tree":
+        yield from _trees(kept, source)
+
+
+def _column_problems(numbered: Numbered, source: Source) -> Iterator[str]:
+    wanted = [source.columns.get(c, c) for c in COLUMNS[source.form]]
+    for column in (*wanted, *source.only, *source.without):
+        if column not in numbered.row:
+            file = numbered.where.rpartition(":")[0]
+            yield f"{file}: column {column}: missing; the file of {source.name} has {', '.join(sorted(numbered.row))}"
+
+
+def _wanted(row: Row, source: Source) -> bool:
+    return all(str(row.get(c)) in values for c, values in source.only.items()) and not any(
+        str(row.get(c)) in values for c, values in source.without.items()
+    )
+
+
+def _one(numbered: Numbered, source: Source) -> Iterator[Document]:
+    def column(name: str) -> Any:
+        return numbered.row.get(source.columns.get(name, name))
+
+    if source.form == "text":
+        if isinstance(text := column("text"), str) and text.strip():
+            yield _document(numbered.id, source, text=text)
+        return
+    try:
+        messages, tools = READ[source.form](column)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return  # no conversation
+    yield from _conversation(numbered.id, source, messages, tools)
+
+
+def _conversation(
+    id_: str, source: Source, messages: list[dict[str, Any]], tools: list[dict[str, Any]], language: str | None = None
+) -> Iterator[Document]:
+    """A document, if the messages make one: somebody asks, and the assistant has the last word."""
+    while messages and messages[-1]["role"] != "assistant":
+        messages = messages[:-1]
+    said = all(str(m["content"]).strip() or m.get("tool_calls") for m in messages)
+    if messages and said and not list(role_problems(messages, id_)):
+        yield _document(id_, source, tuple(messages), tuple(tools), language=language)
+
+
+def _document(
+    id_: str, source: Source, messages: tuple[dict[str, Any], ...] = (), tools: tuple[dict[str, Any], ...] = (),
+    text: str | None = None, language: str | None = None,
+) -> Document:  # fmt: skip
+    thinking = bool(messages) and bool(messages[-1].get("reasoning_content"))
+    return Document(id_, language or source.language, thinking, messages, tools, text, source.name, source.kind)
+
+
+def _messages(column: Callable[[str], Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """``[{"role", "content"}]``, as most datasets have it."""
+    tools = _decoded(column("tools") or [])
+    return [_message(m["role"], m["content"] or "", m.get("tool_calls")) for m in column("messages")], tools
+
+
+def _pairs(column: Callable[[str], Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A question and its answer in a column each."""
+    return [_message("user", column("input")), _message("assistant", column("output"))], []
+
+
+def _sharegpt(column: Callable[[str], Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """``[{"from", "value"}]``; calls of tools stand in the text, in Hermes' tags.
+
+    A system message that declares the tools is taken out: the model's own template declares them.
+    """
+    tools = [t if "function" in t else {"type": "function", "function": t} for t in _decoded(column("tools") or [])]
+    messages: list[dict[str, Any]] = []
+    names: list[str] = []
+    for turn in column("conversations"):
+        role, value = ROLES[turn["from"]], str(turn["value"])
+        if role == "system" and tools and "<tools>" in value:
+            continue
+        if role == "tool":
+            content = RESPONSE.sub("", value).strip()
+            messages.append({"role": "tool", "content": content, "name": names.pop(0) if names else ""})
+            continue
+        calls = [json.loads(found) for found in CALL.findall(value)] if role == "assistant" else []
+        names = [c["name"] for c in calls]
+        functions = [{"function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
+        messages.append(_message(role, CALL.sub("", value).strip(), [{"type": "function", **f} for f in functions]))
+    return messages, tools
+
+
+READ = {"messages": _messages, "sharegpt": _sharegpt, "pairs": _pairs}
+
+
+def _message(role: str, content: Any, calls: Any = None) -> dict[str, Any]:
+    """One message; what an assistant thought is told apart from what it said."""
+    message: dict[str, Any] = {"role": ROLES[role], "content": str(content)}
+    if message["role"] == "assistant" and (thought := THOUGHT.match(message["content"])):
+        message |= {"content": message["content"][thought.end() :], "reasoning_content": thought[1].strip()}
+    if calls:
+        message["tool_calls"] = list(calls)
+    return message
+
+
+def _decoded(tools: Any) -> list[dict[str, Any]]:
+    found = json.loads(tools) if isinstance(tools, str) else tools
+    if not isinstance(found, list):
+        raise ValueError("tools")
+    return found
+
+
+def _trees(rows: Iterable[Numbered], source: Source) -> Iterator[Document]:
+    """One conversation of each tree: at every turn the reply that people ranked best (oasst)."""
+
+    def column(numbered: Numbered, name: str) -> Any:
+        return numbered.row.get(source.columns.get(name, name))
+
+    roots: list[Numbered] = []
+    replies: dict[str, list[Numbered]] = {}
+    for numbered in rows:
+        parent = column(numbered, "parent_id")
+        (replies.setdefault(str(parent), []) if parent else roots).append(numbered)
+    for root in roots:
+        path = [root]
+        while below := replies.get(str(column(path[-1], "message_id"))):
+            path.append(min(below, key=lambda n: (_rank(column(n, "rank")), str(column(n, "message_id")))))
+        try:
+            messages = [_message(str(column(n, "role")), column(n, "text")) for n in path]
+        except KeyError:
+            continue
+        language = str(column(root, "lang") or source.language)
+        yield from _conversation(str(column(root, "message_id")), source, messages, [], language)
+
+
+def _rank(told: Any) -> float:
+    """The best is 0; what nobody ranked comes last."""
+    try:
+        return float("inf") if told is None else float(told)
+    except ValueError as e:
+        raise InputError(f"column rank: expected a number, found {told!r}") from e

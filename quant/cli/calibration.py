@@ -1,0 +1,69 @@
+"""The commands about calibration sets: what is in one, and pinning one that comes from the hub."""
+
+import json
+from pathlib import Path
+
+import click
+
+from quant.cli import progress, tables
+from quant.cli.options import FILE, json_option, quant, tools_option
+
+
+@quant.group()
+def calibration() -> None:
+    """Calibration sets: the texts that importance matrices are computed on."""
+
+
+@calibration.command()
+@click.argument("name", metavar="SET")
+def lock(name: str) -> None:
+    """Pin the hub datasets of SET: write commit, digests and rows beside it. Nothing is built from what is not pinned."""
+    from calibration import fetch, sets
+
+    told, folder = sets.find(name)
+    locked = fetch.lock(told, folder)
+    for source, one in locked.items():
+        progress.say(f"{source}: {one.repo}@{one.revision}, {len(one.files)} files, {one.rows:,} documents")
+    click.echo(fetch.lock_path(told, folder))
+
+
+@calibration.command()
+@click.argument("name", metavar="SET")
+@click.option("--gguf", type=FILE, help="A model: its tokens and its chat template.  [characters, and no template]")
+@click.option("--examples", type=click.IntRange(0), default=1, show_default=True, help="Texts of each source to print.")
+@json_option
+@tools_option
+def show(name: str, gguf: Path | None, examples: int, as_json: bool, llama_cpp: Path | None) -> None:
+    """What is in SET: sources, licences, documents and shares, and examples as the model sees them."""
+    from calibration import fetch, sets
+    from quant import calibrate, toolchain
+    from quant.template import patch
+    from quant.tokens import Characters, Tokenizer
+
+    told, folder = sets.find(name)
+    documents = fetch.documents(told, folder, fetch.read_lock(told, folder))
+    counter = Tokenizer(gguf, toolchain.find(llama_cpp)) if gguf else Characters()
+    words = counter.header.metadata.get("tokenizer.chat_template") if isinstance(counter, Tokenizer) else None
+    rendered = calibrate.choose(told, documents, patch(words, None, str(gguf)) if words else None, counter)
+    about = rendered.json()
+    if as_json:
+        click.echo(json.dumps({"set": told.name, "unit": counter.unit, **about}, ensure_ascii=False))
+        return
+    rows = [
+        (s["name"], s["kind"], s["licence"], f"{s['documents']:,}", f"{s['tokens']:,}", f"{100 * s['share']:.1f} %",
+         f"{100 * s['share_wanted']:.1f} %" if "share_wanted" in s else "-") for s in about["sources"]
+    ]  # fmt: skip
+    columns = ("source", "kind", "licence", ">documents", f">{counter.unit}", ">share", ">wanted")
+    tables.show(columns, rows, title=f"{told.name}: {told.summary}")
+    total = sum(s["tokens"] for s in about["sources"])
+    click.echo(
+        f"{len(rendered.read):,} documents, {total:,} {counter.unit}; held out: {about['held_out']:,} documents;"
+        f" left out as too much like others: {about['near_duplicates']:,}"
+    )
+    for source in told.source:
+        if source.attribution:
+            click.echo(f"{source.name}: {source.attribution}")
+    for source in told.source if examples else ():
+        shown = [(d, t) for d, t in zip(rendered.read, rendered.texts, strict=True) if d.source == source.name]
+        for document, text in shown[:examples]:
+            click.echo(f"\n--- {source.name}: {document.id}\n{text}")

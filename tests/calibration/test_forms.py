@@ -1,0 +1,187 @@
+"""Rows of the datasets that people have become documents; what is no conversation is left out, a missing column is told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calibration.documents import Document
+from calibration.forms import Numbered, documents
+from calibration.sets import Source
+from quant.errors import InputError
+
+
+def made(form: str, *rows: dict[str, Any], **more: Any) -> list[Document]:
+    source = Source("s", "conversation", "MIT", form, path="x", **more)  # type: ignore[arg-type]
+    return list(documents((Numbered(row, f"f.json:{n}", f"f-{n}") for n, row in enumerate(rows, 1)), source))
+
+
+def said(document: Document) -> list[tuple[str, str]]:
+    return [(m["role"], m["content"]) for m in document.messages]
+
+
+def turns(*words: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": w} for n, w in enumerate(words)]
+
+
+def test_messages_are_taken_as_they_are() -> None:
+    [found] = made("messages", {"messages": turns("Hi", "Hello", "Bye", "Bye!"), "source": "x"})
+    assert said(found) == [("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Bye!")]
+    assert (found.id, found.source, found.kind, found.language, found.thinking) == (
+        "f-1",
+        "s",
+        "conversation",
+        "en",
+        False,
+    )
+
+
+def test_a_question_that_nobody_answered_is_taken_off() -> None:
+    assert said(made("messages", {"messages": turns("Hi", "Hello", "And?")})[0])[-1] == ("assistant", "Hello")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": []},
+        {"messages": None},
+        {"messages": turns("Hi")},
+        {"messages": turns("Hi", "")},
+        {"messages": [{"role": "assistant", "content": "Hi"}]},
+        {"messages": [*turns("Hi"), *turns("Hi"), {"role": "assistant", "content": "x"}]},
+        {"messages": [{"role": "narrator", "content": "Hi"}]},
+        {"messages": [{"content": "Hi"}]},
+    ],
+)
+def test_what_is_no_conversation_is_left_out(row: dict[str, Any]) -> None:
+    assert made("messages", row) == []
+
+
+def test_what_was_thought_is_told_apart() -> None:
+    for tag in ("think", "thinking"):
+        [found] = made("messages", {"messages": turns("2+2?", f"<{tag}>\nEasy.\n</{tag}>\n\n4")})
+        assert found.messages[1] == {"role": "assistant", "content": "4", "reasoning_content": "Easy."}
+        assert found.thinking
+
+
+def test_pairs_may_be_called_otherwise() -> None:
+    [found] = made("pairs", {"inputs": "Q", "targets": "A"}, columns={"input": "inputs", "output": "targets"})
+    assert said(found) == [("user", "Q"), ("assistant", "A")]
+
+
+def test_rows_are_chosen_by_their_columns() -> None:
+    rows = [{"input": str(n), "output": "A", "average_test_score": s} for n, s in enumerate(("1.0", "0.5", "1"))]
+    kept = made("pairs", *rows, only={"average_test_score": ("1", "1.0")})
+    assert [said(d)[0][1] for d in kept] == ["0", "2"]
+    assert len(made("pairs", *rows, without={"average_test_score": ("0.5",)})) == 2
+
+
+HERMES = {
+    "id": "x",
+    "tools": json.dumps([{"type": "function", "function": {"name": "area", "parameters": {"type": "object"}}}]),
+    "conversations": [
+        {"from": "system", "value": "You are a function calling AI model. <tools> [...] </tools>"},
+        {"from": "human", "value": "How large is 2 by 3?"},
+        {
+            "from": "gpt",
+            "value": 'Let me see.\n<tool_call>\n{"name": "area", "arguments": {"a": 2, "b": 3}}\n</tool_call>',
+        },
+        {"from": "tool", "value": '<tool_response>\n{"area": 6}\n</tool_response>'},
+        {"from": "gpt", "value": "It is 6."},
+    ],
+}
+
+
+def test_calls_of_tools_come_out_of_the_text() -> None:
+    [found] = made("sharegpt", HERMES)
+    assert said(found) == [
+        ("user", "How large is 2 by 3?"), ("assistant", "Let me see."), ("tool", '{"area": 6}'), ("assistant", "It is 6."),
+    ]  # fmt: skip
+    assert found.tools[0]["function"]["name"] == "area"
+    [call] = found.messages[1]["tool_calls"]
+    assert call == {"type": "function", "function": {"name": "area", "arguments": {"a": 2, "b": 3}}}
+    assert found.messages[2]["name"] == "area"
+
+
+def test_a_system_message_without_tools_stays() -> None:
+    plain = [{"from": "system", "value": "Be short."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hi"}]
+    assert said(made("sharegpt", {"conversations": plain})[0])[0] == ("system", "Be short.")
+
+
+def test_a_call_that_is_no_json_makes_no_document() -> None:
+    broken = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "<tool_call>{</tool_call>"}]
+    assert made("sharegpt", {"conversations": broken}, {"conversations": HERMES["conversations"], "tools": "{"}) == []
+
+
+def oasst(id_: str, parent: str | None, role: str, text: str, rank: Any = None, lang: str = "en") -> dict[str, Any]:
+    return {"message_id": id_, "parent_id": parent, "role": role, "text": text, "rank": rank, "lang": lang}
+
+
+def test_of_a_tree_the_best_ranked_replies_make_a_conversation() -> None:
+    rows = [
+        oasst("q", None, "prompter", "Frage?", lang="de"),
+        oasst("b", "q", "assistant", "schlechter", 1.0),
+        oasst("a", "q", "assistant", "besser", 0.0),
+        oasst("c", "a", "prompter", "Und dann?"),
+        oasst("x", "a", "prompter", "Anders?", 5),
+        oasst("d", "x", "assistant", "So."),
+        oasst("alone", None, "prompter", "Hört mich wer?"),
+    ]
+    [found] = made("tree", *rows)
+    assert said(found) == [("user", "Frage?"), ("assistant", "besser"), ("user", "Anders?"), ("assistant", "So.")]
+    assert (found.id, found.language) == ("q", "de")
+
+
+def test_a_text_is_a_document() -> None:
+    [found] = made("text", {"text": "Once upon a time"}, {"text": "  "}, {"text": None})
+    assert (found.text, found.messages) == ("Once upon a time", ())
+
+
+@pytest.mark.parametrize("form", ["messages", "sharegpt", "pairs", "tree", "text"])
+def test_a_missing_column_is_told_with_those_that_are_there(form: str) -> None:
+    with pytest.raises(InputError) as caught:
+        made(form, {"something": 1, "else": 2})
+    assert all(
+        p.startswith("f.json: column ") and p.endswith("missing; the file of s has else, something")
+        for p in caught.value.problems
+    )
+    with pytest.raises(InputError, match="column lang: missing"):
+        made("text", {"text": "x"}, only={"lang": ("en",)})
+
+
+def test_files_are_read_as_what_they_are(tmp_path: Path) -> None:
+    from datasets.arrow_dataset import Dataset
+
+    from calibration.rows import rows
+
+    (tmp_path / "a.jsonl").write_text('{"text": "1"}\n{"text": "2"}\n')
+    (tmp_path / "a.json").write_text('[{"text": "1"}, {"text": "2"}]')
+    Dataset.from_list([{"text": "1"}, {"text": "2"}]).to_parquet(tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        found = list(rows(tmp_path / name))
+        assert [r.row["text"] for r in found] == ["1", "2"]
+        assert [r.where for r in found] == [f"{tmp_path / name}:1", f"{tmp_path / name}:2"]
+    (tmp_path / "a.txt").write_text("\n\n".join(["x" * 3000] * 3) + "\n")
+    assert [len(r.row["text"]) for r in rows(tmp_path / "a.txt")] == [3000, 3000, 3001]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "x", "expected a file that ends in .jsonl, .json, .parquet, .txt, found .csv"),
+        ("a.jsonl", '{"text": "1"}\n{', r"a.jsonl:2: expected a JSON object"),
+        ("a.json", "{", "expected JSON"),
+        ("a.json", "{}", "expected a list of rows, found dict"),
+        ("a.json", "[1]", "a.json:1: expected a JSON object"),
+        ("a.parquet", "x", "expected Parquet"),
+        ("a.parquet", "PAR1" + "x" * 100, "expected Parquet"),
+        ("a.txt", "", "empty file"),
+    ],
+)
+def test_files_that_are_not_what_they_seem_are_told(tmp_path: Path, name: str, content: str, said: str) -> None:
+    from calibration.rows import rows
+
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=said):
+        list(rows(tmp_path / name))
