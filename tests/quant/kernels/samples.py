@@ -1,7 +1,9 @@
 """Rows of twenty natures and column weights of seven, with fixed seeds: what kernels are held against ggml with."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,3 +114,14 @@ def mixed(seed: int, row: int) -> Floats:
     random = np.random.default_rng(seed)
     rows = [draw(random, (3, row)).astype(np.float32) for draw in WEIGHTS.values()]
     return np.ascontiguousarray(np.concatenate(rows)[random.permutation(3 * len(rows))])
+
+
+def real(file: Path, rows: int) -> Iterator[tuple[str, Floats]]:
+    """The first rows of every matrix of a safetensors file of bfloat16 numbers."""
+    raw = file.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    for name, about in json.loads(raw[8:start]).items():
+        if name != "__metadata__" and about["dtype"] == "BF16" and len(about["shape"]) == 2:
+            begin, end = about["data_offsets"]
+            numbers = np.frombuffer(raw[start + begin : start + end], np.uint16).astype(np.uint32) << 16
+            yield name, np.ascontiguousarray(numbers.view(np.float32).reshape(about["shape"])[:rows])

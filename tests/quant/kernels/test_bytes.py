@@ -12,6 +12,7 @@ from quant.errors import InputError
 from quant.ggml import Rows
 from quant.ggml_types import TYPES, GGMLType
 from quant.kernels.library import SETS, Counted, Native, load
+from quant.recipe import RECIPES
 from tests.quant.kernels import samples
 
 NATIVE = load()
@@ -92,6 +93,21 @@ def test_a_hundred_thousand_superblocks_are_ggmls(
     assert blocks * t.block >= 100_000 * 256
     with capsys.disabled():
         sys.stdout.write(f"\n{instructions} {t.name}: {blocks} blocks, {odd} left to ggml ({odd / blocks:.2%}) ")
+
+
+@pytest.mark.tools
+@EVERY_KERNEL
+def test_the_weights_of_a_trained_model_are_ggmls(
+    library: ggml.Library, native: Native, instructions: str, t: GGMLType
+) -> None:
+    kernel = native.kernel(library, instructions, t)
+    blocks = 0
+    for name, x in samples.real(RECIPES / "models" / "tiny-glm" / "model.safetensors", 64):
+        if t.fits(x.shape[1]):
+            w = np.random.default_rng(len(name)).lognormal(0, 1, x.shape[1:]).astype(np.float32)
+            assert differ(library, t, kernel, x, w) == (0, 0), name
+            blocks += x.size // t.block
+    assert blocks * t.block > 500_000
 
 
 def test_every_instruction_set_of_this_processor_has_the_same_kernels(native: Native) -> None:
