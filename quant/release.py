@@ -11,6 +11,8 @@ from quant.errors import CheckFailed, InputError
 from quant.files import Receipt
 from quant.package import CHECKSUMS, FORMAT, MANIFEST
 
+HUBS_OWN = (".gitattributes", ".cache/")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -87,8 +89,9 @@ def parse_checksums(text: str, where: str) -> dict[str, str]:
 
 
 def names(folder: Path) -> set[str]:
-    """Every file of a release but its two lists."""
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST, CHECKSUMS}
+    """Every file of a release but its two lists, and but what the hub and its client put beside them."""
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    return {name for name in found if not name.startswith(HUBS_OWN)} - {MANIFEST, CHECKSUMS}
 
 
 def list_problems(folder: Path, here: set[str], listed: Mapping[str, str]) -> Iterator[str]:

@@ -83,6 +83,13 @@ def test_a_file_that_is_missing_and_one_too_many_are_both_told(release: Path) ->
     assert [p.split(": ")[1].split(";")[0] for p in problems(release)] == ["missing", "not of this release"]
 
 
+def test_what_the_hub_and_its_client_leave_is_no_part_of_a_release(release: Path) -> None:
+    (release / ".gitattributes").write_text("*.gguf filter=lfs")
+    (release / ".cache" / "huggingface").mkdir(parents=True)
+    (release / ".cache" / "huggingface" / "a.metadata").write_text("?")
+    assert problems(release) == ()
+
+
 def test_other_tensors_under_fitting_checksums_are_found(release: Path) -> None:
     flip(release / "a.gguf")
     sums(release)
