@@ -125,4 +125,57 @@ INLINE bool nearest_points(const uint32_t *words, uint32_t count, const Eight &e
     return !(lost & ((1ull << counted * NEAR) - 1));
 }
 
+// The same for one scale, W neighbours at a time.
+INLINE bool nearest_point(const uint32_t *words, uint32_t count, const Eight &e, F levels, float scale, uint32_t *found) {
+    F term[PARTS];
+    const F q = vec(scale) * levels;
+    for (int r = 0; r < PARTS; r++) {
+        const F difference = q - e.x[r];
+        term[r] = e.w[r] * difference * difference;
+    }
+    F nearest = vec(FLT_MAX);
+    I where = vec(0), place = vec(0);
+    const I half = second_half();
+    for (uint32_t first = 0; first < count; first += W) {
+        F sum;
+        each_dimension(load(reinterpret_cast<const int32_t *>(words) + first) | half, [&](int i, I level) {
+            const F t = pick(term[i / DIMENSIONS], level);
+            sum = i == 0 ? t : sum + t;
+        });
+        where = select(sum < nearest, place, where);
+        nearest = min_(sum, nearest);
+        place = place + vec(W);
+    }
+    const F least = least_of_all(nearest);
+    alignas(64) int32_t at[W];
+    store(at, where);
+    const unsigned there = bits(nearest == least);
+    int32_t first = at[__builtin_ctz(there)] + __builtin_ctz(there);
+    for (unsigned others = there & (there - 1); others; others &= others - 1) {   // as near, and perhaps before it
+        const int32_t other = at[__builtin_ctz(others)] + __builtin_ctz(others);
+        first = other < first ? other : first;
+    }
+    *found = words[first];
+    return first_of(least) < FLT_MAX;
+}
+
+// The digits of a code of base 3, for each set of its eight dimensions: the sum of their powers.
+struct Powers {
+    uint16_t of[256];
+    constexpr Powers() : of() {
+        for (int set = 0; set < 256; set++) {
+            int power = 1, sum = 0;
+            for (int i = 0; i < 8; i++, power *= 3) sum += set >> i & 1 ? power : 0;
+            of[set] = static_cast<uint16_t>(sum);
+        }
+    }
+};
+constexpr Powers POWERS;
+
+INLINE int code_of_word(uint32_t word) {
+    int code = 0;
+    for (int i = 7; i >= 0; i--) code = 3 * code + static_cast<int>(word >> 4 * i & 3);
+    return code;
+}
+
 }  // namespace

@@ -9,6 +9,7 @@
 //   EVEN_SIGNS   whether only seven signs of eight are kept, and the last one makes them even
 //   SIGMA        what the mean square is multiplied with
 //   WEIGHTED     whether there have to be weights of the columns
+//   ROOTS        whether their square roots are needed
 //   unweighted   how much a weight counts where there are none
 #pragma once
 
@@ -91,12 +92,13 @@ INLINE bool weigh(const float *x, const float *weights, float sigma2, Block &b) 
         const F w = weights ? loadu(weights + i) * sqrt(vec(sigma2) + v * v) : T::unweighted(vec(sigma2), v);
         good = good & (w >= vec(0.0f)) & (w < vec(INFINITY));
         store(b.w + i, w);
-        store(b.root + i, sqrt(w));
+        if (T::ROOTS) store(b.root + i, sqrt(w));
     }
     return all(good);
 }
 
 INLINE uint16_t half(float value) {
+    if (value != value) return std::signbit(value) ? 0xfe00 : 0x7e00;
     alignas(64) int32_t lanes[W];
     store(lanes, to_half(vec(value)));
     return static_cast<uint16_t>(lanes[0]);
@@ -109,11 +111,19 @@ INLINE int nearest(float v) {
     return (b & 0x007fffff) - 0x00400000;
 }
 
-// The four bits of a block's scale.
-INLINE unsigned scale_bits(float id, float scale) {
+// The bits of a block's scale.
+INLINE unsigned scale_bits(float id, float scale, int most = 15) {
     const int l = nearest(0.5f * (id * scale - 1));
-    return static_cast<unsigned>(l < 0 ? 0 : l > 15 ? 15 : l);
+    return static_cast<unsigned>(l < 0 ? 0 : l > most ? most : l);
 }
+
+// A superblock whose blocks are done.
+struct Super {
+    const float *x, *weights;
+    float sigma2;
+    const Done *done;
+    float largest;   // of the blocks' scales
+};
 
 template <class T, int bytes, class Quantize, class Pack>
 INLINE void superblocks(const Call &call, Quantize quantize, Pack pack) {
@@ -144,7 +154,7 @@ INLINE void superblocks(const Call &call, Quantize quantize, Pack pack) {
             }
             std::memset(out, 0, bytes);
             call.counts->refused += !well;
-            if (well) pack(call, done, largest, out);
+            if (well) pack(Super{x, weights, sigma2[at - first], done, largest}, *call.counts, out);
         }
     }
 }

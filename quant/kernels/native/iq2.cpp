@@ -13,21 +13,21 @@ struct Xxs {
     static constexpr GridName NAME = GridName::iq2_xxs;
     static constexpr int N = 32, TRIES = 13, MIDDLE = 6;
     static constexpr float EMPTY = 1e-15f, SIGMA = 1.0f;
-    static constexpr bool EVEN_SIGNS = true, SCALE_FIRST = true, WEIGHTED = true;
+    static constexpr bool EVEN_SIGNS = true, SCALE_FIRST = true, WEIGHTED = true, ROOTS = true;
     static F unweighted(F, F v) { return v; }
 };
 struct Xs {
     static constexpr GridName NAME = GridName::iq2_xs;
     static constexpr int N = 16, TRIES = 19, MIDDLE = 9;
     static constexpr float EMPTY = 1e-15f, SIGMA = 1.0f;
-    static constexpr bool EVEN_SIGNS = true, SCALE_FIRST = false, WEIGHTED = true;
+    static constexpr bool EVEN_SIGNS = true, SCALE_FIRST = false, WEIGHTED = true, ROOTS = true;
     static F unweighted(F, F v) { return v; }
 };
 struct S {
     static constexpr GridName NAME = GridName::iq2_s;
     static constexpr int N = 16, TRIES = 19, MIDDLE = 9;
     static constexpr float EMPTY = 1e-8f, SIGMA = 2.0f;
-    static constexpr bool EVEN_SIGNS = false, SCALE_FIRST = false, WEIGHTED = false;
+    static constexpr bool EVEN_SIGNS = false, SCALE_FIRST = false, WEIGHTED = false, ROOTS = true;
     static F unweighted(F sigma2, F v) { return vec(0.25f) * sigma2 + v * v; }
 };
 
@@ -112,19 +112,6 @@ INLINE float first_scale(const Block &b) {
 }
 
 // ------------------------------------------------------------------------------------------------ one block
-
-// The digits of a code of base 3, for each set of its eight dimensions: the sum of their powers.
-struct Powers {
-    uint16_t of[256];
-    constexpr Powers() : of() {
-        for (int set = 0; set < 256; set++) {
-            int power = 1, sum = 0;
-            for (int i = 0; i < 8; i++, power *= 3) sum += set >> i & 1 ? power : 0;
-            of[set] = static_cast<uint16_t>(sum);
-        }
-    }
-};
-constexpr Powers POWERS;
 
 // Rounding y = 0.5 * (id * x - 1) to the nearest of 0, 1, 2, ties to even: 1 from id * x > 2 on, and 2 from 4 on. The
 // subtraction is exact about there. Not so where y is out of ggml's rounding range; then the bits of the sum are what
@@ -226,18 +213,11 @@ INLINE bool try_points(const Grid &g, const Block &b, int k, F levels, const uin
 INLINE bool point_of(const Grid &g, const Block &b, int k, F levels, uint32_t ones, uint32_t twos, float scale,
                      int32_t *word) {
     const Cell cell = g.cells[POWERS.of[ones >> 8 * k & 255] + POWERS.of[twos >> 8 * k & 255]];
-    uint32_t found[SCALES] = {g.words[cell.first]};
-    const float scales[2] = {scale, scale};
-    const bool well = !cell.count || nearest_points<1>(g.words + cell.first, cell.count,
-                                                      eight(b.x + 8 * k, b.root + 8 * k), levels, scales, 1, found);
-    *word = static_cast<int32_t>(found[0]);
+    uint32_t found = g.words[cell.first];
+    const bool well = !cell.count || nearest_point(g.words + cell.first, cell.count,
+                                                   eight(b.x + 8 * k, b.root + 8 * k), levels, scale, &found);
+    *word = static_cast<int32_t>(found);
     return well;
-}
-
-INLINE int code_of_word(uint32_t word) {
-    int code = 0;
-    for (int i = 7; i >= 0; i--) code = 3 * code + static_cast<int>(word >> 4 * i & 3);
-    return code;
 }
 
 // False where ggml ends the process.
@@ -335,47 +315,47 @@ INLINE bool quantize(const Grid &g, const float *x, const float *weights, float 
     return well && scale >= 0;
 }
 
-INLINE void pack_xxs(const Call &, const Done *done, float largest, uint8_t *out) {
-    if (largest == 0) return;
-    const float d = largest / 31, id = 1 / d;
+INLINE void pack_xxs(const Super &s, Counts &, uint8_t *out) {
+    if (s.largest == 0) return;
+    const float d = s.largest / 31, id = 1 / d;
     const uint16_t stored = half(d);
     std::memcpy(out, &stored, 2);
     for (int b = 0; b < 8; b++) {
-        uint32_t q[2] = {0, scale_bits(id, done[b].scale) << 28};
+        uint32_t q[2] = {0, scale_bits(id, s.done[b].scale) << 28};
         for (int k = 0; k < 4; k++) {
-            q[0] |= static_cast<uint32_t>(done[b].point[k]) << 8 * k;
-            q[1] |= static_cast<uint32_t>(done[b].signs[k]) << 7 * k;
+            q[0] |= static_cast<uint32_t>(s.done[b].point[k]) << 8 * k;
+            q[1] |= static_cast<uint32_t>(s.done[b].signs[k]) << 7 * k;
         }
         std::memcpy(out + 2 + 8 * b, q, 8);
     }
 }
 
-INLINE void pack_xs(const Call &, const Done *done, float largest, uint8_t *out) {
-    if (largest == 0) return;
-    const float d = largest / 31, id = 1 / d;
+INLINE void pack_xs(const Super &s, Counts &, uint8_t *out) {
+    if (s.largest == 0) return;
+    const float d = s.largest / 31, id = 1 / d;
     const uint16_t stored = half(d);
     std::memcpy(out, &stored, 2);
     for (int b = 0; b < 16; b++) {
         for (int k = 0; k < 2; k++) {
-            const uint16_t q = static_cast<uint16_t>(done[b].point[k] | done[b].signs[k] << 9);
+            const uint16_t q = static_cast<uint16_t>(s.done[b].point[k] | s.done[b].signs[k] << 9);
             std::memcpy(out + 2 + 4 * b + 2 * k, &q, 2);
         }
-        out[66 + b / 2] |= static_cast<uint8_t>(scale_bits(id, done[b].scale) << 4 * (b % 2));
+        out[66 + b / 2] |= static_cast<uint8_t>(scale_bits(id, s.done[b].scale) << 4 * (b % 2));
     }
 }
 
-INLINE void pack_s(const Call &, const Done *done, float largest, uint8_t *out) {
-    const float d = largest / 31, id = 1 / d;
-    const uint16_t stored = largest == 0 ? 0 : half(d * 0.9875f);
+INLINE void pack_s(const Super &s, Counts &, uint8_t *out) {
+    const float d = s.largest / 31, id = 1 / d;
+    const uint16_t stored = s.largest == 0 ? 0 : half(d * 0.9875f);
     std::memcpy(out, &stored, 2);
     for (int b = 0; b < 16; b++) {
         for (int k = 0; k < 2; k++) {
             const int i = 2 * b + k;
-            out[2 + i] = static_cast<uint8_t>(done[b].point[k]);
-            out[34 + i] = done[b].signs[k];
-            out[66 + i / 4] |= static_cast<uint8_t>(done[b].point[k] >> 8 << 2 * (i % 4));
+            out[2 + i] = static_cast<uint8_t>(s.done[b].point[k]);
+            out[34 + i] = s.done[b].signs[k];
+            out[66 + i / 4] |= static_cast<uint8_t>(s.done[b].point[k] >> 8 << 2 * (i % 4));
         }
-        if (largest != 0) out[74 + b / 2] |= static_cast<uint8_t>(scale_bits(id, done[b].scale) << 4 * (b % 2));
+        if (s.largest != 0) out[74 + b / 2] |= static_cast<uint8_t>(scale_bits(id, s.done[b].scale) << 4 * (b % 2));
     }
 }
 

@@ -16,14 +16,14 @@ struct Xxs {
     static constexpr GridName NAME = GridName::iq3_xxs;
     static constexpr int N = 32, TRIES = 31, MIDDLE = 15;
     static constexpr float EMPTY = 1e-8f, SIGMA = 2.0f;
-    static constexpr bool EVEN_SIGNS = true, ALL_AGAIN = false, WEIGHTED = false;
+    static constexpr bool EVEN_SIGNS = true, ALL_AGAIN = false, WEIGHTED = false, ROOTS = true;
     static F unweighted(F, F v) { return v * v; }
 };
 struct S {
     static constexpr GridName NAME = GridName::iq3_s;
     static constexpr int N = 32, TRIES = 19, MIDDLE = 9;
     static constexpr float EMPTY = FLT_TRUE_MIN, SIGMA = 2.0f;   // nothing but zeros is less
-    static constexpr bool EVEN_SIGNS = false, ALL_AGAIN = true, WEIGHTED = false;
+    static constexpr bool EVEN_SIGNS = false, ALL_AGAIN = true, WEIGHTED = false, ROOTS = true;
     static F unweighted(F, F v) { return v * v; }
 };
 
@@ -285,39 +285,39 @@ INLINE bool quantize(const Grid &g, const float *x, const float *weights, float 
     return well && scale >= 0;
 }
 
-INLINE void pack_xxs(const Call &, const Done *done, float largest, uint8_t *out) {
-    if (largest == 0) return;
-    const float d = largest / 31, id = 1 / d;
+INLINE void pack_xxs(const Super &s, Counts &, uint8_t *out) {
+    if (s.largest == 0) return;
+    const float d = s.largest / 31, id = 1 / d;
     const uint16_t stored = half(d * 1.0125f);
     std::memcpy(out, &stored, 2);
     for (int b = 0; b < 8; b++) {
-        uint32_t signs = scale_bits(id, done[b].scale) << 28;
-        for (int k = 0; k < 8; k++) out[2 + 8 * b + k] = static_cast<uint8_t>(done[b].point[k]);
-        for (int k = 0; k < 4; k++) signs |= static_cast<uint32_t>(done[b].signs[k]) << 7 * k;
+        uint32_t signs = scale_bits(id, s.done[b].scale) << 28;
+        for (int k = 0; k < 8; k++) out[2 + 8 * b + k] = static_cast<uint8_t>(s.done[b].point[k]);
+        for (int k = 0; k < 4; k++) signs |= static_cast<uint32_t>(s.done[b].signs[k]) << 7 * k;
         std::memcpy(out + 66 + 4 * b, &signs, 4);
     }
 }
 
 // As ggml writes it, with its fault: a block of zeros takes no place among the points and signs, so that those of the
 // blocks after it stand where nobody looks for them. The high bits of the points and the scales are where they should be.
-INLINE void pack_s(const Call &call, const Done *done, float largest, uint8_t *out) {
-    const float d = largest / 31, id = 1 / d;
-    const uint16_t stored = largest == 0 ? 0 : half(d * 1.033f);
+INLINE void pack_s(const Super &s, Counts &counts, uint8_t *out) {
+    const float d = s.largest / 31, id = 1 / d;
+    const uint16_t stored = s.largest == 0 ? 0 : half(d * 1.033f);
     std::memcpy(out, &stored, 2);
     int place = 0;
     for (int b = 0; b < 8; b++) {
-        if (largest != 0) out[106 + b / 2] |= static_cast<uint8_t>(scale_bits(id, done[b].scale) << 4 * (b % 2));
-        if (done[b].empty) continue;
+        if (s.largest != 0) out[106 + b / 2] |= static_cast<uint8_t>(scale_bits(id, s.done[b].scale) << 4 * (b % 2));
+        if (s.done[b].empty) continue;
         for (int k = 0; k < 8; k++) {
-            out[2 + 8 * place + k] = static_cast<uint8_t>(done[b].point[k]);
-            out[66 + b] |= static_cast<uint8_t>(done[b].point[k] >> 8 << k);
+            out[2 + 8 * place + k] = static_cast<uint8_t>(s.done[b].point[k]);
+            out[66 + b] |= static_cast<uint8_t>(s.done[b].point[k] >> 8 << k);
         }
-        std::memcpy(out + 74 + 4 * place, done[b].signs, 4);
+        std::memcpy(out + 74 + 4 * place, s.done[b].signs, 4);
         place++;
     }
     bool faulty = false;
-    for (int b = 1; b < 8; b++) faulty |= done[b - 1].empty && !done[b].empty;
-    call.counts->faulty += faulty;
+    for (int b = 1; b < 8; b++) faulty |= s.done[b - 1].empty && !s.done[b].empty;
+    counts.faulty += faulty;
 }
 
 }  // namespace

@@ -14,8 +14,10 @@ from quant.ggml_types import TYPES, GGMLType
 from tests.quant.kernels import samples
 
 NATIVE = Path(kernels.__file__).parent / "native"
-NAMES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_XXS", "IQ3_S")
-"""Types whose trial does not make ggml compute for seconds."""
+NAMES = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
+)  # fmt: skip
 
 pytestmark = pytest.mark.tools
 

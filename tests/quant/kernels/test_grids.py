@@ -13,10 +13,9 @@ from quant import ggml
 from quant.errors import InputError
 from quant.ggml_types import TYPES
 from quant.kernels.library import Native, load
-from quant.toolchain import find
 
 NATIVE = load()
-GRID_TYPES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+GRID_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 NEVER_WITHOUT = frozenset({"IQ1_S", "IQ2_XS", "IQ2_XXS"})
 SERVED = [(i, t) for i in NATIVE.sets for t in GRID_TYPES if NATIVE.has(i, TYPES[t])]
 EVERY_KERNEL = pytest.mark.parametrize(("instructions", "name"), SERVED)
@@ -33,6 +32,9 @@ TABLES = {
 program that builds them and walks through ``iq2_data`` and ``iq3_data``, for every code with no level above the highest."""
 
 BYTES: dict[tuple[str, str], str] = {
+    ("IQ1_S", "with"): "8c5c353dca4f550e898215ccc325c7f63f9451074e784b321101121c7b9e822f",
+    ("IQ1_M", "with"): "ca96b6d664a044dc989111b0cef258cdf912ef1f77ea55752b3b5bfc34246ed8",
+    ("IQ1_M", "without"): "4722aee04dffeacb9b2843ad4e54012a37a1ee8c2babf085ffe9f890bd4ef2f7",
     ("IQ2_XXS", "with"): "76c1ae94de46c67083154fceda7ae3aff4fa57264545edb882ef0a2b97cdbb85",
     ("IQ2_XS", "with"): "a35abd929ac3a2b6f324077791e0b165403402bcdd594ab5c39714144fbe14c5",
     ("IQ2_S", "with"): "2fe3021968127b0ef368a6c116b4a75d935a3881f2a4055fb2beaafbe3f1cd8e",
@@ -73,18 +75,6 @@ def weightings(name: str) -> dict[str, NDArray[np.float32] | None]:
 
 def digest(data: NDArray[np.uint8]) -> str:
     return hashlib.sha256(data.tobytes()).hexdigest()
-
-
-@pytest.fixture(scope="module")
-def library() -> ggml.Library:
-    return ggml.load(ggml.find(find().bin))
-
-
-@pytest.fixture(scope="module")
-def native() -> Native:
-    if NATIVE.dll is None:
-        pytest.skip(NATIVE.problem)
-    return NATIVE
 
 
 @pytest.mark.parametrize(("number", "name"), list(enumerate(TABLES)))
