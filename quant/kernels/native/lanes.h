@@ -9,6 +9,7 @@
 //   vec(1.5f), vec(3)                       the same number in every lane
 //   load, store / loadu, storeu             at 4*W bytes' alignment / at any
 //   + - * /  sqrt  abs  -a                  IEEE, rounded to nearest; never fused, never estimated
+//   nearest(a)                              the nearest integer, ties to even; -0 for what is just below 0
 //   min_(a, b), max_(a, b)                  exactly `a < b ? a : b` and `a > b ? a : b`, for NaN and -0 too; F and I
 //   < <= > >= ==                            masks; false where a side is NaN. I has < > ==
 //   select(m, a, b)                         m ? a : b

@@ -46,6 +46,7 @@ OP F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
 OP F operator-(F a) { return {_mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f))}; }
 OP F sqrt(F a) { return {_mm256_sqrt_ps(a.v)}; }
 OP F abs(F a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+OP F nearest(F a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 OP F min_(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
 OP F max_(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
 

@@ -42,6 +42,7 @@ OP F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 OP F operator-(F a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
 OP F sqrt(F a) { return {_mm512_sqrt_ps(a.v)}; }
 OP F abs(F a) { return {_mm512_abs_ps(a.v)}; }
+OP F nearest(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 OP F min_(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 OP F max_(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 

@@ -41,6 +41,7 @@ OP F operator*(F a, F b) { return {vmulq_f32(a.v, b.v)}; }
 OP F operator/(F a, F b) { return {vdivq_f32(a.v, b.v)}; }
 OP F operator-(F a) { return {vnegq_f32(a.v)}; }
 OP F sqrt(F a) { return {vsqrtq_f32(a.v)}; }
+OP F nearest(F a) { return {vrndnq_f32(a.v)}; }
 OP F abs(F a) { return {vabsq_f32(a.v)}; }
 // vminq_f32 answers NaN and -0 otherwise than C does.
 OP F min_(F a, F b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }

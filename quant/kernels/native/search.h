@@ -40,15 +40,15 @@ template <int nmax> INLINE F affine_level(const Affine &a, F x) {
 // The levels are clamped below only where `low` says so, and above where `high` does: mostly neither can happen.
 template <int n, int nmax, int P, bool clamp_low, bool clamp_high>
 INLINE void affine_sums(const F *x, const F *w, const F *min, const F *iscale, F (*level)[n], F *l1, F *l2, F *lx) {
-    const F zero = vec(MAGIC), top = vec(MAGIC + nmax);
+    const F top = vec(static_cast<float>(nmax));
     for (int p = 0; p < P; p++) l1[p] = l2[p] = lx[p] = vec(0.0f);
     UNROLL for (int i = 0; i < n; i++) {
         for (int p = 0; p < P; p++) {
             const F xi = x[p * n + i];
-            F t = iscale[p] * (xi - min[p]) + zero;
-            if (clamp_low) t = max_(t, zero);
-            if (clamp_high) t = min_(t, top);
-            const F l = t - zero, wl = w[p * n + i] * l;
+            F l = nearest(iscale[p] * (xi - min[p]));
+            if (clamp_low) l = max_(l, vec(0.0f));
+            if (clamp_high) l = min_(l, top);
+            const F wl = w[p * n + i] * l;
             level[p][i] = l;
             l1[p] = l1[p] + wl;
             l2[p] = l2[p] + wl * l;
@@ -159,11 +159,10 @@ template <int nmax> INLINE F symmetric_level(const Symmetric &s, F x) {
 }
 
 // The sums of K candidates; the weights run outside, so that each candidate adds in their order. Levels are clamped only
-// where the candidates can leave 0 … 2 * nmax - 1; as integers, for that keeps the units for floats free, and next to
-// MAGIC the order is the same.
+// where the candidates can leave 0 … 2 * nmax - 1.
 template <int n, int nmax, int K, bool clamp_low, bool clamp_high>
 INLINE void symmetric_sums(const F *x, const F *w, const F *iscale, F *sumlx, F *suml2) {
-    const F magic = vec(MAGIC), low = vec(MAGIC - nmax), high = vec(MAGIC + nmax - 1);
+    const F low = vec(static_cast<float>(-nmax)), high = vec(static_cast<float>(nmax - 1));
     F lx[K], l2[K], scale[K];
     for (int k = 0; k < K; k++) {
         lx[k] = l2[k] = vec(0.0f);
@@ -172,10 +171,9 @@ INLINE void symmetric_sums(const F *x, const F *w, const F *iscale, F *sumlx, F 
     for (int i = 0; i < n; i++) {
         const F xi = x[i], wi = w[i], wx = wi * xi;
         for (int k = 0; k < K; k++) {
-            F t = scale[k] * xi + magic;
-            if (clamp_low) t = from_bits(max_(bits_of(t), bits_of(low)));
-            if (clamp_high) t = from_bits(min_(bits_of(t), bits_of(high)));
-            const F l = t - magic;
+            F l = nearest(scale[k] * xi);
+            if (clamp_low) l = max_(l, low);
+            if (clamp_high) l = min_(l, high);
             lx[k] = lx[k] + wx * l;
             l2[k] = l2[k] + wi * l * l;
         }

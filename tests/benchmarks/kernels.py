@@ -1,0 +1,113 @@
+"""The kernels against ggml's own functions, on one core in one process: ``python -m tests.benchmarks.kernels > kernels.md``.
+
+What is compared runs by turns on the same rows; the best of several turns counts, in time of the thread, so that other
+work on the machine matters little. ggml's tables are built before anything is measured.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from quant import ggml
+from quant.ggml import Rows
+from quant.ggml_types import TYPES, GGMLType
+from quant.kernels.library import Native, load
+from quant.recipe import RECIPES
+from quant.toolchain import find
+from tests.benchmarks.measured import machine
+from tests.quant.kernels import samples
+
+ROWS, ROW = 64, 4096
+TURNS = 7
+LONG = 0.25
+"""Seconds that every function gets at least."""
+
+
+def rows() -> Rows:
+    """Normal numbers, as many as fit the cache of a core."""
+    return np.random.default_rng(1).normal(0, 0.02, (ROWS, ROW)).astype(np.float32)
+
+
+def trained() -> Rows:
+    """The largest matrix of the tiny model, in rows of its own length."""
+    file = RECIPES / "models" / "tiny-glm" / "model.safetensors"
+    matrices = [x for _, x in samples.real(file, 10_000) if x.shape[1] % 256 == 0]
+    x = max(matrices, key=lambda x: x.size)
+    return np.ascontiguousarray(x[: ROWS * ROW // x.shape[1]])
+
+
+def columns(x: Rows) -> Rows:
+    """Uneven weights of the columns."""
+    return np.random.default_rng(2).lognormal(0, 1, x.shape[1:]).astype(np.float32)
+
+
+def speeds(functions: Sequence[Callable[[], object]], weights: int) -> list[float]:
+    """Million weights a second of each, at its best."""
+    best, spent = [float("inf")] * len(functions), [0.0] * len(functions)
+    turn = 0
+    while turn < TURNS or min(spent) < LONG:
+        for i, function in enumerate(functions):
+            began = time.thread_time()
+            function()
+            took = time.thread_time() - began
+            best[i], spent[i] = min(best[i], took), spent[i] + took
+        turn += 1
+        if max(spent) > 20 * LONG and turn >= 3:
+            break
+    return [weights / b / 1e6 for b in best]
+
+
+def line(library: ggml.Library, native: Native, t: GGMLType, x: Rows, w: Rows | None) -> str:
+    """One type: million weights a second by ggml and by each instruction set, and the ratios."""
+    sets = [i for i in native.sets if native.has(i, t)]
+    functions: list[Callable[[], object]] = [lambda: library.kernel(t)(x, w)]
+    for i in sets:
+        kernel = native.kernel(library, i, t)
+        functions.append(lambda kernel=kernel: kernel(x, w))  # type: ignore[misc]
+    base, *ours = speeds(functions, x.size)
+    cells = [f"{v:.0f} | {v / base:.1f}x | {2**20 / v / 1e6 * 1e3:.1f}" for v in ours]
+    return f"| {t.name} | {base:.1f} | {' | '.join(cells)} |"
+
+
+def table(library: ggml.Library, native: Native, types: Sequence[GGMLType], x: Rows, w: Rows | None) -> Iterator[str]:
+    """A table in Markdown."""
+    heads = [f"{i} | ratio | ms for 2²⁰" for i in native.sets]
+    yield f"| type | ggml | {' | '.join(heads)} |"
+    yield "|---|---:|" + "---:|" * (3 * len(heads))
+    for t in types:
+        if w is not None or not t.needs_imatrix:
+            library.initialise(t)
+            yield line(library, native, t, x, w)
+
+
+def main() -> None:
+    """Measure, and print what is in kernels.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", help="only these")
+    names = parser.parse_args().types
+    library, native = ggml.load(ggml.find(find().bin)), load()
+    served = [t for t in TYPES.values() if any(native.has(i, t) for i in native.sets)]
+    types = [t for t in served if not names or t.name in names]
+    smooth, real = rows(), trained()
+    tell(f"# Kernels against ggml, one core\n\n{machine()}; {time.strftime('%Y-%m-%d')}. Million weights a second.\n")
+    for title, x, w in (
+        ("Normal weights, with an imatrix", smooth, columns(smooth)),
+        ("Trained weights (tiny-glm), with an imatrix", real, columns(real)),
+        ("Normal weights, without an imatrix", smooth, None),
+    ):
+        tell(f"\n## {title}\n\n")
+        for text in table(library, native, types, x, w):
+            tell(text + "\n")
+
+
+def tell(text: str) -> None:
+    """To standard output, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
