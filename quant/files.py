@@ -50,6 +50,12 @@ def digest_of(parts: Sequence[str]) -> str:
     return hashlib.sha256(canonical(list(parts)).encode()).hexdigest()
 
 
+def git_digest(path: Path) -> str:
+    """The name that git gives to a file's bytes; the hub knows small files by it."""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 def text_digest(text: str) -> str:
     """The sha256 of a text in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -53,7 +53,7 @@ def hidden(text: str) -> str:
     """A text without the token, without anything that looks like one, and without what follows the ``?`` of an address."""
     if secret := os.environ.get(TOKEN, "").strip():
         text = text.replace(secret, "…")
-    return re.sub(r"hf_[A-Za-z0-9]{16,}", "hf_…", re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\"]+", r"\1", text))
+    return re.sub(r"hf_[A-Za-z0-9]{16,}", "hf_…", re.sub(r"(?<=\w)\?[^\s'\"]+", "", text))
 
 
 def patiently(ask: Callable[[], T]) -> T:
@@ -134,7 +134,7 @@ def said_by(e: BaseException) -> str:
     answer = getattr(e, "server_message", None)
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     first = lines[0] if lines else type(e).__name__
-    return hidden(f"{status(e)}: {answer}" if answer and status(e) else first)
+    return hidden(f"{status(e)}: {answer}" if answer and 400 <= (status(e) or 0) < 500 else first)
 
 
 def _wait(e: Any, otherwise: float) -> float:

@@ -12,8 +12,9 @@ from typing import Any
 
 from quant import files
 from quant.errors import CheckFailed, InputError
+from quant.files import git_digest
 from quant.recipe import COMMIT, Model, Source
-from quant.source import Checkpoint, git_digest, listing, wanted_of
+from quant.source import Checkpoint, listing, wanted_of
 
 
 @dataclass(frozen=True)

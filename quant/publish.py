@@ -6,20 +6,21 @@ once: a hub that holds the release already is recognised, and a commit by somebo
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from quant import files, hub
 from quant.errors import CheckFailed, InputError, Unreachable, refuse
-from quant.files import Receipt
+from quant.files import Receipt, git_digest
 from quant.package import CHECKSUMS, MANIFEST
 from quant.recipe import COMMIT, REPO
 from quant.release import Found, find, parse_checksums
-from quant.source import git_digest
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -290,11 +291,30 @@ def _deliver(api: "HfApi", change: Change) -> tuple[str, str | None, bool]:
     if change.target.pull_request and (open_one := _proposed(api, change)):
         return *open_one, False
     additions = list(_additions(change))
-    api.preupload_lfs_files(
-        change.target.repo, additions, num_threads=change.target.uploads, create_pr=change.target.pull_request,
-        free_memory=False,
-    )  # fmt: skip
+    target = change.target
+    _beside(
+        lambda: api.preupload_lfs_files(
+            target.repo, additions, num_threads=target.uploads, create_pr=target.pull_request, free_memory=False
+        )
+    )
     return *_commit(api, change, [*additions, *map(CommitOperationDelete, change.removes)]), True
+
+
+def _beside(work: Callable[[], None]) -> None:
+    """Do the work in a thread that may be left behind: interrupted in this one, the client would end every file first."""
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as e:
+            ended.put(e)
+        else:
+            ended.put(None)
+
+    Thread(target=run, daemon=True).start()
+    if (e := ended.get()) is not None:
+        raise e
 
 
 def _additions(change: Change) -> "Iterator[CommitOperationAdd]":

@@ -3,19 +3,18 @@
 The only module that downloads weights. A commit is named by its 40 letters, because a branch may move between two files.
 """
 
-import hashlib
 import json
+import re
 import struct
-import threading
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from quant import files, hub, memory
-from quant.errors import CheckFailed, refuse
+from quant.errors import refuse
+from quant.fetch import fetch
 from quant.files import Receipt
 from quant.recipe import COMMIT, REPO, Source
 from quant.store import Store
@@ -23,6 +22,8 @@ from quant.store import Store
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "merges.txt", "vocab.txt", "LICENSE*")
 """What a conversion can need; weights in other formats can carry code and are never pulled."""
 DIGESTS = "digests.json"
+SAFE_NAME = re.compile(r"\w[^\x00-\x1f\x7f/\\:]{0,200}")
+"""Of a file that is fetched: no separator of any system, no drive, nothing that begins with a dot or a dash."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -180,53 +181,22 @@ def _pin_problems(repo: str, revision: str) -> Iterator[str]:
 
 
 def _download(repo: str, revision: str, partial: Path) -> dict[str, Any]:
-    """Fetch what is wanted of one commit, continuing what an interrupted run left, and compare it with the hub's list."""
+    """Fetch what is wanted of one commit, continuing what an interrupted run left, each file compared with the hub's list."""
     folder = partial / "checkpoint"
     for orphan in folder.glob(".cache/**/*.incomplete"):
         orphan.unlink()  # the client begins an unfinished file anew, under another name
     _, entries = listing(repo, revision)
     refuse(_listing_problems(f"{repo}@{revision}", entries))
     wanted = wanted_of(entries)
-    with hub.errors(repo, revision):
-        _fetch(repo, revision, folder)
+    for stranger in [p for p in folder.glob("*") if p.is_file() and p.name not in wanted]:
+        files.remove(stranger)  # of a list that was another
+    asked = [
+        {"path": path, "bytes": e.size, "sha256": e.lfs.sha256 if e.lfs else None, "git": None if e.lfs else e.blob_id}
+        for path, e in sorted(wanted.items())
+    ]
+    fetch(repo, revision, asked, folder)
     files.remove(folder / ".cache")
-    wrong = list(_differences(folder, wanted))
-    if wrong:
-        for path, _ in wrong:
-            files.remove(folder / path)
-        raise CheckFailed(*(f"{repo}@{revision}: {message}; run again to fetch it again" for _, message in wrong))
     return {"files": len(wanted)}
-
-
-def _fetch(repo: str, revision: str, folder: Path) -> None:
-    """Let the hub's client fetch, in a way that can be interrupted: left alone, it ends every file that it has begun."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils.tqdm import tqdm
-
-    interrupted = threading.Event()
-
-    class Bar(tqdm):
-        """Shown on a terminal only; told of every piece that came, it is where the client can be stopped."""
-
-        def __init__(self, *args: Any, **kw: Any) -> None:
-            super().__init__(*args, **{"disable": None} | kw)  # type: ignore[no-untyped-call]
-
-        def update(self, n: float | None = 1) -> Any:
-            if interrupted.is_set():
-                raise InterruptedError
-            return super().update(n)
-
-    with ThreadPoolExecutor(1) as beside:
-        fetching = beside.submit(
-            snapshot_download, repo, revision=revision, local_dir=folder, token=hub.token() or False,
-            allow_patterns=list(WANTED), ignore_patterns=["*/*"], tqdm_class=Bar,
-        )  # fmt: skip
-        try:
-            fetching.result()
-        except BaseException as e:
-            if not isinstance(e, Exception):
-                interrupted.set()
-            raise
 
 
 def listing(repo: str, revision: str) -> tuple[str, dict[str, Any]]:
@@ -249,30 +219,13 @@ def wanted_of(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {path: entry for path, entry in entries.items() if any(fnmatch(path, p) for p in WANTED)}
 
 
-def _listing_problems(commit: str, names: Iterable[str]) -> Iterator[str]:
+def _listing_problems(commit: str, names: Collection[str]) -> Iterator[str]:
     """What makes fetching a commit pointless."""
     if not any(name.endswith(".safetensors") for name in names):
         others = ", ".join(name for name in names if Path(name).suffix in (".bin", ".pt", ".pth", ".gguf"))
         yield f"{commit}: expected weights in *.safetensors, found {others or 'none'}; name a repo or commit that has them"
-
-
-def _differences(folder: Path, wanted: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Files that are missing, that nobody asked for, or whose length or digest is not the hub's."""
-    for name in sorted({p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - set(wanted)):
-        yield name, f"{name}: not in the hub's list"
-    for name, entry in wanted.items():
-        path = folder / name
-        if not path.is_file():
-            yield name, f"{name}: missing"
-        elif path.stat().st_size != entry.size:
-            yield name, f"{name}: expected {entry.size} bytes, found {path.stat().st_size}"
-        elif entry.lfs and (found := files.digest(path)) != entry.lfs.sha256:
-            yield name, f"{name}: expected sha256 {entry.lfs.sha256}, found {found}"
-        elif not entry.lfs and (found := git_digest(path)) != entry.blob_id:
-            yield name, f"{name}: expected git's {entry.blob_id}, found {found}"
-
-
-def git_digest(path: Path) -> str:
-    """The name that git gives to a file's bytes; the hub knows small files by it."""
-    data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    yield from (
+        f"{commit}: expected names of files, found {name!r}, which is not safe to write here"
+        for name in names
+        if not SAFE_NAME.fullmatch(name) and any(fnmatch(name, p) for p in WANTED)
+    )

@@ -15,7 +15,7 @@ ROOT = Path(quant.__file__).parent.parent
 FILES = {p.relative_to(ROOT).as_posix(): p for d in ("quant", "flows", "calibration") for p in (ROOT / d).rglob("*.py")}
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
-PROCESSES = {"quant/converter.py", "quant/renderer.py", "quant/engine/worker.py"}
+PROCESSES = {"quant/fetcher.py", "quant/converter.py", "quant/renderer.py", "quant/engine/worker.py"}
 """Programs of their own (``python -m``): they end themselves, and bring what nobody else may."""
 DOORS = {  # who imports it, or a part of it   who may (a name that ends in / is a folder)
     "ctypes": {"quant/toolchain.py", "quant/ggml.py", "quant/kernels/library.py"},

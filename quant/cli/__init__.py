@@ -1,5 +1,6 @@
 """The command ``quant``: the only part that prints and that chooses exit codes."""
 
+import os
 import signal
 import sys
 from typing import Any, NoReturn
@@ -27,12 +28,18 @@ __all__ = [
 ]  # fmt: skip
 """Importing the modules of commands is what makes the commands known."""
 
+INTERRUPTED = 3
+
 
 def main() -> NoReturn:
     """Run a command and leave with its code: 0 done, 1 a check failed, 2 wrong input, 3 interrupted."""
     for stop in (signal.SIGINT, signal.SIGTERM):  # said anew: a shell ignores the first for what runs in the background
         signal.signal(stop, _interrupted)
-    sys.exit(_run())
+    code = _run()
+    if code == INTERRUPTED:
+        sys.stdout.flush()
+        os._exit(code)  # threads of the hub's client would first end whatever they have begun
+    sys.exit(code)
 
 
 def _run() -> int:
@@ -45,7 +52,7 @@ def _run() -> int:
         return 2
     except (KeyboardInterrupt, click.Abort):
         progress.say("interrupted; run the same command again to continue")
-        return 3
+        return INTERRUPTED
     except QuantError as e:
         for problem in e.problems:
             progress.say(f"error: {problem}")

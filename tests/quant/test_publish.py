@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -288,6 +289,32 @@ def test_wherever_the_process_is_killed_nothing_is_shown_half_and_one_commit_is_
         assert shown(the_hub) == whole
         assert len(made(the_hub)) == 1
         forget(the_hub)
+
+
+def test_an_interrupted_publication_ends_soon_and_not_with_its_largest_file(
+    the_hub: Hub, folder: Path, publisher: Publisher
+) -> None:
+    upload = next(n for n, path in enumerate(_log(the_hub, folder)) if path.startswith("/upload/"))
+    reached, go_on = Event(), Event()
+
+    def slow() -> None:
+        reached.set()
+        go_on.wait(60)
+
+    the_hub.cues = {upload: slow}
+    process = publisher.start(REPO)
+    try:
+        assert reached.wait(60)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=8)
+    finally:
+        go_on.set()
+        process.kill()
+    assert process.returncode == 3
+    assert err.splitlines()[-1] == "interrupted; run the same command again to continue"
+    assert shown(the_hub) == {}
+    the_hub.cues = {}
+    assert put(folder).fresh
 
 
 def test_the_command_says_where_the_release_stands_and_the_second_time_that_it_stood_there(

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from quant import fetch as fetching
 from quant import files, source
-from quant.errors import InputError
+from quant.errors import InputError, Unreachable
 from quant.recipe import Source
 from quant.store import Store
 from tests import hub as hubs
@@ -280,9 +281,10 @@ class Puller:
         return process.returncode, out, err
 
     def kept(self) -> dict[str, bytes]:
-        """Every file of the work folder's checkpoints."""
+        """Every file of the work folder's checkpoints, but for the notes of the hub's client."""
         folders = self.folder.glob("work/tiny/source/*/checkpoint")
-        return {p.relative_to(f).as_posix(): p.read_bytes() for f in folders for p in f.rglob("*") if p.is_file()}
+        found = {p.relative_to(f).as_posix(): p for f in folders for p in f.rglob("*") if p.is_file()}
+        return {name: path.read_bytes() for name, path in found.items() if not name.startswith(".cache/")}
 
 
 @pytest.fixture
@@ -465,3 +467,103 @@ def test_a_file_that_was_damaged_in_the_store_is_fetched_again_alone(hub: Hub, p
     assert puller.run()[0] == 0
     assert puller.kept() == CHECKPOINT
     assert (len(hub.gets(SHARDS[0])), len(hub.gets(SHARDS[1]))) == (0, 1)
+
+
+def test_a_transfer_that_hangs_is_ended_and_another_goes_on(hub: Hub, puller: Puller) -> None:
+    puller.commit = hub.add(REPO, {**CHECKPOINT, SHARDS[1]: safetensors(4_000_000, "b")})
+    hub.plant(SHARDS[1], Fault.STALL, times=1)
+    code, _, err = puller.run(QUANT_STALL_SECONDS="3", HF_HUB_DOWNLOAD_TIMEOUT="600")
+    assert code == 0, err
+    assert len(puller.kept()) == len(CHECKPOINT)
+    assert (len(hub.gets(SHARDS[0])), len(hub.gets(SHARDS[1]))) == (1, 2)  # what was there is not fetched again
+
+
+def test_a_transfer_that_hangs_again_is_one_line(hub: Hub, puller: Puller) -> None:
+    puller.commit = hub.add(REPO, {**CHECKPOINT, SHARDS[1]: safetensors(4_000_000, "b")})
+    hub.plant(SHARDS[1], Fault.STALL)
+    code, _, err = puller.run(QUANT_STALL_SECONDS="2", HF_HUB_DOWNLOAD_TIMEOUT="600")
+    assert code == 1
+    assert err.splitlines()[-1].endswith("nothing moved for 2 s, without Xet either; run again to continue")
+
+
+def test_after_a_stall_the_fetcher_is_started_without_xet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
+    settings: list[str | None] = []
+
+    def stalls(command: list[Any], *, env: Mapping[str, str], **_: Any) -> None:
+        settings.append(env.get("HF_HUB_DISABLE_XET"))
+        if len(settings) == 1:
+            raise fetching.Stalled
+        Path(command[-1]).write_text('{"kind": null, "problems": []}')
+
+    monkeypatch.setattr("quant.toolchain.run", stalls)
+    fetching.fetch(REPO, "0" * 40, [{"path": "a", "bytes": 1}], tmp_path / "checkpoint")
+    assert settings == [None, "1"]
+    settings.clear()
+    with pytest.raises(Unreachable, match="nothing moved for 900 s; run again"):
+        fetching.fetch(REPO, "0" * 40, [{"path": "a", "bytes": 50 * 10**9 + 1}], tmp_path / "checkpoint")
+    assert settings == [None]
+
+
+def test_a_file_is_checked_as_soon_as_it_is_there_and_not_when_all_are(hub: Hub, puller: Puller) -> None:
+    puller.commit = hub.add(REPO, {**CHECKPOINT, SHARDS[1]: safetensors(4_000_000, "b")})
+    hub.plant(SHARDS[0], Fault.WRONG, times=1)
+    hub.bytes_per_second = 400_000
+    process = puller.start()
+    try:
+        deadline = time.monotonic() + 30
+        while not (hub.gets(SHARDS[0]) and "config.json" in puller.kept() and SHARDS[0] not in puller.kept()):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(1)
+        assert process.poll() is None, "the other shard is under way"
+        assert SHARDS[0] not in puller.kept()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    "name", ["-rf.json", "a\\\\b.json", "C:x.json", "a\nb.json", "." + "x.json", "x" * 300 + ".json"]
+)
+def test_a_name_that_is_not_safe_to_write_is_refused_before_anything_is_fetched(
+    hub: Hub, puller: Puller, name: str
+) -> None:
+    puller.commit = hub.add(REPO, {**CHECKPOINT, name: b"{}"})
+    code, _, err = puller.run()
+    assert code == 2
+    assert f"expected names of files, found {name!r}, which is not safe to write here" in err
+    assert hub.gets() == []
+
+
+def test_a_limit_that_the_hub_sets_is_waited_for(hub: Hub, puller: Puller) -> None:
+    first = next(n for n, r in enumerate(_requests(hub, puller)) if r.endswith("/tree/" + puller.commit))
+    hub.cues = {first: Fault.BUSY}
+    began = time.monotonic()
+    assert puller.run()[0] == 0
+    assert time.monotonic() - began >= 1
+
+
+def _requests(hub: Hub, puller: Puller) -> list[str]:
+    """The paths that a pull asks for, which is then forgotten."""
+    assert puller.run()[0] == 0
+    paths = [r.path for r in hub.requests]
+    hub.requests.clear()
+    files.remove(puller.folder / "work")
+    return paths
+
+
+@pytest.mark.parametrize("found", ["hf_With A Blank In Itsss", "hf_WithA\nLineInItXXXXXX"])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_told(puller: Puller, found: str) -> None:
+    code, _, err = puller.run(HF_TOKEN=found)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "HF_TOKEN: expected a token of the hub" in err
+    assert found not in err
+
+
+def test_a_token_that_a_login_left_is_not_used(hub: Hub, puller: Puller) -> None:
+    (puller.folder / "hf").mkdir()
+    (puller.folder / "hf" / "token").write_text("hf_LeftByALoginOfSomebody")
+    assert puller.run(HF_TOKEN="")[0] == 0
+    assert {r.token for r in hub.requests} == {None}
