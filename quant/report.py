@@ -6,6 +6,8 @@ from quant.verdict import Exchange, Verdict, conversations
 
 TRANSCRIPT, JUNIT, JSON, LOG = "transcript.md", "junit.xml", "verdict.json", "server.log"
 """The files that a smoke test leaves."""
+FAILED = "failed.md"
+"""The transcript again, of a file that knows too little."""
 UNFIT = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 0xFFFE, 0xFFFF), "\N{REPLACEMENT CHARACTER}")
 """Characters that XML cannot hold; models say them when they are broken."""
 

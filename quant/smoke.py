@@ -38,6 +38,8 @@ CHECKS = 1
 ENDS = ("eos", "eot", "eom")
 """The file's keys for the tokens that end an answer: tokenizer.ggml.eos_token_id and so on."""
 WINDOW_BYTES = 2**16
+SMALL_BYTES = 10**8
+"""Of a smaller file one thread is enough: more wait longer for each other than they work, above all on a busy machine."""
 FILE_CHECKS = (
     "template", "generation prompt", "special tokens", "end of turn", "tool format", "weights", "raw history, thinking on",
     "raw history, thinking off",
@@ -49,8 +51,8 @@ WAIVED = "waived for this run"
 class SmokeFailed(CheckFailed):
     """A file did not pass; the verdict is kept for who wants to show it."""
 
-    def __init__(self, verdict: Verdict, folder: Path) -> None:
-        super().__init__(*verdict.faults, f"{verdict.file}: what was said: {folder / report.TRANSCRIPT}")
+    def __init__(self, verdict: Verdict, transcript: Path) -> None:
+        super().__init__(*verdict.faults, f"{verdict.file}: what was said: {transcript}")
         self.verdict = verdict
 
 
@@ -104,7 +106,8 @@ def smoke(
         reference, _ = _kept(original, model, tools, store, vision, waivers)
     verdict = judge(heard, sharded.plan.variant.answers, reference, waivers)
     if not verdict.passed:
-        raise SmokeFailed(verdict, folder)
+        files.write_text(folder / report.FAILED, report.transcript(verdict))
+        raise SmokeFailed(verdict, folder / report.FAILED)
     return verdict
 
 
@@ -137,7 +140,7 @@ def _kept(
         verdict = replace(judge(heard, 0, None, waivers), log=toolchain.last_words(partial / report.LOG))
         files.write_text(partial / report.TRANSCRIPT, report.transcript(verdict))
         if not verdict.passed:
-            raise SmokeFailed(verdict, partial)
+            raise SmokeFailed(verdict, partial / report.TRANSCRIPT)
         return heard.json()
 
     done = store.once("smoke", inputs, ask)
@@ -151,10 +154,10 @@ def hear(served: Served, tools: Toolchain, folder: Path, start_seconds: float = 
     """
     headers = read_headers(served.first)
     port, log = toolchain.free_port(served.port), folder / report.LOG
-    arguments: list[str | Path] = ["-m", served.first, *served.server, "--no-webui"]
-    if served.vision:
-        arguments += ["--mmproj", served.vision]
     size = sum(h.path.stat().st_size for h in headers)
+    arguments: list[str | Path] = ["-m", served.first, *served.server, "--no-webui"]
+    arguments += ["--mmproj", served.vision] if served.vision else []
+    arguments += ["-t", "1"] if size < SMALL_BYTES else []
     patience = start_seconds + SECONDS_PER_TOKEN * served.max_answer
     with (
         disk_errors(folder),

@@ -6,16 +6,18 @@ stops the work instead of being patched half.
 
 import hashlib
 import json
+import re
 import traceback
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from quant.anchors import shown
 from quant.errors import InputError, refuse
 from quant.recipe import TemplatePatch
 
@@ -51,7 +53,8 @@ def patch(text: str, by: TemplatePatch | None, where: str) -> ChatTemplate:
             first_line = change.find.strip().splitlines()[0]
             problems.append(
                 f"{where}: replacement {n + 1} of {by.name if by else ''}: expected its anchor once, found it"
-                f" {found} times: {first_line}; the template was changed upstream, so compare it and mend the patch"
+                f" {found} times: {first_line}; the template was changed upstream, so compare it and mend the patch\n"
+                + shown(text if text.count(change.find) != 1 else patched, change.find)
             )
             continue
         patched = patched.replace(change.find, change.replace)
@@ -77,22 +80,52 @@ def render(
         )  # fmt: skip
     except Exception as e:  # a template is a program of strangers: it can fail in every way that Python knows
         said = str(e) or type(e).__name__
-        raise InputError(f"chat template: cannot render the conversation: {said}{_at(e)}") from e
+        raise InputError(f"chat template: cannot render the conversation: {said}{_at(e, template)}") from e
 
 
-def _at(error: Exception) -> str:
-    """The line of the template at which it failed, if Jinja knows it."""
+def _at(error: Exception, template: str) -> str:
+    """The line of the template at which it failed, if Jinja knows it; of what cannot be parsed the column too."""
+    if isinstance(error, TemplateSyntaxError):
+        column = _column(error, template)
+        return f" (line {error.lineno}{f', column {column}' if column else ''})"
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename in ("<template>", "<unknown>")]
     return f" (line {lines[-1]})" if lines else ""
 
 
+def _column(error: TemplateSyntaxError, template: str) -> int | None:
+    """Where on its line the word stands that the parser stumbled over: Jinja tells the line only."""
+    if match := re.search(r" at (\d+)$", str(error.message)):  # its reader of words counts letters from the beginning
+        return int(match[1]) - template.rfind("\n", 0, int(match[1]))
+    named = re.search(r"(?:unknown tag|filter named|test named|^unexpected) '(.+?)'", str(error.message))
+    word = named[1] if named else _stumbled(template, error.lineno)
+    lines = template.splitlines()
+    line = lines[error.lineno - 1] if 0 < error.lineno <= len(lines) else ""
+    return line.index(word) + 1 if word and word in line else None
+
+
+def _stumbled(template: str, line: int) -> str:
+    """The word at which parsing ends, if it stands in that line."""
+    try:
+        parser = Parser(_environment(), template)
+        parser.parse()
+    except TemplateError:
+        current = parser.stream.current
+        return str(current.value) if current.lineno == line else ""
+    return ""
+
+
 @lru_cache(maxsize=8)
 def _compiled(template: str) -> Template:
-    """A template in Jinja as transformers sets it up: blocks trimmed, sandboxed, `tojson` without HTML escapes."""
+    return _environment().from_string(template)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as transformers sets it up: blocks trimmed, sandboxed, `tojson` without HTML escapes."""
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     env.filters["tojson"] = lambda value, **kw: json.dumps(value, **{"ensure_ascii": False, **kw})
     env.globals["raise_exception"] = _raise
-    return env.from_string(template)
+    return env
 
 
 class _Generation(Extension):

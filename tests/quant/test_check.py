@@ -75,7 +75,7 @@ def test_what_is_not_there_is_said(named: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("a\n{% if %}", "(line 2)"),
+        ("a\n{% if %}", "(line 2, column 7)"),
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "longer than 0.2 s"),
         ("{{ 'x' * (2 ** 40) }}", "more than 512 MiB"),
     ],

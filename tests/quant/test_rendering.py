@@ -76,7 +76,7 @@ def test_a_text_that_is_too_long_is_refused() -> None:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("a\n{% for %}", "Expected an expression, got 'end of statement block' (line 2)"),
+        ("a\n{% for %}", "Expected an expression, got 'end of statement block' (line 2, column 8)"),
         ("\n\n{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe. (line 3)"),
         ("{{ x.y.z }}", "'x' is undefined (line 1)"),
     ],

@@ -127,7 +127,7 @@ def test_an_anchor_that_does_not_stand_once_stops_the_work(times: int, how: str,
     source = write(tmp_path / "a.gguf", keys=keys(ORIGINAL.replace(anchor, how.format(anchor))))
     with pytest.raises(InputError) as caught:
         patch_file(source, tmp_path / "b.gguf", "glm-4.6")
-    assert f"replacement 3 of glm-4.6: expected its anchor once, found it {times} times" in said(caught)
+    assert f"replacement 3 of glm-4.6: expected its anchor once, found it {times} times" in str(caught.value)
     assert names(tmp_path) == ["a.gguf"]
 
 

@@ -229,8 +229,12 @@ def test_a_variant_is_measured_by_what_the_bf16_file_knows(bf16: Path, few: Path
     original, path = Original(bf16, (receipt(bf16, bf16.parent),)), tmp_path / "zeros.gguf"
     zero_layer(bf16, path)
     lenient = replace(model, waivers=tuple(Waiver(n, "for tests") for n in (*FILE_CHECKS, *NAMES)))
-    with pytest.raises(SmokeFailed, match=r"answers: \d of 10 right answers that the BF16 file gives; 9 are needed"):
+    with pytest.raises(
+        SmokeFailed, match=r"answers: \d of 10 right answers that the BF16 file gives; 9 are needed"
+    ) as caught:
         smoke(as_variant(path, answers=0.9), original, lenient, tools, store)
+    text = Path(caught.value.problems[-1].partition("what was said: ")[2]).read_text()
+    assert text.startswith("# zeros.gguf: FAILED") and "9 are needed" in text
     assert smoke(as_variant(path, answers=0.0), original, lenient, tools, store).passed
 
 

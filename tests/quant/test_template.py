@@ -133,6 +133,34 @@ def test_an_anchor_that_is_missing_or_doubled_stops_with_its_first_line(n: int, 
     first_line = anchor.strip().splitlines()[0]
     said = f"replacement {n + 1} of glm-4.6: expected its anchor once, found it {times} times: {first_line};"
     assert problem.startswith(f"config.json: chat_template: {said}")
+    shown = problem.split("mend the patch\n")[1].splitlines()
+    assert all(line.startswith("    ") for line in shown)
+    if times == 2:
+        assert [line.strip().startswith("it stands in line ") for line in shown] == [True, True]
+
+
+def test_the_difference_to_what_comes_nearest_is_shown() -> None:
+    changed = ORIGINAL.replace("{% set _args = tc.arguments %}", "{% set _args = tc.args %}")
+    with pytest.raises(InputError) as caught:
+        patch(changed, GLM, "x")
+    line = changed[: changed.index("tc.args")].count("\n") + 1
+    assert str(caught.value).splitlines()[1:] == [
+        "    --- the anchor", f"    +++ the template, from line {line}", "    @@ -1 +1 @@",
+        "    -{% set _args = tc.arguments %}", "    +{% set _args = tc.args %}",
+    ]  # fmt: skip
+
+
+def test_a_template_of_another_family_has_nothing_like_it() -> None:
+    with pytest.raises(InputError) as caught:
+        patch("x\ny", GLM, "x")
+    assert str(caught.value).splitlines()[1] == "    nothing in the template is like it"
+
+
+def test_the_lines_of_an_anchor_that_stands_twice_are_told() -> None:
+    by = TemplatePatch("t", "s", (Replacement("w", "old\n", "new\n"),))
+    with pytest.raises(InputError) as caught:
+        patch("a\nold\nb\n\nold\n", by, "x")
+    assert str(caught.value).splitlines()[1:] == ["    it stands in line 2", "    it stands in line 5"]
 
 
 def test_every_anchor_that_does_not_fit_is_told() -> None:
@@ -260,13 +288,27 @@ def test_whatever_a_template_does_wrong_is_an_input_error(template: str) -> None
 
 @pytest.mark.parametrize(
     ("template", "line"),
-    [("a\n{% if %}", 2), ("a\nb {{ x.y.z }}", 2), ("{% macro f() %}\n{{ 1 / 0 }}{% endmacro %}\n\n{{ f() }}", 2),
+    [("a\nb {{ x.y.z }}", 2), ("{% macro f() %}\n{{ 1 / 0 }}{% endmacro %}\n\n{{ f() }}", 2),
      ("\n\n{{ ''.__class__.__mro__ }}", 3)],
 )  # fmt: skip
 def test_the_line_of_the_template_is_told(template: str, line: int) -> None:
     with pytest.raises(InputError) as caught:
         render(template, [user()])
     assert str(caught.value).endswith(f" (line {line})")
+
+
+@pytest.mark.parametrize(
+    ("template", "place"),
+    [
+        ("a\n{% if %}", "line 2, column 7"), ("a\nb {% foo %}", "line 2, column 6"), ("x\n  {{ a ! b }}", "line 2, column 8"),
+        ("{{ x..y }}", "line 1, column 7"), ("{{ a }", "line 1, column 6"), ("{{ f( }}", "line 1, column 7"),
+        ("\n{{ x | nofilter }}", "line 2, column 8"), ("{{ a b }}", "line 1, column 6"), ("{% if a %}\n", "line 1"),
+    ],
+)  # fmt: skip
+def test_where_a_template_cannot_be_parsed_is_told_with_line_and_column(template: str, place: str) -> None:
+    with pytest.raises(InputError) as caught:
+        render(template, [user()])
+    assert str(caught.value).endswith(f" ({place})")
 
 
 def test_an_error_without_words_is_called_by_its_name() -> None:
