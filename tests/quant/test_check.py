@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from quant.battery import BATTERY
-from quant.check import COLLECTION, Report, check, take
+from quant.check import COLLECTION, Report, Taken, check, take
 from quant.errors import InputError
-from quant.recipe import known
+from quant.recipe import known, load_template_patch
 from quant.renderer import Limits
 from quant.rendering import Tokens
 from quant.toolchain import find
 from tests.gguf_files import LLAMA, key, write
-from tests.quant.test_contract import ORIGINALS, PATCHED
+from tests.quant.test_contract import ORIGINALS, PATCHED, PATCHES
 
 FEW = tuple(c for c in BATTERY if c.name in ("one turn", "raw reasoning, two turns", "a result as parts"))
 RECIPE = Path("recipes") / "models" / "tiny-glm.toml"
@@ -99,6 +99,14 @@ def test_every_model_passes_in_every_engine(model: str) -> None:
     assert report.faults == ()
     assert report.passed and report.conversations == len(BATTERY)
     assert report.engines["jinja"] == report.engines["transformers"] > 600
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("family", ["glm-4.6v", "glm-5"])
+def test_a_template_that_is_written_beside_the_twin_passes_in_every_engine_too(family: str) -> None:
+    by = load_template_patch(PATCHES[family])
+    taken = Taken(family, PATCHED[family], "beside the twin", Tokens(), ORIGINALS[family], by)
+    assert check(taken, find()).faults == ()
 
 
 @pytest.mark.tools

@@ -11,21 +11,22 @@ from quant.battery import BATTERY, Conversation, Message, said, thought, user
 from quant.check import COLLECTED, COLLECTION
 from quant.contract import Ask, Rendered, Renderings, asks, changes, diff, disagreements, faults, reasoning
 from quant.errors import InputError
-from quant.recipe import load_template_patch
+from quant.recipe import known, load_model, load_template_patch
 from quant.rendering import as_a_server_does
 from quant.template import patch, render
+from tests.models.templates import PICTURE, authors_glm_4_6, glm_4_6v, glm_5
 
 FAMILIES = {"glm-4.6": "GLM-4.6.jinja", "glm-4.7": "GLM-4.7-Flash.jinja"}
 ORIGINALS = {name: (COLLECTION / file).read_text() for name, file in FAMILIES.items()}
-ORIGINALS["the authors' 4.6"] = ORIGINALS["glm-4.6"].replace(
-    """{% set _args = tc.arguments or {} %}
-{% if _args is not mapping %}
-    {{ raise_exception("Invalid tool call arguments passed: " + _args | string) }}
-{% endif %}
-""",
-    "{% set _args = tc.arguments %}\n",
-)
-PATCHES = {"glm-4.6": "glm-4.6", "glm-4.7": "glm-4.7", "the authors' 4.6": "glm-4.6"}
+ORIGINALS |= {"the authors' 4.6": authors_glm_4_6(), "glm-4.6v": glm_4_6v(), "glm-5": glm_5()}
+PATCHES = {
+    "glm-4.6": "glm-4.6", "glm-4.7": "glm-4.7", "the authors' 4.6": "glm-4.6", "glm-4.6v": "glm-4.6", "glm-5": "glm-4.7",
+}  # fmt: skip
+FAMILY = {
+    "glm-4.6": "glm-4.6", "tiny-glm": "the authors' 4.6", "glm-4.7": "glm-4.7", "glm-4.7-flash": "glm-4.7",
+    "glm-4.6v-flash": "glm-4.6v", "glm-5": "glm-5",
+}  # fmt: skip
+"""The template that every model of the recipes is tested with."""
 PATCHED = {name: patch(text, load_template_patch(PATCHES[name]), name).text for name, text in ORIGINALS.items()}
 MEANT = {name: [c for r in load_template_patch(PATCHES[name]).replacements for c in r.changes] for name in ORIGINALS}
 NAMES = [conversation.name for conversation in BATTERY]
@@ -78,6 +79,21 @@ def test_every_mode_of_thinking_is_asked_for() -> None:
     assert toggled == [True, False, True, False, True, False, True, False, True, False]
 
 
+@pytest.mark.parametrize("model", known("models"))
+def test_every_model_has_a_template_here_and_the_patch_that_it_is_tested_with(model: str) -> None:
+    assert load_model(model)[0].template == PATCHES[FAMILY[model]]
+
+
+def test_a_picture_stands_where_its_part_stands() -> None:
+    parts = [
+        {"type": "text", "text": "This: "},
+        {"type": "image_url", "image_url": {"url": "x"}},
+        {"type": "text", "text": "?"},
+    ]
+    prompt = render(PATCHED["glm-4.6v"], [user(parts)], add_generation_prompt=True, enable_thinking=False)
+    assert prompt == f"[gMASK]<sop><|user|>\nThis: {PICTURE}?/nothink<|assistant|>\n<think></think>"
+
+
 @pytest.mark.parametrize("name", PATCHED)
 def test_a_patched_template_keeps_every_rule(name: str) -> None:
     assert list(faults(BATTERY, MADE[name], PATCHED[name])) == []
@@ -88,15 +104,17 @@ def test_a_patch_changes_what_it_says_and_nothing_else(name: str) -> None:
     assert list(changes(BEFORE[name], MADE[name], BATTERY, MEANT[name])) == []
 
 
-@pytest.mark.parametrize("name", ["the authors' 4.6", "glm-4.7"])
+@pytest.mark.parametrize("name", ["the authors' 4.6", "glm-4.7", "glm-4.6v", "glm-5"])
 def test_everything_that_a_patch_says_it_changes_does_change(name: str) -> None:
     found = {f.conversation for f in changes(BEFORE[name], MADE[name], BATTERY, ())}
     assert found == set(MEANT[name]) <= set(NAMES)
 
 
-@pytest.mark.parametrize("name", ["the authors' 4.6", "glm-4.7"])
+@pytest.mark.parametrize("name", ["the authors' 4.6", "glm-4.7", "glm-4.6v", "glm-5"])
 def test_the_original_breaks_the_rules_and_is_told_where(name: str) -> None:
-    kept = {("past stays", "raw reasoning kept by wish")} if name != "glm-4.7" else set()  # 4.6 knows no such wish
+    kept = (
+        {("past stays", "raw reasoning kept by wish")} if PATCHES[name] != "glm-4.7" else set()
+    )  # 4.6 knows no such wish
     assert broken(ORIGINALS[name]) == kept | {
         *(("past stays", f"raw reasoning{which}") for which in (
             ", two turns", ", four turns", " of many lines", " without its beginning")),

@@ -100,6 +100,7 @@ def test_a_wrong_call_is_wrong_input(monkeypatch: pytest.MonkeyPatch, arguments:
         ("build", "none.toml", "-o", "out"),
         ("build", "tiny-glm", "-v", "UD-Q9", "-o", "out"),
         ("build", "tiny-glm", "-v", "BF16", "-v", "BF16", "-o", "out"),
+        ("build", "tiny-glm", "--waive", "no-such-scenario", "-o", "out"),
         ("pull", "no-such-model"),
         ("smoke", "none.gguf"),
         ("demo", "--llama-cpp", "nowhere"),
