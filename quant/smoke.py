@@ -15,7 +15,7 @@ from typing import Any
 
 from quant import files, report, toolchain
 from quant.convert import Base
-from quant.errors import CheckFailed, ToolError, disk_errors, nearest, refuse
+from quant.errors import CheckFailed, InputError, ToolError, disk_errors, nearest, refuse
 from quant.files import Receipt
 from quant.footprint import cache_bytes
 from quant.header import Header, read_headers
@@ -153,6 +153,8 @@ def hear(served: Served, tools: Toolchain, folder: Path, start_seconds: float = 
     Raises ToolError when the server does not come up or dies, InputError for a shard that is missing or a port in use.
     """
     headers = read_headers(served.first)
+    if number := headers[0].metadata.get("split.no"):
+        raise InputError(f"{served.first}: expected the first shard, which finds the others, found number {number + 1}")
     port, log = toolchain.free_port(served.port), folder / report.LOG
     size = sum(h.path.stat().st_size for h in headers)
     arguments: list[str | Path] = ["-m", served.first, *served.server, "--no-webui"]

@@ -111,6 +111,23 @@ def test_the_conversation_is_there_to_read(prefect: Prefect, released: str) -> N
     assert "Paris" in text
 
 
+def test_a_file_that_does_not_pass_stops_the_run_and_its_conversation_is_there_to_read(
+    prefect: Prefect, out: Path, released: str, tmp_path: Path
+) -> None:
+    """The work of the run before is found again, so only the talk is new."""
+    text = (RECIPES / "models" / "tiny-glm.toml").read_text()
+    folder = f'folder = "{RECIPES / "models" / "tiny-glm"}"'
+    text = text.replace('folder = "tiny-glm"', folder).replace('"<|observation|>", ', '"<|system|>", ')
+    (tmp_path / "m.toml").write_text(text)
+    recipe = f"model={tmp_path / 'm.toml'}"
+    code, output, run = prefect.run(DEPLOYMENT, "--watch", "--param", recipe, *parameters(out), seconds=BUILD_SECONDS)
+    assert code == 1, output
+    assert "end of turn: expected <|system|> to end an answer too" in prefect.state(run)["message"]
+    conversation = artifacts(prefect, run)["smoke-ud-q2-k-xl"]["data"]
+    assert conversation.startswith("# tiny-glm-UD-Q2_K_XL") and "FAILED" in conversation.splitlines()[0]
+    assert "**Hello! My name is Eve.**" in conversation
+
+
 def test_the_release_is_told_as_a_table(prefect: Prefect, out: Path, released: str) -> None:
     artifact = artifacts(prefect, released)["release-tiny-glm"]
     (row,) = json.loads(artifact["data"])

@@ -339,6 +339,12 @@ def test_a_server_that_is_killed_says_what_memory_it_needed(fake_tools: Fake, mo
         hear(served(model), fake_tools(llama_server="kill -9 $$"), tmp_path)
 
 
+def test_a_later_shard_is_refused(fake_tools: Fake, tmp_path: Path) -> None:
+    path = write(tmp_path / "m-00002-of-00003.gguf", keys=[*LLAMA, key("split.no", 1), key("split.count", 3)])
+    with pytest.raises(InputError, match="expected the first shard, which finds the others, found number 2"):
+        hear(served(path), fake_tools(), tmp_path)
+
+
 def test_a_port_in_use_is_refused(fake_tools: Fake, model: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
