@@ -5,7 +5,9 @@ from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
+from quant import coverage
 from quant.build import Built
+from quant.imatrix import ImportanceMatrix
 from quant.package import variants_table
 from quant.plan import Plan
 from quant.publish import Change, Published
@@ -17,6 +19,8 @@ def tell(stage: str, subject: str, result: Any) -> None:
     """Leave an artifact for a stage whose result is worth a page."""
     if isinstance(result, Plan):
         tell_plan(f"{stage}-{subject}", result)
+    elif isinstance(result, ImportanceMatrix):
+        tell_coverage(f"{stage}-{subject}", result)
     elif isinstance(result, Verdict):
         tell_conversation(f"{stage}-{subject}", result)
     elif isinstance(result, Change):
@@ -32,6 +36,16 @@ def tell_plan(key: str, plan: Plan) -> None:
         key=_key(key),
         table=[{"type": n, "tensors": counts[n], "bytes": size} for n, size in plan.type_bytes().items()],
         description=f"{plan.variant.name}: {plan.bytes:,} bytes, {plan.bits_per_weight:.3f} bits per weight",
+    )
+
+
+def tell_coverage(key: str, matrix: ImportanceMatrix) -> None:
+    """How many tokens the experts of each layer saw."""
+    columns = ("layer", "matrices", "experts", "unvisited", "least", "1st quartile", "median", "3rd quartile", "most")
+    create_table_artifact(
+        key=_key(key),
+        table=[dict(zip(columns, row, strict=True)) for row in coverage.rows(matrix.counts)],
+        description=f"{matrix.path.name}: tokens by expert; sha256 {matrix.receipt.sha256}",
     )
 
 

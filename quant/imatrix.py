@@ -95,13 +95,13 @@ def measure(
         (span, _range(base, text, span, settings, origin, tools, store, wanted))
         for span in spans(0, wanted, settings.range_chunks, text.tokens, settings.context)
     ]
-    total = _sum(parts, settings)
+    total = importance.merge((importance.load(done.path(PART)) for _, done in parts), settings.context)
     while (rest := _more(parts, most, settings, text.tokens)) and coverage.weak(
         total.counts(), settings.coverage.expert_tokens
     ):
         log.info("imatrix: experts saw too little in %d chunks; %d more are drawn", rest.first, rest.count)
         parts.append((rest, _range(base, text, rest, settings, origin, tools, store, rest.first + rest.count)))
-        total = _sum(parts, settings)
+        total = importance.merge((total, importance.load(parts[-1][1].path(PART))), settings.context)
     origin |= {"chunks": sum(span.count for span, _ in parts)}
     inputs = origin | {"ranges": [[s.first, s.count, d.receipt(PART).sha256] for s, d in parts], "name": name}
     done = store.once("imatrix", inputs, lambda partial: _write(total, partial / name))
@@ -211,10 +211,6 @@ def _range(
     done = store.once("imatrix-range", dict(origin) | {"first": span.first, "count": span.count}, make)
     ongoing.tell((span.first + span.count) / goal)
     return done
-
-
-def _sum(parts: Iterable[tuple[Span, Done]], settings: Imatrix) -> Importance:
-    return importance.merge((importance.load(done.path(PART)) for _, done in parts), settings.context)
 
 
 def _more(parts: Iterable[tuple[Span, Done]], most: int, settings: Imatrix, tokens: int) -> Span | None:

@@ -51,7 +51,8 @@ NARROW = {  # a door that is open for one name only
 PURE = {
     "quant/plan.py", "quant/template.py", "quant/card.py", "quant/ggml_types.py", "quant/errors.py", "quant/footprint.py",
     "quant/card_body.py", "quant/provenance.py", "quant/contract.py", "quant/battery.py", "quant/verdict.py", "quant/report.py",
-    "quant/modelfile.py", "quant/anchors.py",
+    "quant/modelfile.py", "quant/anchors.py", "quant/coverage.py", "calibration/packing.py", "calibration/alike.py",
+    "calibration/forms.py",
     "quant/engine/chunks.py", "quant/engine/layout.py",
 }  # fmt: skip
 EFFECTS = {

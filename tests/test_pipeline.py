@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from quant.files import digest
 from quant.header import read_header, read_headers
 from quant.recipe import RECIPES, known, load_model
 from quant.shard import merge
@@ -83,6 +84,17 @@ def test_types_in_the_files_are_those_of_the_manifest(ladder: Path) -> None:
         headers = read_headers(ladder / variant["files"][0]["path"])
         found = {t.name: t.type.name for h in headers for t in h.tensors}
         assert found == {name: t["type"] for name, t in variant["tensors"].items()}
+
+
+def test_digests_of_the_calibration_text_and_the_importance_matrix_stand_in_the_manifest(ladder: Path) -> None:
+    manifest = json.loads((ladder / "manifest.json").read_text())
+    matrix, text = manifest["imatrix"], manifest["calibration"]
+    assert matrix["sha256"] == digest(ladder / matrix["path"])
+    assert matrix["made_of"]["text"] == text["sha256"] and matrix["made_of"]["base"] == manifest["base"]["sha256"]
+    made = next((ladder.parent / ".work").glob("*/calibrate/*/calibration.txt"))
+    assert text["sha256"] == digest(made)
+    assert matrix["coverage"]["unvisited"] == {} and text["held_out"] > 0
+    assert {s["licence"] for s in text["sources"]} == {"Apache-2.0"}
 
 
 def test_shards_merge_back_into_a_file_with_the_digests_of_the_unsplit_one(ladder: Path, tmp_path: Path) -> None:

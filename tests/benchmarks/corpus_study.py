@@ -36,6 +36,8 @@ VARIANTS = ("UD-Q2_K_XL", "UD-IQ1_S")
 WITHOUT = "none"
 HELD_OUT = ("chat", "code")
 CONTROL, USER_DEFINED = 3, 4
+TRIES = 10
+"""llama-perplexity writes its log from a thread, and on a busy machine it ends before the last lines are out."""
 
 
 def main() -> None:
@@ -186,10 +188,11 @@ def plain(variant: Variant) -> Variant:
 
 def divergence(model: Path, base: Path, room: Path) -> float:
     """The mean KL divergence from what the BF16 model says."""
-    said = perplexity("-m", model, "--kl-divergence-base", base, "--kl-divergence")
-    match = re.search(r"Mean\s+KLD:\s+([-\d.]+)", said)
-    assert match, said[-2000:]
-    return float(match[1])
+    for _ in range(TRIES):
+        said = perplexity("-m", model, "--kl-divergence-base", base, "--kl-divergence")
+        if match := re.search(r"Mean\s+KLD:\s+([-\d.]+)", said):
+            return float(match[1])
+    raise AssertionError(said[-2000:])
 
 
 def perplexity(*arguments: str | Path) -> str:

@@ -103,6 +103,15 @@ def test_the_plan_is_a_table_of_types_whose_bytes_add_up(prefect: Prefect, out: 
     assert artifact["description"].startswith(f"{VARIANT}: ")
 
 
+def test_what_the_experts_saw_is_a_table(prefect: Prefect, out: Path, released: str) -> None:
+    artifact = artifacts(prefect, released)["imatrix-tiny-glm"]
+    manifest = json.loads((out / "tiny-glm" / "manifest.json").read_text())
+    rows = json.loads(artifact["data"])
+    assert [row["layer"] for row in rows if row["experts"] == "8"] == ["1", "2", "3"]
+    assert min(int(row["least"].replace(",", "")) for row in rows) == manifest["imatrix"]["coverage"]["least_tokens"]
+    assert manifest["imatrix"]["sha256"] in artifact["description"]
+
+
 def test_the_conversation_is_there_to_read(prefect: Prefect, released: str) -> None:
     text = artifacts(prefect, released)["smoke-ud-q2-k-xl"]["data"]
     assert text.startswith("# tiny-glm-UD-Q2_K_XL")

@@ -15,7 +15,8 @@ from quant import files, imatrix, importance, ongoing, toolchain
 from quant.calibrate import CalibrationText
 from quant.convert import Base
 from quant.errors import InputError
-from quant.header import read_header
+from quant.ggml_types import TYPES
+from quant.header import TensorSpec, read_header
 from quant.imatrix import ImportanceMatrix, Span, base_of, check_span, measure, small_base, spans
 from quant.plan import plan
 from quant.recipe import CoverageRule, Imatrix, Rule, Variant
@@ -199,6 +200,17 @@ def test_the_plan_raises_or_refuses_what_the_matrix_cannot_vouch_for(
     assert all(f"{EXPERT} (0)" in p and f"blk.{LAYER}." in p for p in caught.value.problems)
     told = plan(VARIANT, tensors, matrix.covered, matrix.doubt(tensors, replace(rule, otherwise="report"))).types()
     assert told[f"blk.{LAYER}.ffn_up_exps.weight"] == "IQ2_S"
+
+
+def test_blocks_behind_the_trunk_are_in_no_doubt_and_what_is_unknown_in_the_trunk_is() -> None:
+    names = ("blk.0.attn_q", "blk.0.ffn_up_exps", "blk.1.attn_q", "blk.2.attn_q", "blk.2.nextn.eh_proj", "token_embd")
+    tensors = tuple(TensorSpec(f"{name}.weight", (256, 4), TYPES["BF16"]) for name in names)
+    counts = {"blk.0.attn_q.weight": (100,), "blk.0.ffn_up_exps.weight": (40, 3), "blk.1.attn_q.weight": (0,)}
+    matrix = ImportanceMatrix(Path("m"), files.Receipt("m", "", 0), counts)
+    doubt = matrix.doubt(tensors, CoverageRule())
+    assert set(doubt.tensors) == {"blk.0.ffn_up_exps.weight", "blk.1.attn_q.weight"}
+    assert doubt.tensors["blk.1.attn_q.weight"] == "no data at all"
+    assert matrix.covered == {"blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight"}
 
 
 @pytest.mark.tools

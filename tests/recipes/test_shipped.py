@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from calibration import sets
 from quant.ggml_types import TYPES
 from quant.inventory import inventory
 from quant.plan import plan
@@ -28,6 +29,7 @@ def test_every_model_loads_and_names_only_what_exists(name: str) -> None:
     assert set(model.variants) <= set(VARIANTS)
     assert len(set(model.variants)) == len(model.variants)
     assert model.template in {*TEMPLATES, "none"}
+    assert sets.find(model.imatrix.calibration)[0].name == ("embedded" if name == "tiny-glm" else "glm")
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -7,7 +7,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from quant.cli.options import quant
+from quant.errors import InputError
 from quant.importance import load, save
+from quant.rendering import Tokens, write_mute_model
 from tests.quant.test_importance import EXPERTS, legacy, matrix
 
 
@@ -54,3 +56,24 @@ def test_what_experts_saw_is_shown_and_one_that_saw_nothing_is_exit_code_1(
 @pytest.mark.parametrize("told", ["40", "a:b", "4:0", "-1:4", ":"])
 def test_a_range_is_two_numbers(told: str, tmp_path: Path) -> None:
     assert "--range: expected FIRST:COUNT" in call(tmp_path / "b.gguf", "-o", tmp_path / "o", f"--range={told}").output
+
+
+@pytest.mark.tools
+def test_a_matrix_is_computed_and_ranges_from_other_machines_add_up_to_it(tmp_path: Path) -> None:
+    base = tmp_path / "base.gguf"
+    write_mute_model(base, "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", Tokens())
+    lines = [{"id": f"{n}", "messages": [{"role": "user", "content": f"{n * n} bottles of beer"}]} for n in range(400)]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = ("--calibration", tmp_path / "set.jsonl", "--context", "32", "--expert-tokens", "0")
+    whole = call(base, "-o", tmp_path / "whole.gguf", "--chunks", "80", *told)
+    assert whole.exit_code == 0, whole.output
+    for name, part in (("a", "0:40"), ("b", "40:40")):
+        assert call(base, "-o", tmp_path / f"{name}.gguf", "--range", part, *told).exit_code == 0
+    parts = [tmp_path / "a.gguf", tmp_path / "b.gguf"]
+    assert call("merge", *parts, "-o", tmp_path / "sum.gguf", "--context", "32").exit_code == 0
+    assert (tmp_path / "sum.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a.gguf", "b.gguf", "base.gguf", "set.jsonl", "sum.gguf", "whole.gguf",
+    ]  # fmt: skip
+    assert call(base, "-o", tmp_path / "whole.gguf", *told).exit_code == 2
+    assert isinstance(call(base, "-o", tmp_path / "c.gguf", "--range", "9000:1", *told).exception, InputError)
