@@ -1,8 +1,8 @@
 """The work of a run in pieces: some rows of one tensor, never of two experts, the longest first. Pure."""
 
 import math
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from quant.ggml_types import GGMLType
 from quant.header import TensorSpec
@@ -15,7 +15,13 @@ COST = {
     "Q3_K": 35, "Q4_1": 90, "Q5_1": 95, "Q4_K": 90, "Q5_K": 95, "Q2_K": 105, "IQ1_S": 140, "IQ1_M": 140, "IQ4_NL": 170,
     "IQ4_XS": 170, "IQ2_S": 180, "IQ3_S": 260, "IQ2_XXS": 285, "IQ3_XXS": 380, "IQ2_XS": 520,
 }  # fmt: skip
-"""Milliseconds of one core for 2**20 weights, with an imatrix, as measured; only their order matters."""
+"""Milliseconds of one core for 2**20 weights, with an imatrix, by ggml as measured; only their order matters."""
+
+KERNEL_COST = {
+    "Q4_0": 3, "Q5_0": 3, "Q6_K": 3, "Q3_K": 4, "IQ4_NL": 5, "IQ4_XS": 5, "Q4_K": 10, "Q5_K": 10, "Q2_K": 11, "Q4_1": 12,
+    "Q5_1": 13, "IQ1_S": 25, "IQ1_M": 31, "IQ2_S": 38, "IQ2_XXS": 46, "IQ3_S": 54, "IQ2_XS": 68, "IQ3_XXS": 68,
+}  # fmt: skip
+"""The same by the project's own kernels, with AVX2; with AVX-512 it is little less."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,14 @@ def chunks(tensor: TensorSpec) -> tuple[Chunk, ...]:
     return tuple(found)
 
 
-def cost(weights: int, types: Iterable[GGMLType]) -> float:
+def costs(by_ggml: Collection[str]) -> Mapping[str, int]:
+    """The cost of every type, when those named are left to ggml."""
+    return COST | {name: cost for name, cost in KERNEL_COST.items() if name not in by_ggml}
+
+
+def cost(weights: int, types: Iterable[GGMLType], costs: Mapping[str, int] = COST) -> float:
     """How long that many weights take, in milliseconds of one core."""
-    return sum(COST.get(t.name, max(COST.values())) for t in types) * weights / 2**20
+    return sum(costs.get(t.name, max(costs.values())) for t in types) * weights / 2**20
 
 
 @dataclass(frozen=True)
@@ -55,11 +66,13 @@ class Piece:
     tensor: TensorSpec
     chunk: Chunk
     types: tuple[GGMLType, ...]
+    costs: Mapping[str, int] = field(default_factory=lambda: COST, compare=False, repr=False)
+    """What each type costs here."""
 
     @property
     def cost(self) -> float:
         """How long it takes, in milliseconds of one core."""
-        return cost(self.chunk.rows * self.tensor.shape[0], self.types)
+        return cost(self.chunk.rows * self.tensor.shape[0], self.types, self.costs)
 
 
 def longest_first(pieces: Collection[Piece]) -> list[Piece]:

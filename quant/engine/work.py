@@ -8,7 +8,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import fsum
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from quant import files, ggml
 from quant.engine import job as jobs
 from quant.engine import slots
-from quant.engine.chunks import Piece, chunks, longest_first
+from quant.engine.chunks import Piece, chunks, costs, longest_first
 from quant.engine.job import Job
 from quant.engine.journal import Sums
 from quant.engine.layout import HEAD, Layout, about_matrix, lay_out
@@ -108,6 +108,8 @@ class Run:
         pieces = self.missing()
         for ggml_type in {t for p in pieces for t in p.types if t != p.tensor.type}:
             self.kernels[ggml_type.name] = self.fastest.kernel(ggml_type)
+        here = costs({name for name in self.kernels if self.fastest.served(TYPES[name]).by == "ggml"})
+        pieces = longest_first([replace(p, costs=here) for p in pieces])
         self.compute = threading.Semaphore(jobs)
         self.left = Counter(self.index[p.tensor.name] for p in pieces)
         self.queue = deque(pieces)
@@ -126,14 +128,14 @@ class Run:
             raise self.failure
 
     def missing(self) -> list[Piece]:
-        """What is to be done, the longest first."""
+        """What is to be done, in the order of the file."""
         found = []
         for i, placed in enumerate(self.tensors):
             for chunk in chunks(placed.source):
                 wanting = {o.layout.tensors[i].type.name for o in self.outputs if (i, chunk.no) not in o.done}
                 if wanting:
                     found.append(Piece(placed.source, chunk, tuple(TYPES[name] for name in sorted(wanting))))
-        return longest_first(found)
+        return found
 
     def thread(self, no: int) -> None:
         """Do pieces until there are none, or another thread failed."""
@@ -174,7 +176,7 @@ class Run:
                 assert rows is not None
                 working = self.slots.working(no, f"{tensor.name} as {ggml_type.name}")
                 with self.compute, working, self.fastest.at(tensor.name):
-                    data = self.kernels[ggml_type.name](rows, columns)
+                    data = self.quantized(piece, ggml_type, rows, columns)
                     sums = self.loss(ggml_type, rows, columns, data)
             self.check(piece, ggml_type, data)
             for output in self.outputs:
@@ -186,14 +188,23 @@ class Run:
             if not self.left[index]:
                 self.to_digest.append(index)
 
+    def quantized(self, piece: Piece, ggml_type: GGMLType, rows: Rows, columns: Rows | None) -> Bytes:
+        """The stored rows of a piece. Raises InputError for rows on which ggml would end the process."""
+        try:
+            return self.kernels[ggml_type.name](rows, columns)
+        except InputError as e:
+            raise InputError(*(f"{self.where(piece)}: {problem}" for problem in e.problems)) from e
+
     def check(self, piece: Piece, ggml_type: GGMLType, data: Bytes) -> None:
         """Raise CheckFailed for stored rows in which ggml finds something wrong."""
         if not self.library.valid(ggml_type, data):
-            first = piece.chunk.first_row
-            where = f"rows {first} to {first + piece.chunk.rows - 1}"
-            raise CheckFailed(
-                f"{self.source.file.path}: tensor {piece.tensor.name}: {where} are not valid as {ggml_type.name}"
-            )
+            raise CheckFailed(f"{self.where(piece)} are not valid as {ggml_type.name}")
+
+    def where(self, piece: Piece) -> str:
+        """The rows of a piece, for people."""
+        first = piece.chunk.first_row
+        rows = f"rows {first} to {first + piece.chunk.rows - 1}"
+        return f"{self.source.file.path}: tensor {piece.tensor.name}: {rows}"
 
     def loss(self, ggml_type: GGMLType, rows: Rows, columns: Rows | None, data: Bytes) -> Sums:
         """What some of the rows lost, weighted as the kernel weighted them."""

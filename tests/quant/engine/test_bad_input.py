@@ -214,6 +214,10 @@ def test_an_end_inside_ggml_names_the_tensor_and_keeps_what_was_done(
     chosen = types(base, "Q8_0") | {name: "IQ2_XS"}
     doing = job(base, copy / MATRIX_NAME, {copy / "out" / "x.gguf": chosen}, jobs=1)
     process("work.finite = lambda rows: True\nwork.longest_first = lambda pieces: sorted(pieces, key=lambda p: p.cost)")
+    with pytest.raises(InputError, match=rf"tensor {name}: rows \d+ to \d+: 1 of \d+ blocks cannot be made IQ2_XS"):
+        run(doing, copy / "work")
+    assert_nothing_final(copy)
+    monkeypatch.setenv("QUANT_KERNELS", "ggml")
     with pytest.raises(ToolError) as ended:
         run(doing, copy / "work")
     assert "the quantiser was ended by SIGABRT" in str(ended.value)

@@ -7,10 +7,11 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quant.engine.chunks import CHUNK_WEIGHTS, COST, Piece, chunks, cost, longest_first
+from quant.engine.chunks import CHUNK_WEIGHTS, COST, KERNEL_COST, Piece, chunks, cost, costs, longest_first
 from quant.engine.work import FIXED_BYTES, WEIGHT_BYTES, affordable
 from quant.ggml_types import TYPES
 from quant.header import TensorSpec
+from quant.kernels.library import load
 
 SHAPES = st.tuples(st.sampled_from((1, 32, 256, 4096, 151_552, 2**21)), st.integers(1, 5000), st.integers(1, 6)).map(
     lambda s: s[: 1 + (s[1] * s[2] > 1) + (s[2] > 1)]
@@ -55,6 +56,21 @@ def test_the_longest_come_first_and_none_is_lost(wanted: list[tuple[tuple[int, .
 def test_every_type_that_can_be_written_has_a_measured_cost() -> None:
     assert set(COST) == {t for t in TYPES if t not in ("F64", "I8", "I16", "I32", "I64")}
     assert cost(2**20, [TYPES["Q8_0"], TYPES["Q4_K"]]) == COST["Q8_0"] + COST["Q4_K"]
+
+
+def test_what_the_kernels_serve_costs_less_than_what_is_left_to_ggml() -> None:
+    assert costs(set(COST)) == COST
+    here = costs({"Q4_K"})
+    assert set(here) == set(COST)
+    assert {name for name in COST if here[name] != COST[name]} == set(KERNEL_COST) - {"Q4_K"}
+    assert all(here[name] < COST[name] for name in KERNEL_COST if name != "Q4_K")
+    piece = Piece(tensor((4096, 256)), chunks(tensor((4096, 256)))[0], (TYPES["Q4_K"], TYPES["IQ4_XS"]), here)
+    assert piece.cost == COST["Q4_K"] + KERNEL_COST["IQ4_XS"]
+
+
+def test_every_kernel_has_a_measured_cost() -> None:
+    native = load()
+    assert {t.name for t in TYPES.values() for i in native.sets if native.has(i, t)} in (set(), set(KERNEL_COST))
 
 
 def test_threads_are_as_many_as_fit_into_the_memory() -> None:
