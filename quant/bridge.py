@@ -85,7 +85,7 @@ def check(folder: Path, repo: str | None = None) -> Checked:
     beside, faults = _beside(folder)
     if repo:
         found = tuple(_asked(repo, f, variant, beside) for f, variant in zip(found, manifest["variants"], strict=True))
-    return Checked(found, beside, _default(found), faults)
+    return Checked((*found, *_no_models(manifest)), beside, _default(found), faults)
 
 
 def resolve(variants: Sequence[Mapping[str, Any]]) -> Iterator[Resolved]:
@@ -106,6 +106,16 @@ def resolve(variants: Sequence[Mapping[str, Any]]) -> Iterator[Resolved]:
         else:
             why = f"the tag, in upper or lower case, with or without UD-, or the whole name {name}"
         yield Resolved(first["path"], tag, not faults, why, tuple(faults))
+
+
+def _no_models(manifest: Mapping[str, Any]) -> Iterator[Resolved]:
+    """The files of a release that end in .gguf too and are no model."""
+    for key, why in (
+        ("imatrix", "the importance matrix, no model"),
+        ("vision", "the part that sees, no model; the hub adds it to the others"),
+    ):
+        if path := (manifest.get(key) or {}).get("path"):
+            yield Resolved(path, "", False, why)
 
 
 def label(path: str) -> str | None:

@@ -104,6 +104,15 @@ def test_a_release_is_told_whole(release: Path) -> None:
     assert found.json()["passed"] is True
 
 
+def test_what_is_no_model_is_named_as_that(release: Path) -> None:
+    manifest = json.loads((release / "manifest.json").read_text())
+    others = {"imatrix": {"path": "imatrix_M.gguf"}, "vision": {"path": "mmproj-M-F16.gguf"}}
+    (release / "manifest.json").write_text(json.dumps(manifest | others))
+    *_, matrix, vision = check(release).files
+    assert (matrix.file, matrix.pulled, matrix.why) == ("imatrix_M.gguf", False, "the importance matrix, no model")
+    assert (vision.file, vision.pulled) == ("mmproj-M-F16.gguf", False)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

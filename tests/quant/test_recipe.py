@@ -150,3 +150,19 @@ def test_every_key_that_a_recipe_may_have_is_taken_from_the_nouns() -> None:
 def test_a_recipe_can_be_published_as_json() -> None:
     model, _ = load_model("tiny-glm")
     assert json.loads(json.dumps(dataclasses.asdict(model)))["name"] == "tiny-glm"
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "variant"),
+    [
+        ("GLM-4.6-UD-Q2_K_XL-00001-of-00003.gguf", "glm-4.6", "UD-Q2_K_XL"),
+        ("GLM-4.6V-Flash-Q4_1.gguf", "glm-4.6v-flash", "Q4_1"),
+        ("glm-4.7-flash-BF16.gguf", "glm-4.7-flash", "BF16"),
+        ("tiny-glm-Q8_0.gguf", "tiny-glm", "Q8_0"),
+        ("tiny-glm-UD-Q8_K_XL.gguf", "tiny-glm", "UD-Q8_K_XL"),
+        ("GLM-4.60-Q4_1.gguf", None, "Q4_1"),
+        ("Qwen-Q9.gguf", None, None),
+    ],
+)
+def test_a_files_name_tells_its_model_and_its_variant(file: str, model: str | None, variant: str | None) -> None:
+    assert (recipe.model_of_file(file), recipe.variant_of_file(file)) == (model, variant)
