@@ -27,6 +27,11 @@ def test_every_parameter_is_a_line_and_a_list_as_many() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("stop", ["<|user|>", 'a"b', '""x', '"', "two\nlines", " "])
+def test_a_stop_is_read_as_it_was_meant(stop: str) -> None:
+    assert read(modelfile("M.gguf", {"stop": [stop]}).partition("PARAMETER stop ")[2].removesuffix("\n")) == stop
+
+
 @pytest.mark.parametrize(
     "system", ["Be brief.", 'Say "yes".', '"Quoted"', "Two\nlines.", '"', 'ends with "', " blanks "]
 )

@@ -116,6 +116,11 @@ def test_a_stream_is_put_together_and_its_order_told(connect: Connect) -> None:
     assert stream.order == ("role", "reasoning", "content", "finish", "usage")
 
 
+def test_pieces_that_come_back_to_what_was_before_are_told_in_their_order(connect: Connect) -> None:
+    stream = connect(events({"content": "a"}, {"reasoning_content": "b"}, {"content": "c"})).stream(ASKED)
+    assert stream.order == ("content", "reasoning", "content", "finish", "usage")
+
+
 def test_the_pieces_of_calls_are_put_together_each_with_its_own(connect: Connect) -> None:
     stream = connect(
         events({"role": "assistant"}, piece(0, "{", name="f"), piece(0, '"a":1}'), piece(1, "{", name="g"), piece(1, "}"),
