@@ -27,13 +27,12 @@ def _value(text: str, what: str, long: bool = False) -> str:
     """A text in quotes; the name of a file stands as it is, where nothing in it could be taken for quotes or blanks."""
     if what == "the name of the file" and '"' not in text and text == text.strip() and "\n" not in text:
         return text
-    marks = TRIPLE if long or "\n" in text or text.startswith('""') else '"'
-    written = f"{marks}{text}{marks}"
-    if read(written) != text:
-        raise InputError(
-            f"{what}: expected a text that a Modelfile can hold, found {text[:80]!r}, whose quotes would end it"
-        )
-    return written
+    for marks in (TRIPLE,) if long else ('"', TRIPLE):
+        if read(written := f"{marks}{text}{marks}") == text:
+            return written
+    raise InputError(
+        f"{what}: expected a text that a Modelfile can hold, found {text[:80]!r}, whose quotes would end it"
+    )
 
 
 def read(written: str) -> str | None:
