@@ -50,113 +50,6 @@ INLINE I code_of(const float *x, F id) {
     return code;
 }
 
-template <class T>
-struct alignas(64) Tries {
-    static constexpr int V = (T::TRIES + W - 1) / W;
-    float id[V * W], scale[V * W];
-    float levels[LEVELS][V * W];        // scale times what a level stands for
-    float terms[4][LEVELS][MOST_TRIES]; // of the group that is worked on
-    I code[V + 1];                      // of that group, too
-    int32_t words[GROUPS][V * W];       // the points
-    uint32_t on_grid[GROUPS];           // a bit for each try
-};
-
-INLINE M between(int first, int end) { return mask_of(((1u << end) - 1) & ~((1u << first) - 1)); }
-
-// The points of a group for every try. False where ggml finds none and ends the process, because all distances overflow.
-template <class T>
-INLINE bool try_points(const Grid &g, const Block &b, int k, Tries<T> &t) {
-    constexpr int V = Tries<T>::V;
-    uint32_t last = 1u << (T::TRIES - 1);   // a bit for each try that is the last one of a run with the same code
-    alignas(64) int32_t code[V * W];
-    for (int v = 0; v < V; v++) {
-        last |= bits(~(t.code[v] == following(t.code[v], t.code[v + 1]))) << v * W;
-        store(code + v * W, t.code[v]);
-    }
-    last &= (2u << (T::TRIES - 1)) - 1;
-    Cell cells[T::TRIES];
-    uint32_t needed = 0;   // levels of each dimension
-    int runs = 0, start = 0;
-    for (uint32_t ends = last; ends; ends &= ends - 1) {
-        cells[runs] = g.cells[code[start]];
-        needed |= cells[runs++].levels;
-        start = __builtin_ctz(ends) + 1;
-    }
-    for (; needed; needed &= needed - 1) {
-        const int i = __builtin_ctz(needed) / LEVELS, l = __builtin_ctz(needed) % LEVELS;
-        const F x = vec(b.x[4 * k + i]), w = vec(b.root[4 * k + i]);
-        for (int v = 0; v < V * W; v += W) {
-            const F difference = load(t.levels[l] + v) - x;
-            store(t.terms[i][l] + v, w * difference * difference);
-        }
-    }
-    uint32_t lost = 0, on_grid = 0;
-    I found[V];
-    for (int v = 0; v < V; v++) found[v] = vec(0);
-    for (int first = 0, run = 0; last; last &= last - 1) {
-        const int end = __builtin_ctz(last) + 1;
-        const Cell cell = cells[run++];
-        const uint32_t *const near = g.words + cell.first;
-        if (!cell.count) on_grid |= (2u << (end - 1)) - (1u << first);
-        for (int v = 0; v < V; v++) {
-            const int from = first - v * W > 0 ? first - v * W : 0, to = end - v * W < W ? end - v * W : W;
-            if (from >= to) continue;
-            F nearest = vec(FLT_MAX);
-            I point = vec(static_cast<int32_t>(near[0]));
-            // A byte of a word is its level times 16, so that the place of the terms is eight times that. A list of odd
-            // length goes on with its first word, which is no nearer than itself.
-            const auto *word = reinterpret_cast<const uint8_t *>(near);
-            for (uint32_t j = 0; j < cell.count; j += 2, word += 8) {
-                F sum[2];
-                for (int n = 0; n < 2; n++) {
-                    sum[n] = load(t.terms[0][0] + 2 * word[4 * n] + v * W);
-                    for (int i = 1; i < 4; i++) sum[n] = sum[n] + load(t.terms[i][0] + 2 * word[4 * n + i] + v * W);
-                }
-                for (int n = 0; n < 2; n++) {
-                    point = select(sum[n] < nearest, vec(static_cast<int32_t>(near[j + static_cast<uint32_t>(n)])), point);
-                    nearest = min_(sum[n], nearest);
-                }
-            }
-            const M mine = between(from, to);
-            if (cell.count) lost |= bits(mine & (nearest == vec(FLT_MAX)));
-            found[v] = select(mine, point, found[v]);
-        }
-        first = end;
-    }
-    for (int v = 0; v < V; v++) store(t.words[k] + v * W, found[v]);
-    t.on_grid[k] = on_grid;
-    return !lost;
-}
-
-// The two sums over a block for the tries, W of them from `first` on: of w * x * q and of w * q * q.
-struct Sums {
-    F qx, q2;
-};
-
-template <class T>
-INLINE Sums sum_up(const Block &b, const Tries<T> &t, int first) {
-    Sums s = {vec(0.0f), vec(0.0f)};
-    const F stands_for = loadu(STANDS_FOR);
-    for (int k = 0; k < GROUPS; k++) {
-        I words = shr<4>(load(t.words[k] + first));
-        for (int i = 4 * k; i < 4 * k + 4; i++) {
-            F wxq, wqq;
-            if (W >= 8) {
-                wxq = pick(vec(b.wx[i]) * stands_for, words);
-                wqq = pick(vec(b.w[i]) * stands_for * stands_for, words);
-            } else {
-                const F q = float_of(shl<1>(words & vec(7)) + vec(1));
-                wxq = vec(b.wx[i]) * q;
-                wqq = vec(b.w[i]) * q * q;
-            }
-            s.qx = s.qx + wxq;
-            s.q2 = s.q2 + wqq;
-            words = shr<8>(words);
-        }
-    }
-    return s;
-}
-
 // The nearest neighbour of one group by one scale; the lanes are neighbours.
 INLINE bool nearest_point(const uint32_t *words, uint32_t count, const float *x, const float *w, float scale,
                           uint32_t *found) {
@@ -181,18 +74,117 @@ INLINE bool nearest_point(const uint32_t *words, uint32_t count, const float *x,
     }
     F sum[MOST_NEIGHBOURS / W], nearest = vec(FLT_MAX);
     for (uint32_t j = 0; j < count; j += W) {
-        const I some = load(reinterpret_cast<const int32_t *>(words) + j);
-        sum[j / W] = pick(term[0], shr<4>(some)) + pick(term[1], shr<12>(some)) + pick(term[2], shr<20>(some)) +
-                     pick(term[3], shr<28>(some));
+        const I some = loadu(reinterpret_cast<const int32_t *>(words) + j);
+        const F all = pick(term[0], shr<4>(some)) + pick(term[1], shr<12>(some)) + pick(term[2], shr<20>(some)) +
+                      pick(term[3], shr<28>(some));
+        sum[j / W] = select(mask_of(count - j < W ? (1u << (count - j)) - 1 : ~0u), all, vec(INFINITY));
         nearest = min_(sum[j / W], nearest);
     }
-    // What fills up the list is as near as its first word, and comes later.
     nearest = least_of_all(nearest);
     uint32_t j = 0;
     unsigned there = bits(sum[0] == nearest);
     while (!there && (j += W) < count) there = bits(sum[j / W] == nearest);
     *found = words[there ? j + static_cast<uint32_t>(__builtin_ctz(there)) : 0];
     return !any(nearest == vec(FLT_MAX));
+}
+
+template <class T>
+struct alignas(64) Tries {
+    static constexpr int V = (T::TRIES + W - 1) / W;
+    float id[V * W], scale[V * W];
+    float levels[LEVELS][V * W];        // scale times what a level stands for
+    float terms[4][LEVELS][MOST_TRIES]; // of the group that is worked on
+    I code[V + 1];                      // of that group, too
+    int32_t words[GROUPS][V * W];       // the points
+    uint32_t on_grid[GROUPS];           // a bit for each try
+};
+
+// A byte of a word is its level times 16. The terms of a level are eight times as many bytes after those of level 0, which
+// is an address that the processor computes as it loads.
+INLINE F terms_at(const char *terms, uint8_t byte) {
+    static_assert(MOST_TRIES * sizeof(float) == 8 * 16);
+    return load(reinterpret_cast<const float *>(terms + size_t{8} * byte));
+}
+
+// The points of a group for every try. False where ggml finds none and ends the process, because all distances overflow.
+template <class T>
+INLINE bool try_points(const Grid &g, const Block &b, int k, Tries<T> &t) {
+    constexpr int V = Tries<T>::V;
+    // A bit for each try that is the last one of a run: of those with the same code, and of those in one vector.
+    uint32_t last = 1u << (T::TRIES - 1);
+    alignas(64) int32_t code[V * W];
+    for (int v = 0; v < V; v++) {
+        last |= (bits(~(t.code[v] == following(t.code[v], t.code[v + 1]))) | 1u << (W - 1)) << v * W;
+        store(code + v * W, t.code[v]);
+        store(t.words[k] + v * W, vec(0));
+    }
+    last &= (2u << (T::TRIES - 1)) - 1;
+    Cell cells[T::TRIES];
+    uint32_t needed = 0;   // levels of each dimension
+    int runs = 0, start = 0;
+    for (uint32_t ends = last; ends; ends &= ends - 1) {
+        cells[runs] = g.cells[code[start]];
+        needed |= cells[runs++].levels;
+        start = __builtin_ctz(ends) + 1;
+    }
+    for (; needed; needed &= needed - 1) {
+        const int i = __builtin_ctz(needed) / LEVELS, l = __builtin_ctz(needed) % LEVELS;
+        const F x = vec(b.x[4 * k + i]), w = vec(b.root[4 * k + i]);
+        for (int v = 0; v < V * W; v += W) {
+            const F difference = load(t.levels[l] + v) - x;
+            store(t.terms[i][l] + v, w * difference * difference);
+        }
+    }
+    M lost = no_lane();
+    uint32_t on_grid = 0;
+    for (int first = 0, run = 0; last; last &= last - 1) {
+        const int end = __builtin_ctz(last) + 1, v = first / W * W;
+        const Cell cell = cells[run++];
+        const uint32_t *const near = g.words + cell.first;
+        on_grid |= cell.count ? 0 : (2u << (end - 1)) - (1u << first);
+        F nearest = vec(FLT_MAX);
+        I point = vec(static_cast<int32_t>(near[0]));
+        const char *const terms = reinterpret_cast<const char *>(t.terms) + v * sizeof(float);
+        const auto *word = reinterpret_cast<const uint8_t *>(near);
+        for (uint32_t j = 0; j < cell.count; j++, word += 4) {
+            F sum = terms_at(terms, word[0]);
+            for (int i = 1; i < 4; i++) sum = sum + terms_at(terms + i * sizeof t.terms[0], word[i]);
+            point = select(sum < nearest, vec(static_cast<int32_t>(near[j])), point);
+            nearest = min_(sum, nearest);
+        }
+        const M mine = mask_of(((1u << (end - v)) - 1) & ~((1u << (first - v)) - 1));
+        lost = lost | (mine & (nearest == vec(cell.count ? FLT_MAX : -1.0f)));
+        store(t.words[k] + v, select(mine, point, load(t.words[k] + v)));
+        first = end;
+    }
+    t.on_grid[k] = on_grid;
+    return !any(lost);
+}
+
+// The two sums over a block for every try: of w * x * q and of w * q * q.
+template <class T>
+INLINE void sum_up(const Block &b, const Tries<T> &t, F *qx, F *q2) {
+    constexpr int V = Tries<T>::V;
+    for (int v = 0; v < V; v++) qx[v] = q2[v] = vec(0.0f);
+    const F stands_for = loadu(STANDS_FOR);
+    for (int k = 0; k < GROUPS; k++) {
+        I words[V];
+        for (int v = 0; v < V; v++) words[v] = shr<4>(load(t.words[k] + v * W));
+        for (int i = 4 * k; i < 4 * k + 4; i++) {
+            const F wxq = vec(b.wx[i]) * stands_for, wqq = vec(b.w[i]) * stands_for * stands_for;
+            for (int v = 0; v < V; v++) {
+                if (W >= 8) {
+                    qx[v] = qx[v] + pick(wxq, words[v]);
+                    q2[v] = q2[v] + pick(wqq, words[v]);
+                } else {   // a vector does not hold all levels
+                    const F q = float_of(shl<1>(words[v] & vec(7)) + vec(1));
+                    qx[v] = qx[v] + vec(b.wx[i]) * q;
+                    q2[v] = q2[v] + vec(b.w[i]) * q * q;
+                }
+                words[v] = shr<8>(words[v]);
+            }
+        }
+    }
 }
 
 INLINE int code_of_word(uint32_t word) {
@@ -236,12 +228,14 @@ INLINE bool quantize(const Grid &g, const float *x, const float *weights, float 
     if (!well) return false;
 
     alignas(64) float qx2[V * W], q2[V * W], by[V * W], gain[V * W];
-    for (int v = 0; v < V * W; v += W) {
-        const Sums s = sum_up(b, t, v);
-        store(qx2 + v, s.qx * s.qx);
-        store(q2 + v, s.q2);
-        store(by + v, s.qx / s.q2);
-        store(gain + v, s.qx / s.q2 * s.qx);
+    F sumqx_by[V], sumq2_by[V];
+    sum_up(b, t, sumqx_by, sumq2_by);
+    for (int v = 0; v < V; v++) {
+        const F qx = sumqx_by[v], d = qx / sumq2_by[v];
+        store(qx2 + v * W, qx * qx);
+        store(q2 + v * W, sumq2_by[v]);
+        store(by + v * W, d);
+        store(gain + v * W, d * qx);
     }
     float best = 0, scale = b.largest / 15;
     int chosen = -1;

@@ -84,10 +84,10 @@ Tables *build(const Shape &s) {
     for (int code = 0; code < s.codes; code++) {
         Cell &cell = made->cells[static_cast<size_t>(code)];
         if (on_grid < n && points[on_grid] == code) {
-            cell = {static_cast<uint32_t>(on_grid++), 0, 0};
+            cell.first = static_cast<uint32_t>(on_grid++) & 0x3fffff;
             continue;
         }
-        cell.first = static_cast<uint32_t>(made->words.size());
+        cell.first = static_cast<uint32_t>(made->words.size()) & 0x3fffff;
         const uint8_t *const to_low = &halves[static_cast<size_t>(code % half * half)];
         const uint8_t *const to_high = &halves[static_cast<size_t>(code / half * half)];
         uint16_t at[FARTHEST] = {};
@@ -107,14 +107,15 @@ Tables *build(const Shape &s) {
         for (size_t j = 0; j < n; j++) {
             if (distance[j] < farthest) made->words[cell.first + at[distance[j]]++] = words[j];
         }
-        cell.count = static_cast<uint16_t>(total);
+        cell.count = static_cast<uint32_t>(total) & 0x3ff;
         for (int j = 0; s.dimensions == 4 && j < total; j++) {
             const uint32_t word = made->words[cell.first + static_cast<uint32_t>(j)];
             for (int i = 0; i < 32; i += 8) cell.levels |= 1u << (word >> (i + 4) & 7) << i;
         }
-        made->words.resize((made->words.size() + 15) / 16 * 16, s.dimensions == 8 ? NOWHERE : made->words[cell.first]);
+        if (s.dimensions == 8) made->words.resize((made->words.size() + 15) / 16 * 16, NOWHERE);
     }
-    // Whole vectors are loaded from the lists, from aligned places.
+    made->words.resize(made->words.size() + 16);
+    // Whole vectors are loaded from the lists; in eight dimensions from aligned places.
     auto *const aligned = new (std::align_val_t(64)) uint32_t[made->words.size()];
     std::copy(made->words.begin(), made->words.end(), aligned);
     made->grid = {made->cells.data(), aligned};
@@ -146,10 +147,10 @@ extern "C" __attribute__((visibility("default"))) int quant_grid(int name, int c
         *to = -1 - static_cast<int32_t>(cell.first);
         return 1;
     }
-    for (int j = 0; j < cell.count; j++) {
+    for (uint32_t j = 0; j < cell.count; j++) {
         // The points stand first among the words, in the order of their numbers.
         const uint32_t *const word = g.words + cell.first + j;
         to[j] = static_cast<int32_t>(std::find(g.words, word, *word) - g.words);
     }
-    return cell.count;
+    return static_cast<int>(cell.count);
 }
