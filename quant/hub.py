@@ -49,11 +49,16 @@ def client() -> "HfApi":
     return HfApi(token=token() or False)
 
 
-def hidden(text: str) -> str:
-    """A text without the token, without anything that looks like one, and without what follows the ``?`` of an address."""
+def without_token(text: str) -> str:
+    """A text without the token, and without anything that looks like one."""
     if secret := os.environ.get(TOKEN, "").strip():
         text = text.replace(secret, "…")
-    return re.sub(r"hf_[A-Za-z0-9]{16,}", "hf_…", re.sub(r"(?<=\w)\?[^\s'\"]+", "", text))
+    return re.sub(r"hf_[A-Za-z0-9]{16,}", "hf_…", text)
+
+
+def hidden(text: str) -> str:
+    """A text without a token, and without what follows the ``?`` of an address: that may be a signature."""
+    return without_token(re.sub(r"(?<=\w)\?[^\s'\"]+", "", text))
 
 
 def patiently(ask: Callable[[], T]) -> T:

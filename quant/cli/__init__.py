@@ -22,6 +22,7 @@ from quant.cli import (
 )
 from quant.cli.options import quant
 from quant.errors import QuantError
+from quant.hub import without_token
 
 __all__ = [
     "calibration", "imatrix", "look", "main", "ollama", "planning", "publishing", "release", "stages", "talking", "template",
@@ -55,7 +56,7 @@ def _run() -> int:
         return INTERRUPTED
     except QuantError as e:
         for problem in e.problems:
-            progress.say(f"error: {problem}")
+            progress.say(f"error: {without_token(problem)}")
         return e.exit_code
     return code if isinstance(code, int) else 0
 

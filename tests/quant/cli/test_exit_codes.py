@@ -154,3 +154,13 @@ def test_the_command_itself_leaves_with_the_code(tmp_path: Path) -> None:
         out, err = command.communicate(timeout=PATIENCE_SECONDS)
     assert (command.returncode, err) == (0, "")
     assert "2 tensors" in out
+
+
+def test_a_token_in_a_problem_is_not_told(
+    failing: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody may put one into a recipe or on a command line, where an error would quote it."""
+    monkeypatch.setenv("HF_TOKEN", "my-token-of-another-kind")
+    failing(InputError("title: found 'hf_ATokenInTheWrongPlace'", "name: found 'my-token-of-another-kind'"))
+    assert run(monkeypatch, "fail") == 2
+    assert capsys.readouterr().err == "error: title: found 'hf_…'\nerror: name: found '…'\n"
