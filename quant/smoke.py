@@ -9,6 +9,7 @@ import hashlib
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ LOAD_BYTES_PER_SECOND = 50 * 10**6
 """A server that has not loaded at this pace after START_SECONDS is given up: a slow network disk reads faster."""
 SECONDS_PER_TOKEN = 5
 """An answer that comes slower than this is given up: a large model on processors alone is ten times faster."""
+DYING_SECONDS = 0.5
 CHECKS = 1
 """Counts up when what is checked changes in a way that the scenarios do not show; kept work is then done again."""
 ENDS = ("eos", "eot", "eom")
@@ -171,8 +173,13 @@ def hear(served: Served, tools: Toolchain, folder: Path, start_seconds: float = 
             if server.poll() is not None:
                 raise ToolError(_died(server, log, size, headers[0], served))
 
+        def check_dying() -> None:
+            with suppress(subprocess.TimeoutExpired):  # its sockets are closed a moment before it is gone
+                server.wait(DYING_SECONDS)
+            check_dead()
+
         _wait_until_loaded(talk, check_dead, log, start_seconds + size / LOAD_BYTES_PER_SECOND)
-        holding = Holding(talk, served.tried, check_dead)
+        holding = Holding(talk, served.tried, check_dying)
         _hold_the_file(holding, headers, served)
         holding.all()
     return Heard(

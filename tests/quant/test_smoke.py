@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from quant.recipe import RECIPES, Variant, Waiver, load_model, load_template_pat
 from quant.report import TRANSCRIPT
 from quant.rewrite import KEY, write_with_template
 from quant.scenarios import all_of
-from quant.shard import Sharded, split
+from quant.shard import Sharded, merge, split
 from quant.smoke import FILE_CHECKS, Original, Served, SmokeFailed, hear, smoke, zero_tensors
 from quant.store import Store
 from quant.template import patch
@@ -257,10 +258,15 @@ def test_a_file_that_fails_leaves_its_conversation_and_says_where(bf16: Path, fe
 
 
 @tools_needed
-def test_the_first_shard_stands_for_all(bf16: Path, tmp_path: Path) -> None:
+def test_the_first_shard_stands_for_all_and_merged_they_say_the_same(bf16: Path, tmp_path: Path) -> None:
     split(bf16, "3M", toolchain.find(), tmp_path / "tiny-glm-BF16")
     first = min(tmp_path.glob("*-00001-of-*.gguf"))
-    assert judge(hear(served(first, "stop"), toolchain.find(), tmp_path)).passed
+    told = hear(served(first, "stop"), toolchain.find(), tmp_path)
+    assert judge(told).passed
+    merge(first, tmp_path / "merged" / "M.gguf", toolchain.find())
+    assert (
+        hear(served(tmp_path / "merged" / "M.gguf", "stop"), toolchain.find(), tmp_path).transcript == told.transcript
+    )
     min(tmp_path.glob("*-00003-of-*.gguf")).unlink()
     with pytest.raises(InputError, match=r"-00003-of-00\d+\.gguf: missing; expected \d shards beside"):
         hear(served(first, "stop"), toolchain.find(), tmp_path)
@@ -295,6 +301,24 @@ def test_an_interrupted_smoke_test_leaves_no_server(bf16: Path) -> None:
     assert run.returncode == 3
     assert said.strip() == "interrupted; run the same command again to continue"
     assert serving(bf16) == []
+
+
+@tools_needed
+def test_a_server_that_is_killed_in_the_middle_of_a_talk_is_told_as_that(bf16: Path, tmp_path: Path) -> None:
+    path, log = tmp_path / "tiny-glm-BF16.gguf", tmp_path / "server.log"
+    os.link(bf16, path)
+
+    def kill() -> None:
+        wait_for(lambda: log.exists() and "processing task" in log.read_text(errors="replace"))
+        os.kill(serving(path)[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(
+        ToolError, match=r"llama-server was ended by SIGKILL \(out of memory\?\); it needed weights of 0.02 GB"
+    ):
+        hear(served(path), toolchain.find(), tmp_path)
+    killer.join()
 
 
 @pytest.fixture
