@@ -17,6 +17,8 @@ struct Cell {
 // the level in its high four.
 struct Grid {
     const Cell *cells;       // by code: base 3 of eight digits, or base 8 of four
+    const Cell *clear;       // the same in four dimensions, without neighbours that are beaten wherever a weight rounds to
+                             // the code; but not on the very edge between two levels
     const uint32_t *words;   // in eight dimensions every list begins at a multiple of 16, and words of no
                              // point fill it up; in four they follow each other, and there are 16 words after the last
 };

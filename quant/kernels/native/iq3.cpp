@@ -30,25 +30,24 @@ struct S {
 constexpr float STANDS_FOR[16] = {1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15};
 
 // ggml's level of a weight, 0 … 7, for y = 0.5 * (p - 1): what is rounded by adding MAGIC, with the bits taken for what
-// ggml takes them for where y is out of range. In range, half of everything may be left out: p - 1 has the same bits
-// after the sum with twice MAGIC as half of it after the sum with MAGIC.
-template <bool PLAIN>
+// ggml takes them for where y is out of range.
 INLINE I level_of(F p) {
-    if (PLAIN) {
-        const F zero = vec(2 * MAGIC), seven = vec(2 * MAGIC + 14);
-        return bits_of(min_(max_(p - vec(1.0f) + zero, zero), seven)) & vec(7);
-    }
     const I l = (bits_of(vec(0.5f) * (p - vec(1.0f)) + vec(MAGIC)) & vec(0x007fffff)) - vec(0x00400000);
     return min_(max_(l, vec(0)), vec(LEVELS - 1));
 }
 
-// The code of a group of four for every scale in the lanes: three bits for each weight.
-template <bool PLAIN>
-INLINE I code_of(const float *x, F id) {
-    I code = level_of<PLAIN>(id * vec(x[3]));
-    for (int i = 2; i >= 0; i--) code = shl<3>(code) | level_of<PLAIN>(id * vec(x[i]));
-    return code;
+// The same where nothing is out of range. Half of everything may be left out then: p - 1 has the same bits after the sum
+// with twice MAGIC as half of it after the sum with MAGIC. `edge` becomes how far p - 1 is from what it is rounded to, if
+// that is more; 1 is the edge between two levels.
+INLINE I level_in_range(F p, F &edge) {
+    const F y = min_(max_(p - vec(1.0f), vec(0.0f)), vec(14.0f)), rounded_y = y + vec(2 * MAGIC);
+    edge = max_(abs(y - (rounded_y - vec(2 * MAGIC))), edge);
+    return bits_of(rounded_y) & vec(7);
 }
+
+// Nearer to the edge than this, rounding might have a say in which of two points is the nearer one, whose levels are on
+// either side of it. What is compared is scale * q - x in floats, which is off by some 2e-6 of the scale at most.
+constexpr float EDGE = 1 - 2e-5f;
 
 // The nearest neighbour of one group by one scale; the lanes are neighbours.
 INLINE bool nearest_point(const uint32_t *words, uint32_t count, const float *x, const float *w, float scale,
@@ -108,7 +107,7 @@ INLINE F terms_at(const char *terms, uint8_t byte) {
 
 // The points of a group for every try. False where ggml finds none and ends the process, because all distances overflow.
 template <class T>
-INLINE bool try_points(const Grid &g, const Block &b, int k, Tries<T> &t) {
+INLINE bool try_points(const Grid &g, const Cell *by_code, const Block &b, int k, Tries<T> &t) {
     constexpr int V = Tries<T>::V;
     // A bit for each try that is the last one of a run: of those with the same code, and of those in one vector.
     uint32_t last = 1u << (T::TRIES - 1);
@@ -123,7 +122,7 @@ INLINE bool try_points(const Grid &g, const Block &b, int k, Tries<T> &t) {
     uint32_t needed = 0;   // levels of each dimension
     int runs = 0, start = 0;
     for (uint32_t ends = last; ends; ends &= ends - 1) {
-        cells[runs] = g.cells[code[start]];
+        cells[runs] = by_code[code[start]];
         needed |= cells[runs++].levels;
         start = __builtin_ctz(ends) + 1;
     }
@@ -191,10 +190,21 @@ INLINE int code_of_word(uint32_t word) {
     return static_cast<int>((word >> 4 & 7) | (word >> 12 & 7) << 3 | (word >> 20 & 7) << 6 | (word >> 28 & 7) << 9);
 }
 
-template <class T, bool PLAIN>
-INLINE void try_codes(const Block &b, int k, Tries<T> &t) {
-    for (int v = 0; v < Tries<T>::V; v++) t.code[v] = code_of<PLAIN>(b.x + 4 * k, load(t.id + v * W));
+// The codes of a group by every scale: three bits for each weight. Returns the cells to look them up in.
+template <class T>
+INLINE const Cell *try_codes(const Grid &g, const Block &b, int k, bool in_range, Tries<T> &t) {
+    F edge = vec(0.0f);
+    for (int v = 0; v < Tries<T>::V; v++) {
+        const F id = load(t.id + v * W);
+        I code = vec(0);
+        for (int i = 3; i >= 0; i--) {
+            const F p = id * vec(b.x[4 * k + i]);
+            code = shl<3>(code) | (in_range ? level_in_range(p, edge) : level_of(p));
+        }
+        t.code[v] = code;
+    }
     t.code[Tries<T>::V] = vec(0);
+    return in_range && !any(edge > vec(EDGE)) ? g.clear : g.cells;
 }
 
 // False where ggml ends the process.
@@ -218,12 +228,11 @@ INLINE bool quantize(const Grid &g, const float *x, const float *weights, float 
         store(t.scale + v, scale);
         for (int l = 0; l < LEVELS; l++) store(t.levels[l] + v, scale * vec(STANDS_FOR[l]));
     }
-    const bool plain = b.largest > 1e-35f && b.smallest >= -1e5f * b.largest;
+    const bool in_range = b.largest > 1e-35f && b.smallest >= -1e5f * b.largest;
     bool well = true;
     for (int k = 0; k < GROUPS; k++) {
-        if (plain) try_codes<T, true>(b, k, t);
-        else try_codes<T, false>(b, k, t);
-        well &= try_points(g, b, k, t);
+        const Cell *const cells = in_range ? try_codes(g, b, k, true, t) : try_codes(g, b, k, false, t);
+        well &= try_points(g, cells, b, k, t);
     }
     if (!well) return false;
 
@@ -252,7 +261,7 @@ INLINE bool quantize(const Grid &g, const float *x, const float *weights, float 
         if (T::ALL_AGAIN) again = 255;
         const float id = 1 / scale;
         alignas(64) int32_t level[32];
-        for (int i = 0; i < 32; i += W) store(level + i, level_of<false>(vec(id) * load(b.x + i)));
+        for (int i = 0; i < 32; i += W) store(level + i, level_of(vec(id) * load(b.x + i)));
         for (; again; again &= again - 1) {
             const int k = __builtin_ctz(again);
             const int32_t *const l = level + 4 * k;

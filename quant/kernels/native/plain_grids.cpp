@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdlib>
 #include <new>
 #include <vector>
 
@@ -33,7 +34,7 @@ Shape shape(GridName name) {
 }
 
 struct Tables {
-    std::vector<Cell> cells;
+    std::vector<Cell> cells, clear;
     std::vector<uint32_t> words;
     Grid grid;
 };
@@ -62,6 +63,40 @@ std::vector<uint8_t> half_distances(const Shape &s, int half) {
     return table;
 }
 
+// Whether a point is at least as near as another, dimension for dimension, to everything that rounds to a code: its
+// level is the code's, or it is on the same side and not as far. Weights that round to a level lie between the two
+// edges of it, and without bound beyond the first and the last.
+bool beats(const Shape &s, int code, int point, int other) {
+    for (int i = 0; i < s.dimensions; i++, code /= s.base, point /= s.base, other /= s.base) {
+        const int mine = point % s.base - code % s.base, its = other % s.base - code % s.base;
+        if (mine != its && mine != 0 && !(mine * its > 0 && std::abs(mine) < std::abs(its))) return false;
+    }
+    return true;
+}
+
+uint32_t levels_bit(uint32_t word) {
+    uint32_t levels = 0;
+    for (int i = 0; i < 32; i += 8) levels |= 1u << (word >> (i + 4) & 7) << i;
+    return levels;
+}
+
+// The list of a code without the points that one before them beats: those can never be chosen.
+Cell clear_cell(const Shape &s, const std::vector<int> &points, const std::vector<int> &list, int code, Tables &made,
+                const std::vector<uint32_t> &words) {
+    Cell cell = {static_cast<uint32_t>(made.words.size()) & 0x3fffff, 0, 0};
+    for (size_t n = 0; n < list.size(); n++) {
+        bool beaten = false;
+        for (size_t m = 0; m < n && !beaten; m++) {
+            beaten = beats(s, code, points[static_cast<size_t>(list[m])], points[static_cast<size_t>(list[n])]);
+        }
+        if (beaten) continue;
+        made.words.push_back(words[static_cast<size_t>(list[n])]);
+        cell.levels |= levels_bit(made.words.back());
+        cell.count = (cell.count + 1) & 0x3ff;
+    }
+    return cell;
+}
+
 Tables *build(const Shape &s) {
     auto *const made = new Tables;
     std::vector<int> points;
@@ -80,11 +115,13 @@ Tables *build(const Shape &s) {
     }
     made->words = words;   // the points themselves, by their numbers; there are a multiple of 16 in every grid
     made->cells.resize(static_cast<size_t>(s.codes));
+    made->clear.resize(made->cells.size());
     size_t on_grid = 0;
     for (int code = 0; code < s.codes; code++) {
         Cell &cell = made->cells[static_cast<size_t>(code)];
         if (on_grid < n && points[on_grid] == code) {
             cell.first = static_cast<uint32_t>(on_grid++) & 0x3fffff;
+            made->clear[static_cast<size_t>(code)] = cell;
             continue;
         }
         cell.first = static_cast<uint32_t>(made->words.size()) & 0x3fffff;
@@ -108,9 +145,13 @@ Tables *build(const Shape &s) {
             if (distance[j] < farthest) made->words[cell.first + at[distance[j]]++] = words[j];
         }
         cell.count = static_cast<uint32_t>(total) & 0x3ff;
-        for (int j = 0; s.dimensions == 4 && j < total; j++) {
-            const uint32_t word = made->words[cell.first + static_cast<uint32_t>(j)];
-            for (int i = 0; i < 32; i += 8) cell.levels |= 1u << (word >> (i + 4) & 7) << i;
+        if (s.dimensions == 4) {
+            std::vector<int> list;
+            for (uint32_t j = cell.first; j < made->words.size(); j++) {
+                cell.levels |= levels_bit(made->words[j]);
+                list.push_back(static_cast<int>(std::find(words.begin(), words.end(), made->words[j]) - words.begin()));
+            }
+            made->clear[static_cast<size_t>(code)] = clear_cell(s, points, list, code, *made, words);
         }
         if (s.dimensions == 8) made->words.resize((made->words.size() + 15) / 16 * 16, NOWHERE);
     }
@@ -118,7 +159,7 @@ Tables *build(const Shape &s) {
     // Whole vectors are loaded from the lists; in eight dimensions from aligned places.
     auto *const aligned = new (std::align_val_t(64)) uint32_t[made->words.size()];
     std::copy(made->words.begin(), made->words.end(), aligned);
-    made->grid = {made->cells.data(), aligned};
+    made->grid = {made->cells.data(), made->clear.data(), aligned};
     return made;
 }
 

@@ -102,6 +102,30 @@ def test_ggml_writes_those_bytes(library: ggml.Library, name: str) -> None:
         assert digest(library.kernel(TYPES[name])(rows(), w)) == BYTES[name, how]
 
 
+@pytest.mark.parametrize("instructions", NATIVE.sets)
+@pytest.mark.parametrize(("name", "tries"), [("IQ3_XXS", 31), ("IQ3_S", 19)])
+def test_weights_on_the_edge_between_two_levels_are_ggmls(
+    library: ggml.Library, native: Native, instructions: str, name: str, tries: int
+) -> None:
+    """Neighbours that cannot be the nearest are left out, but on the edge rounding may make them that."""
+    kernel, t = native.kernel(library, instructions, TYPES[name]), TYPES[name]
+    for seed in (1, 3):
+        x = on_the_edge(tries, seed)
+        assert (kernel(x, None)[0] == library.kernel(t)(x, None)).all()
+
+
+def on_the_edge(tries: int, seed: int) -> NDArray[np.float32]:
+    """Every weight at most some units of the last place from where its level changes, by one of the scales tried."""
+    random = np.random.default_rng(seed)
+    tried = 15 + 0.2 * (random.integers(0, tries, (400, 24, 1)) - tries // 2)
+    edges = (2 * random.integers(0, 8, (400, 24, 32)) + 2) / tried
+    x = np.minimum(edges * (1 + random.integers(-4, 5, edges.shape) * 2.0**-24), 1)
+    x[..., 0] = 1
+    x *= random.lognormal(0, 1, (400, 24, 1)) * random.choice([-1, 1], x.shape)
+    made: NDArray[np.float32] = x.reshape(400, 768).astype(np.float32)
+    return made
+
+
 @EVERY_KERNEL
 def test_nothing_goes_to_ggml_for_tiny_or_huge_numbers(
     library: ggml.Library, native: Native, instructions: str, name: str
