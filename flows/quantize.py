@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from prefect import flow, task
+from prefect import flow, get_run_logger, task
 from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
@@ -68,6 +68,8 @@ def quantize(
     """
     with shown_token(token_secret):
         target = builds.target(model, repo, private=private, pull_request=pull_request) if publish else None
+        if publish and target is None:
+            get_run_logger().warning("Nothing will be published: no repo is named, here or in the recipe.")
         job = builds.prepare(
             model, variants or (), out=out, work=work, revision=revision, llama_cpp=llama_cpp,
             target=target, dry_run=dry_run, waive=waive or (),

@@ -10,7 +10,8 @@ sparse: a shard of 50 GB costs nothing.
 By hand: ``python -m tests.hub FOLDER`` keeps its repos in FOLDER, and says how to reach it.
 """
 
+from tests.hub.handler import PAGE, SIGNED
 from tests.hub.repos import Blob, Commit, Fault, Hub, Request, git_digest, sha256
-from tests.hub.server import PAGE, SIGNED, running
+from tests.hub.server import running
 
 __all__ = ["PAGE", "SIGNED", "Blob", "Commit", "Fault", "Hub", "Request", "git_digest", "running", "sha256"]
