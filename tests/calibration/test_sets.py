@@ -1,6 +1,8 @@
 """Sets are TOML; those of the hub are read from a lock, and are what was locked or are refused."""
 
+import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,3 +211,56 @@ def test_what_cannot_be_locked_is_told(hub: Hub, tmp_path: Path, source: str, sa
     with pytest.raises(InputError, match=said):
         locked(a_set(tmp_path, source))
     assert not (tmp_path / "mine.lock.json").exists()
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    from datasets.arrow_dataset import Dataset
+
+    buffer = io.BytesIO()
+    Dataset.from_list(rows).to_parquet(buffer)
+    return buffer.getvalue()
+
+
+def oasst(name: str, parent: str | None, role: str, lang: str, *, deleted: bool = False) -> dict[str, Any]:
+    rank = None if parent is None else 0.0
+    more = {"user_id": "u", "created_date": "2023", "review_count": 3, "review_result": True, "synthetic": False}
+    told = {"message_id": name, "parent_id": parent, "text": f"{role} {name}", "role": role, "lang": lang}
+    return told | {"rank": rank, "deleted": deleted, "message_tree_id": name, "tree_state": "ready_for_export"} | more
+
+
+def test_the_release_set_is_read_from_files_with_the_columns_of_its_datasets(hub: Hub, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    talk = parquet([{"messages": chat, "full_topic": "Greetings"}])
+    call = '<tool_call>{"name": "weather", "arguments": {}}</tool_call>'
+    said = (("system", "<tools></tools>"), ("human", "Weather?"), ("gpt", call), ("tool", "sun"), ("gpt", "Sun."))
+    tool = [{"from": who, "value": what} for who, what in said]
+    hermes = {"id": "1", "conversations": tool, "tools": '[{"name": "weather", "parameters": {}}]', "category": "x"}
+    trees = [oasst(f"{lang}q", None, "prompter", lang) for lang in ("en", "de", "zh")]
+    trees += [oasst(f"{lang}a", f"{lang}q", "assistant", lang) for lang in ("en", "de", "zh")]
+    trees += [oasst("gone", "enq", "assistant", "en", deleted=True)]
+    code = [{"id": f"{n}", "input": "Write f.", "output": "def f(): ...", "domain": "generic", "unit_tests": "[]",
+             "average_test_score": score} for n, score in enumerate(("1.0", "0.4"))]  # fmt: skip
+    part = "train-00000-of-00001.parquet"
+    hub.add("OpenAssistant/oasst2", {f"data/{part}": parquet(trees), "README.md": b"#"})
+    subsets = ("everyday-conversations", "systemchats-30k", "self-oss-instruct", "numina-cot-100k")
+    hub.add("HuggingFaceTB/smoltalk", {f"data/{name}/{part}": talk for name in subsets})
+    hub.add(
+        "nvidia/OpenCodeInstruct", {f"data/{part}": parquet(code), "data/train-00001-of-00002.parquet": b"not read"}
+    )
+    names = ("func-calling.json", "func-calling-singleturn.json", "glaive-function-calling-5k.json")
+    hub.add("NousResearch/hermes-function-calling-v1", {n: json.dumps([hermes]).encode() for n in names})
+    shutil.copy(SETS / "glm.toml", tmp_path)
+    shutil.copytree(SETS / "embedded", tmp_path / "embedded")
+    told, folder = sets.find(str(tmp_path / "glm.toml"))
+    locked = fetch.lock(told, folder)
+    found: dict[str, list[Any]] = {s.name: [] for s in told.source}
+    for document in fetch.documents(told, folder, fetch.read_lock(told, folder)):
+        found[document.source].append(document)
+    assert {name: len(d) for name, d in found.items() if name != "embedded-coding"} == {
+        "oasst2-en": 1, "smoltalk-everyday": 1, "smoltalk-systems": 1, "opencodeinstruct": 1, "smoltalk-oss-instruct": 1,
+        "hermes-tools": 3, "oasst2-languages": 2, "smoltalk-mathematics": 1,
+    }  # fmt: skip
+    assert {d.language for d in found["oasst2-languages"]} == {"de", "zh"}
+    assert found["oasst2-en"][0].messages[-1]["content"] == "assistant ena"
+    assert found["hermes-tools"][0].tools and found["hermes-tools"][0].messages[1]["tool_calls"]
+    assert [f.path for f in locked["opencodeinstruct"].files] == [f"data/{part}"]
