@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from quant import ggml
 from quant.errors import InputError
 from quant.ggml_types import TYPES
+from quant.kernels import Kernels
 from quant.kernels.library import Native, load
 
 NATIVE = load()
@@ -149,6 +150,14 @@ def test_what_would_end_the_process_in_ggml_is_an_error(
     w[5] = np.nan
     with pytest.raises(InputError, match=f"32 of 96 blocks cannot be made {name}"):
         kernel(rows(), w)
+
+
+def test_such_an_error_names_the_place(library: ggml.Library, native: Native) -> None:
+    kernels = Kernels(library, native)
+    x = rows()
+    x[3, 100] = np.inf
+    with kernels.at("blk.0.ffn_up.weight"), pytest.raises(InputError, match=r"^blk.0.ffn_up.weight: 1 of 96 blocks"):
+        kernels.kernel(TYPES["IQ3_XXS"])(x, columns())
 
 
 @EVERY_KERNEL
