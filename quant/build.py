@@ -26,7 +26,7 @@ from quant.plan import Plan, plan
 from quant.publish import Change, Published, Target, change, publish, welcome
 from quant.quantize import quantize
 from quant.recipe import Model, TemplatePatch, Variant, Waiver, load_model, load_template_patch, load_variant
-from quant.scenarios import all_of
+from quant.scenarios import Scenarios, all_of, load_scenarios
 from quant.shard import Sharded, shard
 from quant.smoke import Original, smoke, waived
 from quant.source import Checkpoint
@@ -69,6 +69,8 @@ class Job:
     """Only say what publishing would change."""
     template: TemplatePatch | None = None
     """The patch of the chat template itself, instead of the one that the model's recipe names."""
+    scenarios: Scenarios | None = None
+    """What smoke tests try itself, likewise."""
 
     @property
     def steps(self) -> int:
@@ -165,11 +167,16 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
                 cut = partial(shard, base, p, model.title, model.max_shard_size, tools, store)
                 made.append(do("shard", p.variant.name, cut))
         made.sort(key=lambda v: plans.index(v.plan))
+        tried = job.scenarios or load_scenarios(model.scenarios)
         # What BF16 says need not be asked twice of the same weights.
         known = next((Original(v.paths[0], v.receipts) for v in made if v.plan.is_base), None)
         original = known or Original(base.path, (base.receipt,))
-        heard = [(v, do("smoke", v.name, partial(smoke, v, original, model, tools, store, vision))) for v in made]
-        whole = Ingredients(model, checkpoint, template, base, vision, text, matrix, tuple(heard), str(tools.version))
+        heard = [
+            (v, do("smoke", v.name, partial(smoke, v, original, model, tools, store, vision, tried))) for v in made
+        ]
+        whole = Ingredients(
+            model, checkpoint, template, base, vision, text, matrix, tuple(heard), str(tools.version), tried
+        )
         release = do("package", model.title, partial(package, whole, store))
         delivered = do("deliver", model.title, partial(deliver, release, job.out))
         verdicts = tuple(verdict for _, verdict in heard)

@@ -23,6 +23,7 @@ from quant.ollama import go_template, params_problems
 from quant.plan import Plan
 from quant.provenance import SHAPING, statement
 from quant.recipe import Model
+from quant.scenarios import Scenarios
 from quant.shard import Sharded
 from quant.source import Checkpoint
 from quant.store import Store
@@ -49,6 +50,8 @@ class Ingredients:
     matrix: ImportanceMatrix
     variants: tuple[tuple[Sharded, Verdict], ...]
     llama_cpp: str
+    scenarios: Scenarios
+    """What the smoke tests tried beside the model's own conversation."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ def _manifest(made: Ingredients) -> dict[str, Any]:
         "format": FORMAT,
         "model": made.model.name,
         "recipe": asdict(made.model),
+        "scenarios": asdict(made.scenarios),
         "source": {**made.checkpoint.origin, "files": [asdict(r) for r in made.checkpoint.receipts]},
         "llama.cpp": made.llama_cpp,
         "chat_template": _template(made.template) if made.template else None,

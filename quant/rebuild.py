@@ -17,6 +17,7 @@ from quant.errors import CheckFailed, InputError, refuse
 from quant.package import CHECKSUMS, FORMAT, MANIFEST, PROVENANCE
 from quant.recipe import RECIPES, Model, TemplatePatch, Variant
 from quant.release import read_checksums
+from quant.scenarios import Scenarios
 from quant.store import Store
 from quant.toml import of_json
 from quant.toolchain import Toolchain
@@ -52,9 +53,11 @@ def prepare(
     beside = _beside(model, source)
     refuse(_problems(path, known, model, tools, beside, out.resolve() / model.title))
     store = Store(work.resolve() if work else out.resolve() / builds.WORK)
+    tried = of_json(known["scenarios"], Scenarios, f"{path}: scenarios") if "scenarios" in known else None
     job = Job(
-        model, beside, tuple(variants), out.resolve(), Store(store.root / model.name), tools, None, template=template
-    )
+        model, beside, tuple(variants), out.resolve(), Store(store.root / model.name), tools, None, template=template,
+        scenarios=tried,
+    )  # fmt: skip
     return job, known
 
 

@@ -112,12 +112,13 @@ def load_scenarios(name: str) -> Scenarios:
     return found
 
 
-def all_of(model: Model, only: Sequence[str] = (), *, sees: bool = False) -> Scenarios:
+def all_of(model: Model, only: Sequence[str] = (), *, sees: bool = False, found: Scenarios | None = None) -> Scenarios:
     """Everything that is tried with a model: its own conversation, thinking on and off, then its set's scenarios.
 
-    ``only`` names those that are wanted. Raises InputError for a name that is none.
+    ``only`` names those that are wanted, ``found`` is the set, if it is not to be looked for by its name. Raises InputError
+    for a name that is none.
     """
-    found = load_scenarios(model.scenarios)
+    found = found or load_scenarios(model.scenarios)
     steps = tuple(Step(turn.say, turn.expect) for turn in model.smoke)
     own = tuple(
         Scenario(f"conversation, thinking {mode}", steps, "The bug that this project began with came at the second turn.",

@@ -98,14 +98,16 @@ class Served:
 
 
 def smoke(
-    sharded: Sharded, original: Original, model: Model, tools: Toolchain, store: Store, vision: Base | None = None
-) -> Verdict:
+    sharded: Sharded, original: Original, model: Model, tools: Toolchain, store: Store, vision: Base | None = None,
+    scenarios: Scenarios | None = None,
+) -> Verdict:  # fmt: skip
     """The verdict on one variant of a release; raises SmokeFailed when it may not be published."""
+    tried = all_of(model, sees=vision is not None, found=scenarios)
     waivers = {w.scenario: w.why for w in model.waivers}
-    heard, folder = _kept(Original(sharded.paths[0], sharded.receipts), model, tools, store, vision, waivers)
+    heard, folder = _kept(Original(sharded.paths[0], sharded.receipts), model, tools, store, vision, waivers, tried)
     reference = None
     if original.receipts != sharded.receipts:
-        reference, _ = _kept(original, model, tools, store, vision, waivers)
+        reference, _ = _kept(original, model, tools, store, vision, waivers, tried)
     verdict = judge(heard, sharded.plan.variant.answers, reference, waivers)
     if not verdict.passed:
         files.write_text(folder / report.FAILED, report.transcript(verdict))
@@ -114,15 +116,16 @@ def smoke(
 
 
 def _kept(
-    file: Original, model: Model, tools: Toolchain, store: Store, vision: Base | None, waivers: Mapping[str, str]
-) -> tuple[Heard, Path]:
+    file: Original, model: Model, tools: Toolchain, store: Store, vision: Base | None, waivers: Mapping[str, str],
+    tried: Scenarios,
+) -> tuple[Heard, Path]:  # fmt: skip
     """What a file says, asked now or found, and the folder with its transcript.
 
     Raises SmokeFailed when the protocol does not hold: that is not kept, because it may have been the machine.
     """
     served = Served(
         file.first,
-        all_of(model, sees=vision is not None),
+        tried,
         model.max_answer,
         model.ollama.stop,
         vision.path if vision else None,

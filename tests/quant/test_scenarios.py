@@ -1,6 +1,7 @@
 """Scenarios as data: what the project ships, what a person may write, and what a value must be to fit a schema."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 
 from quant.errors import InputError
 from quant.recipe import Waiver, known, load_model
-from quant.scenarios import all_of, load_scenarios, misfits
+from quant.scenarios import Scenarios, all_of, load_scenarios, misfits
 from quant.smoke import waived
+from quant.toml import of_json
 
 TINY, _ = load_model("tiny-glm")
 WHOLE = """
@@ -49,6 +51,13 @@ def test_every_model_holds_its_own_conversation_first_thinking_on_and_off(model:
     assert [t.say for t in on.turns] == [t.say for t in off.turns] == [t.say for t in recipe.smoke]
     assert len(on.turns) >= 4 and on.turns[-1].expect
     assert rest and not any(s.picture for s in rest)
+
+
+@pytest.mark.parametrize("name", known("scenarios"))
+def test_a_set_is_the_same_after_json_as_a_manifest_holds_it(name: str) -> None:
+    found = load_scenarios(name)
+    assert of_json(json.loads(json.dumps(asdict(found))), Scenarios, "x") == found
+    assert all_of(replace(TINY, scenarios="nowhere"), found=found).tools == found.tools
 
 
 def test_a_picture_is_shown_to_who_sees() -> None:
