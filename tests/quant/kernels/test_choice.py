@@ -132,6 +132,18 @@ def test_odd_blocks_are_ggmls_and_counted_by_type(library: ggml.Library, native:
     assert kernels.report()["served"]["Q4_K"] == {"by": native.sets[0], "why": ""}
 
 
+def test_a_fault_of_ggmls_is_reported_with_the_tensor_that_met_it(library: ggml.Library, native: Native) -> None:
+    kernels = Kernels(library, native)
+    x = X.copy()
+    x[2, 256 + 32 : 256 + 64] = 0
+    kernel = kernels.kernel(TYPES["IQ3_S"])
+    with kernels.at("blk.0.ffn_down.weight"):
+        assert kernel(x, W).tobytes() == library.kernel(TYPES["IQ3_S"])(x, W).tobytes()
+    with kernels.at("blk.1.ffn_down.weight"):
+        kernel(X, W)
+    assert kernels.report()["faulty"] == {"IQ3_S": {"blk.0.ffn_down.weight": 1}}
+
+
 def test_threads_share_kernels(library: ggml.Library, native: Native) -> None:
     kernels = Kernels(library, native)
     expected = {name: library.kernel(TYPES[name])(X, W).tobytes() for name in ("Q2_K", "Q6_K", "IQ4_XS", "Q5_1")}
