@@ -103,11 +103,15 @@ INLINE bool nearest_points(const uint32_t *words, uint32_t count, const Eight &e
     unsigned lost = 0;
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
-        alignas(64) int32_t at[W];
-        store(at, where[n]);
         const F least = least_of_eights(nearest[n]);
         const unsigned all_there = bits(nearest[n] == least);
         lost |= bits(least == vec(FLT_MAX)) << n * W;
+        if (count <= NEAR) {   // the lane is the place
+            for (int s = 0; s < SCALES; s++) found[n * SCALES + s] = words[__builtin_ctz(all_there >> s * NEAR)];
+            continue;
+        }
+        alignas(64) int32_t at[W];
+        store(at, where[n]);
 #pragma GCC unroll 4
         for (int s = 0; s < SCALES; s++) {
             const unsigned there = all_there >> s * NEAR & ((1u << NEAR) - 1);
