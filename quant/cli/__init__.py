@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from quant.cli import (
+    allocation,
     calibration,
     imatrix,
     look,
@@ -25,7 +26,8 @@ from quant.errors import QuantError
 from quant.hub import without_token
 
 __all__ = [
-    "calibration", "imatrix", "look", "main", "ollama", "planning", "publishing", "release", "stages", "talking", "template",
+    "allocation", "calibration", "imatrix", "look", "main", "ollama", "planning", "publishing", "release", "stages", "talking",
+    "template",
 ]  # fmt: skip
 """Importing the modules of commands is what makes the commands known."""
 

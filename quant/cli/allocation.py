@@ -1,0 +1,353 @@
+"""The commands that measure files against their base, and share out the bits of a size."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quant.card import human_bytes
+from quant.cli import progress, tables
+from quant.cli.options import FILE, FOLDER, json_option, quant, tools_option
+from quant.errors import InputError
+
+if TYPE_CHECKING:
+    from quant.evaluate import Evaluation
+    from quant.ladder import Allocation, Material, Target
+    from quant.store import Store
+
+text_option = click.option(
+    "--text", "texts", type=FILE, multiple=True, help="A text instead of a set; its name is its domain."
+)
+chunks_option = click.option("--chunks", type=click.IntRange(1), help="Of each text at most.  [all]")
+threads_option = click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+reading_work = click.option(
+    "--work", type=FOLDER, envvar="QUANT_WORK", help="Where readings are kept.  [a passing folder]"
+)
+
+
+@quant.command()
+@click.argument("base", type=FILE)
+@click.argument("paths", type=FILE, nargs=-1, required=True)
+@click.option(
+    "--calibration", default="embedded", show_default=True, metavar="SET", help="The set whose held-out part is read."
+)
+@click.option("--context", type=click.IntRange(32), default=512, show_default=True, help="Tokens in a chunk.")
+@text_option
+@chunks_option
+@threads_option
+@reading_work
+@json_option
+def evaluate(
+    base: Path, paths: tuple[Path, ...], calibration: str, context: int, texts: tuple[Path, ...], chunks: int | None,
+    threads: int, work: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """How far quantised PATHS are from BASE, their BF16 file: perplexity, KLD and top-1, with 95 % intervals.
+
+    Two files are also compared with each other, chunk by chunk.
+    """
+    from quant.evaluate import Settings, difference
+    from quant.evaluate import evaluate as measure
+    from quant.store import Store
+
+    with tempfile.TemporaryDirectory(prefix="quant-evaluate-") as passing:
+        store = Store((work or Path(passing)).resolve())
+        by_domain = _named(texts) or _held_out(calibration, base, Path(passing) / "texts")
+        found = measure(base, paths, by_domain, store, Settings(context, chunks, threads))
+    gap = difference(found[0].whole, found[1].whole) if len(found) == 2 else None
+    if as_json:
+        told: dict[str, Any] = {"base": base.name, "files": [e.json() for e in found]}
+        if gap:
+            told["difference"] = {"kld_mean": gap.value, "low": gap.low, "high": gap.high}
+        return click.echo(json.dumps(told, ensure_ascii=False))
+    _show(found)
+    if gap:
+        sure = "clearly" if gap.low > 0 or gap.high < 0 else "not surely"
+        first, second = (e.file.name for e in found)
+        click.echo(f"{second} less {first}: {gap.value:+.5f} ({gap.low:+.5f} to {gap.high:+.5f}), {sure} apart")
+    return None
+
+
+@quant.command()
+@click.argument("what")
+@click.option("--imatrix", "matrix", type=FILE, help="The importance matrix of BASE.")
+@click.option(
+    "--size", "sizes", multiple=True, metavar="SIZE", help="Of the whole file: 84GB, 80GiB, 4843584B; repeatable."
+)
+@click.option("--bpw", type=click.FloatRange(1, 16), help="Bits per weight, instead of a size.")
+@click.option("--fits", "memory", metavar="TEXT", help="'24GB gpu + 128GB ram, ctx 16384', instead of a size.")
+@click.option("--ladder", "as_ladder", is_flag=True, help="The sizes of all UD-* variants of the MODEL.")
+@click.option("--errors", type=FILE, help="An error database; written there if it is not there.  [in --work]")
+@click.option(
+    "--sensitivity", type=FILE, help="Sensitivities; measured and written there if it is not there.  [in --work]"
+)
+@text_option
+@chunks_option
+@threads_option
+@click.option("--type", "types", multiple=True, metavar="T", help="Choose among these only; repeatable.")
+@click.option("--exclude", multiple=True, metavar="T", help="Not this type; repeatable.")
+@click.option(
+    "--pin", "pins", multiple=True, metavar="REGEX=T", help="Tensors of this whole name have this type; repeatable."
+)
+@click.option("--most-types", type=click.IntRange(1), help="In one class of tensors.")
+@click.option(
+    "--gate-up-alike/--gate-up-apart", default=True, help="Whether gate and up of a layer share a type.  [alike]"
+)
+@click.option("--name", default="ALLOCATED", show_default=True, help="Of the variant.")
+@click.option(
+    "--out", "-o", type=click.Path(path_type=Path), required=True, help="The .toml to write, or a folder for several."
+)
+@click.option("--work", type=FOLDER, envvar="QUANT_WORK", help="Where probes are kept, to go on with.  [OUT.work]")
+@tools_option
+@json_option
+def allocate(
+    what: str, matrix: Path | None, sizes: tuple[str, ...], bpw: float | None, memory: str | None, as_ladder: bool,
+    errors: Path | None, sensitivity: Path | None, texts: tuple[Path, ...], chunks: int | None, threads: int,
+    types: tuple[str, ...], exclude: tuple[str, ...], pins: tuple[str, ...], most_types: int | None, gate_up_alike: bool,
+    name: str, out: Path, work: Path | None, llama_cpp: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Share out the bits of a size: the types with which a file of at most that size is nearest to its base.
+
+    WHAT is a BF16 GGUF, whose tensors are probed (a run that was ended continues), or the name of a MODEL, of which nothing
+    is measured: then priors by class serve, and the variant says so.
+    """
+    from quant import ladder
+    from quant.allocate import Constraints
+    from quant.distortion import CANDIDATES
+    from quant.ggml_types import ggml_type
+    from quant.store import Store
+
+    for kind in (*types, *exclude):
+        ggml_type(kind)
+    if sum(map(bool, (sizes, bpw, memory, as_ladder))) != 1:
+        raise click.UsageError("expected one of --size, --bpw, --fits and --ladder")
+    if any("=" not in pin for pin in pins):
+        raise click.UsageError("--pin: expected REGEX=TYPE")
+    store = Store((work or out.with_name(out.name + ".work")).resolve())
+    if Path(what).suffix == ".gguf":
+        material = _measured(
+            Path(what), matrix, types or CANDIDATES, errors, sensitivity, texts, chunks, threads, store, llama_cpp
+        )
+    else:
+        material = _known(what, types or CANDIDATES)
+    pinned = dict(pin.rsplit("=", 1) for pin in pins)
+    constraints = Constraints(gate_up_alike, most_types, pinned=pinned, excluded=frozenset(exclude))
+    targets = _targets(what, material, sizes, bpw, memory, name, as_ladder)
+    if len(targets) == 1:
+        ((title, target),) = targets.items()
+        made: tuple[Allocation, ...] = (
+            ladder.make(material, target, title, f"Allocated for {target.bytes:,} bytes.", constraints),
+        )
+    else:
+        made = ladder.ladder(material, targets, constraints)
+    for a in made:
+        _write(a, material, out if len(targets) == 1 else out / f"{a.variant.name}.toml")
+    if as_json:
+        click.echo(json.dumps({"model": what, "variants": [_told(a) for a in made]}, ensure_ascii=False))
+    else:
+        _show_allocations(made)
+
+
+def _named(texts: tuple[Path, ...]) -> dict[str, Path]:
+    if len({t.stem for t in texts}) < len(texts):
+        raise InputError("--text: expected texts with different names, for they name the domains")
+    return {t.stem: t for t in texts}
+
+
+def _held_out(name: str, base: Path, folder: Path) -> dict[str, Path]:
+    from quant import files
+    from quant.header import read_header
+    from quant.heldout import texts
+    from quant.template import patch
+
+    found = read_header(base).metadata.get("tokenizer.chat_template")
+    template = patch(found, None, str(base)) if found else None
+    paths = {}
+    for domain, text in texts(name, template, held_out=True).items():
+        paths[domain] = folder / f"{domain}.txt"
+        files.write_text(paths[domain], text)
+    return paths
+
+
+def _known(model: str, types: tuple[str, ...]) -> "Material":
+    from quant import priors
+    from quant.inventory import numbers
+    from quant.ladder import Material
+    from quant.plan import coverable
+    from quant.recipe import load_model
+
+    recipe, path = load_model(model)
+    told = numbers(recipe.architecture, f"{path}: architecture")
+    tensors = told.tensors()
+    progress.say(f"{model}: nothing is measured; priors by class. {priors.CREDIT}")
+    return Material(
+        tensors, frozenset(coverable(tensors)), priors.typical(tensors, types), priors.sensitivities(tensors),
+        recipe.header_bytes, kv_bytes=told.kv_bytes_per_token(),
+    )  # fmt: skip
+
+
+def _measured(
+    base: Path, matrix: Path | None, types: tuple[str, ...], errors: Path | None, sensitivity: Path | None,
+    texts: tuple[Path, ...], chunks: int | None, threads: int, store: "Store", llama_cpp: Path | None,
+) -> "Material":  # fmt: skip
+    from quant import distortion, files, toolchain
+    from quant import imatrix as matrices
+    from quant import sensitivity as sensitivities
+    from quant.evaluate import Settings
+    from quant.header import read_header
+    from quant.ladder import Material
+
+    header, digest = read_header(base), files.digest(base)
+    tools = toolchain.find(llama_cpp)
+    errors = errors or store.root / "errors.json"
+    if not errors.exists():
+        progress.say(f"{errors}: measuring what {len(types)} types do to each tensor")
+        distortion.write(errors, distortion.measure(base, matrix, tools, types=types))
+    found = distortion.read(errors, digest).only(types)
+    sensitivity = sensitivity or store.root / "sensitivity.json"
+    if not sensitivity.exists():
+        with tempfile.TemporaryDirectory(prefix="quant-allocate-") as passing:
+            text = texts[0] if texts else _calibration_side(base, Path(passing))
+            setting = sensitivities.Setting(
+                base.resolve(),
+                matrix and matrix.resolve(),
+                text.resolve(),
+                tools,
+                store,
+                Settings(512, chunks, threads),
+            )
+            _probe(sensitivity, found, setting)
+    covered = frozenset(matrices.read(matrix).unvisited) if matrix else frozenset()
+    return Material(
+        header.tensors, covered, found, sensitivities.read_file(sensitivity, digest), header.data_start, header,
+        read_header(matrix) if matrix else None, _kv_bytes(header.metadata),
+    )  # fmt: skip
+
+
+def _probe(out: Path, errors: Any, setting: Any) -> None:
+    from quant import sensitivity
+    from quant.header import read_header
+
+    wanted = sensitivity.probes(read_header(setting.base).tensors, errors)
+    progress.say(sensitivity.forecast(wanted, setting))
+    with setting.store.alone():
+        measured = sensitivity.measure(wanted, setting, lambda done, of: progress.say(f"probes: {done} of {of}"))
+    sensitivity.write_file(out, sensitivity.fit(measured, errors, f"{len(measured)} probes on {setting.text.name}"))
+
+
+def _calibration_side(base: Path, folder: Path) -> Path:
+    from quant import files
+    from quant.header import read_header
+    from quant.heldout import texts
+    from quant.template import patch
+
+    found = read_header(base).metadata.get("tokenizer.chat_template")
+    template = patch(found, None, str(base)) if found else None
+    path = folder / "embedded.txt"
+    files.write_text(path, "\n".join(texts("embedded", template, held_out=False).values()))
+    return path
+
+
+def _kv_bytes(metadata: Mapping[str, Any]) -> int:
+    """Keys and values of a token in F16, as the file's own numbers tell it."""
+    architecture = metadata.get("general.architecture")
+    told = {
+        key: metadata.get(f"{architecture}.{key}")
+        for key in ("block_count", "attention.head_count_kv", "attention.key_length")
+    }
+    if not all(isinstance(v, int) for v in told.values()):
+        return 0
+    return (
+        2
+        * 2
+        * int(told["block_count"] or 0)
+        * int(told["attention.head_count_kv"] or 0)
+        * int(told["attention.key_length"] or 0)
+    )
+
+
+def _targets(
+    what: str, material: "Material", sizes: tuple[str, ...], bpw: float | None, memory: str | None, name: str, as_ladder: bool
+) -> dict[str, "Target"]:  # fmt: skip
+    from quant import ladder
+
+    if bpw:
+        return {name: ladder.bits(material, bpw)}
+    if memory:
+        return {name: ladder.fits(memory, material.kv_bytes)}
+    if as_ladder:
+        return _published(what, material)
+    return {f"{name}-{s}" if len(sizes) > 1 else name: ladder.Target(ladder.size(s)) for s in sizes}
+
+
+def _published(what: str, material: "Material") -> dict[str, "Target"]:
+    """The sizes of the model's hand-made UD-* variants."""
+    from quant.ladder import Target
+    from quant.plan import plan
+    from quant.recipe import load_model, load_variant
+
+    model = load_model("tiny-glm" if Path(what).suffix == ".gguf" else what)[0]
+    plans = [plan(load_variant(v), material.tensors, material.covered) for v in model.variants if v.startswith("UD-")]
+    return {p.variant.name: Target(material.file_bytes(p)) for p in plans}
+
+
+def _write(a: "Allocation", material: "Material", path: Path) -> None:
+    from quant import files
+    from quant.folding import text
+
+    s = material.sensitivities
+    comments = [
+        f"Made by `quant allocate` for {a.target.bytes:,} bytes: {a.bytes:,}, predicted mean KLD {a.solution.damage:.4g},",
+        f"at most {100 * a.solution.gap:.3f} % above the best possible. Sensitivities: {s.source}.",
+        *([s.credit] if s.credit else []),
+    ]
+    files.write_text(path, text(a.variant, comments))
+    progress.say(f"{path}: {len(a.variant.rules)} rules")
+
+
+def _told(a: "Allocation") -> dict[str, Any]:
+    return {
+        "name": a.variant.name, "target": a.target.bytes, "bytes": a.bytes, "kld_predicted": a.solution.damage,
+        "gap": a.solution.gap, "rules": len(a.variant.rules),
+    }  # fmt: skip
+
+
+def _show_allocations(made: "tuple[Allocation, ...]") -> None:
+    rows = [
+        (a.variant.name, f"{a.target.bytes:,}", f"{a.bytes:,}", f"{100 * a.bytes / a.target.bytes:.2f} %",
+         f"{a.solution.damage:.5f}", f"{100 * a.solution.gap:.3f} %", str(len(a.variant.rules)))
+        for a in made
+    ]  # fmt: skip
+    tables.show(("variant", ">target", ">bytes", ">of it", ">predicted KLD", ">gap", ">rules"), rows)
+
+
+def _show(found: "tuple[Evaluation, ...]") -> None:
+    columns = (
+        "file",
+        ">size",
+        "domain",
+        ">chunks",
+        ">PPL",
+        ">KLD",
+        ">95 %",
+        ">median",
+        ">99 %",
+        ">99.9 %",
+        ">max",
+        ">top-1",
+    )
+    rows = []
+    for e in found:
+        told = e.json()
+        domains = told["domains"] if len(told["domains"]) > 1 else {}
+        for name, f in {"all": told, **domains}.items():
+            first = name == "all"
+            rows.append(
+                (e.file.name if first else "", human_bytes(e.bytes) if first else "", name, str(f["chunks"]),
+                 f"{f['ppl']:.3f}", f"{f['kld_mean']:.5f}", f"{f['kld_mean_low']:.5f} - {f['kld_mean_high']:.5f}",
+                 f"{f['kld_median']:.5f}", f"{f['kld_p99']:.4f}", f"{f['kld_p999']:.4f}", f"{f['kld_max']:.3f}",
+                 f"{100 * f['top1']:.2f} %")
+            )  # fmt: skip
+    tables.show(columns, rows)

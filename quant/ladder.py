@@ -1,0 +1,188 @@
+"""Variants of given sizes for one model: what is known of it, what a file may weigh, and the allocations between. Pure."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from quant.allocate import Budget, Constraints, Solution, Unit, allocate, units
+from quant.distortion import Distortions
+from quant.errors import InputError, refuse
+from quant.folding import fold
+from quant.footprint import EXPERTS, class_of, forecast_bytes
+from quant.ggml_types import TYPES
+from quant.header import Header, TensorSpec, padded
+from quant.plan import Plan, depths, plan
+from quant.recipe import Variant
+from quant.sensitivity import Sensitivities
+
+SCALES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+SIZE = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(SCALES)})")
+FITS = re.compile(
+    r"(?P<gpu>[^,+]*) gpu(?: \+ (?P<ram>[^,]*) ram)?(?:, ctx (?P<context>\d+))?|(?P<only>[^,+]*) ram(?:, ctx (?P<tokens>\d+))?"
+)
+MTP_JOINT, MTP_REST = "Q5_K", "Q2_K"
+"""An MTP block only guesses ahead, and no text that is read shows its damage: types that need no imatrix, the joint finer."""
+ROUNDS = 8
+SETTLED = 1e-3
+START_NOISE = 0.02
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that is known of a model when its bits are shared out."""
+
+    tensors: tuple[TensorSpec, ...]
+    covered: frozenset[str]
+    """Tensors with imatrix data."""
+    errors: Distortions
+    sensitivities: Sensitivities
+    head_bytes: int
+    """Of a file before its tensors, about; exact where the BF16 file is there."""
+    base: Header | None = None
+    matrix: Header | None = None
+    kv_bytes: int = 0
+    """KV cache for a token of context."""
+
+    def file_bytes(self, planned: Plan) -> int:
+        """Length of the whole file."""
+        return forecast_bytes(planned, self.base, self.matrix) if self.base else self.head_bytes + planned.bytes
+
+    def fixed_bytes(self) -> int:
+        """What is in the file beside the tensors that types are chosen for."""
+        types = {name: min(kinds, key=lambda k: TYPES[k].bits_per_weight) for name, kinds in self.errors.errors.items()}
+        planned = plan(fold("smallest", "", types, self.tensors), self.tensors, self.covered)
+        return self.file_bytes(planned) - sum(padded(t.bytes) for t in planned.tensors if t.tensor.name in types)
+
+
+@dataclass(frozen=True)
+class Target:
+    """How large a file may be."""
+
+    bytes: int
+    """Of the whole file."""
+    rest_bytes: int | None = None
+    """Of what is no routed expert, where that has to fit an accelerator."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A variant that was made for a size."""
+
+    variant: Variant
+    target: Target
+    solution: Solution
+    bytes: int
+    """Of the whole file."""
+
+
+def make(material: Material, target: Target, name: str, summary: str, constraints: Constraints) -> Allocation:
+    """The variant of at most that size with the least predicted divergence.
+
+    Raises InputError for a size that is too small, with the smallest and the largest possible, and for constraints that
+    contradict each other.
+    """
+    refuse(_problems(material, constraints))
+    fixed, limits = material.fixed_bytes(), _with_mtp(material, constraints)
+    solution = _settled(material, target, limits, fixed)
+    variant = fold(name, summary, solution.types, material.tensors)
+    planned = plan(variant, material.tensors, material.covered)
+    found = {t.tensor.name: t.type.name for t in planned.tensors if t.tensor.name in solution.types}
+    assert found == dict(solution.types), "folding lost a type"
+    return Allocation(variant, target, solution, material.file_bytes(planned))
+
+
+def _settled(material: Material, target: Target, limits: Constraints, fixed: int) -> Solution:
+    """Solve, see how much noise that makes, and solve again with what noise costs there, until it stays.
+
+    With a power below one the least divergence is the solution for some price of noise, and above one the tangent's.
+    """
+    found, errors = material.sensitivities, material.errors
+    inside, best = START_NOISE, None
+    for _ in range(ROUNDS):
+        damage = found.damage(errors, inside)
+        choices = units(material.tensors, damage, limits, {n: class_of(n) for n in damage})
+        refuse(_size_problems(choices, fixed, target))
+        solution = allocate(choices, _budgets(target, fixed), limits.most_types)
+        told = found.predicted(solution.types, errors)
+        if best is None or told < best.damage:
+            best = replace(solution, damage=told, bound=told * (1 - solution.gap))
+        now = found.noise(solution.types, errors)[0]
+        if found.power == 1 or abs(now / inside - 1) < SETTLED:
+            break
+        inside = now
+    assert best
+    return best
+
+
+def _budgets(target: Target, fixed: int) -> list[Budget]:
+    budgets = [Budget(f"a file of {target.bytes:,} bytes", target.bytes - fixed)]
+    if target.rest_bytes is not None:
+        rest = rf"(?!{EXPERTS.pattern}).*"
+        budgets.append(Budget("what is no expert, on the accelerator", target.rest_bytes - fixed, rest))
+    return budgets
+
+
+def ladder(material: Material, targets: Mapping[str, Target], constraints: Constraints) -> tuple[Allocation, ...]:
+    """Variants for several sizes, the largest first: no tensor of a smaller file is finer than in a larger one."""
+    made: list[Allocation] = []
+    for name, target in sorted(targets.items(), key=lambda item: -item[1].bytes):
+        within = replace(constraints, ceiling=made[-1].solution.types) if made else constraints
+        made.append(make(material, target, name, f"Allocated for {target.bytes:,} bytes.", within))
+    return tuple(made)
+
+
+def size(text: str) -> int:
+    """``84GB``, ``4843584B`` or ``80.5GiB`` as bytes. Raises InputError for anything else."""
+    found = SIZE.fullmatch(text.strip())
+    if not found:
+        raise InputError(f"size: expected a number with one of {', '.join(SCALES)} behind it, found {text!r}")
+    return int(float(found[1]) * SCALES[found[2]])
+
+
+def fits(text: str, kv_bytes: int) -> Target:
+    """``24GB gpu + 128GB ram, ctx 16384``: the file that runs there, the KV cache and all but the experts on the GPU.
+
+    Buffers of computation come on top: name what is left for the model. Raises InputError for anything else.
+    """
+    found = FITS.fullmatch(text.strip())
+    if not found:
+        raise InputError(f"fits: expected a text like '24GB gpu + 128GB ram, ctx 16384', found {text!r}")
+    if found["only"]:
+        return Target(size(found["only"]) - kv_bytes * int(found["tokens"] or 0))
+    cache = kv_bytes * int(found["context"] or 0)
+    gpu = size(found["gpu"]) - cache
+    return Target(gpu + size(found["ram"]), gpu) if found["ram"] else Target(gpu)
+
+
+def bits(material: Material, per_weight: float) -> Target:
+    """The file with so many bits per weight, over all weights and without its head."""
+    return Target(int(per_weight * sum(t.elements for t in material.tensors) / 8) + material.head_bytes)
+
+
+def _with_mtp(material: Material, constraints: Constraints) -> Constraints:
+    if not any(depth >= 1 for depth in depths(material.tensors).values()):
+        return constraints
+    block = max(int(m[1]) for t in material.tensors if (m := re.match(r"blk\.(\d+)\.", t.name)))
+    pinned = {rf"blk\.{block}\.nextn\..*": MTP_JOINT, rf"blk\.{block}\..*": MTP_REST}
+    return replace(constraints, pinned={**constraints.pinned, **pinned}) if constraints.mtp_pinned else constraints
+
+
+def _problems(material: Material, constraints: Constraints) -> Iterator[str]:
+    names = list(material.errors.errors)
+    for pattern, kind in constraints.pinned.items():
+        if kind not in TYPES:
+            yield f"pin {pattern}={kind}: {kind} is not one of ggml's types"
+        elif kind in constraints.excluded:
+            yield f"pin {pattern}={kind}: {kind} is excluded; leave out one of the two"
+        if not any(re.fullmatch(pattern, n) for n in names):
+            yield f"pin {pattern}={kind}: no tensor of this model has such a name"
+    if missing := sorted(set(names) - material.sensitivities.scales.keys()):
+        yield f"sensitivities: of another model: {len(missing)} tensors are not in them, first {missing[0]}"
+
+
+def _size_problems(choices: Sequence[Unit], fixed: int, target: Target) -> Iterator[str]:
+    least, most = fixed + sum(u.least for u in choices), fixed + sum(u.most for u in choices)
+    if not least <= target.bytes:
+        yield f"size: expected {least:,} to {most:,} bytes for these types, found {target.bytes:,}"
+    elif target.bytes > most * 1.002:
+        yield f"size: expected {least:,} to {most:,} bytes for these types, found {target.bytes:,}: the largest is reached"

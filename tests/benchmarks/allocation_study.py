@@ -1,0 +1,282 @@
+"""What measured sensitivities are worth: files of the sizes of llama-quantize's presets, made by several methods.
+
+``python -m tests.benchmarks.allocation_study OUT`` on tiny-glm; about 20 minutes on two idle cores, and it continues where
+it was ended. It writes OUT/study.json and prints the table of ``recipes/README.md``. Conversations and code that the imatrix
+and the sensitivities are measured on, and those that files are judged by, are different documents.
+"""
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from calibration.documents import Document
+from quant import distortion, evaluate, files, sensitivity, toolchain
+from quant.allocate import Constraints
+from quant.build import patched_template, pinned_model, pull
+from quant.calibrate import as_read
+from quant.convert import convert, words
+from quant.distortion import Distortions
+from quant.engine.job import Settings as Engine
+from quant.folding import fold
+from quant.footprint import class_of
+from quant.header import padded, read_header
+from quant.ladder import Material, Target, make
+from quant.plan import plan
+from quant.quantize import Target as Wanted
+from quant.quantize import write
+from quant.sensitivity import PLAIN, Sensitivities
+from quant.store import Store
+from quant.template import patch
+from tests.models import corpus
+
+PRESETS = ("Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XXS", "IQ1_S")
+SIMPLE_TYPES = (
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0",
+)  # fmt: skip
+METHODS = ("local error", "simple", "class means", "plain sum", "ours", "refitted")
+OURS = "ours"
+SEEDS = {"calibration": 101, "held out": 202}
+
+
+def main(out: Path, threads: int, chunks: int, held_chunks: int) -> None:
+    """The whole study."""
+    out.mkdir(parents=True, exist_ok=True)
+    tools, store = toolchain.find(), Store(out / "store")
+    base = _base(out, store, tools)
+    calibration, held_out = _texts(out, base)
+    matrix = _matrix(out, base, calibration, tools, threads)
+    presets = {p: _preset(out, base, matrix, p, tools) for p in PRESETS}
+    errors = _errors(out, base, matrix, tools)
+    header = read_header(base)
+    setting = sensitivity.Setting(
+        base,
+        matrix,
+        calibration,
+        tools,
+        store,
+        evaluate.Settings(512, chunks, threads, top=512),
+        engine=Engine(threads),
+    )
+    with store.alone():
+        probes = sensitivity.probes(header.tensors, errors)
+        coarse = sensitivity.probes(header.tensors, errors, ("Q2_K",))
+        print(sensitivity.forecast((*probes, *coarse), setting))
+        measured = sensitivity.measure(
+            (*probes, *coarse), setting, lambda done, of: print(f"probes: {done} of {of}", flush=True)
+        )
+        ours = sensitivity.fit(measured[: len(probes)], errors, "probes of every tensor at four types")
+        sizes = {p: path.stat().st_size for p, path in presets.items()}
+        covered = frozenset(n for n, by_type in errors.errors.items() if "IQ1_S" in by_type)
+        known = Material(header.tensors, covered, errors, ours, header.data_start, header, read_header(matrix))
+        chosen = _methods(known, measured[len(probes) :], sizes)
+        made = _written(out, base, matrix, chosen, known, tools, threads)
+        calibrated = evaluate.evaluate(
+            base, [*made.values(), *presets.values()], {"text": calibration}, store, setting.reading
+        )
+        seen = {e.file.stem: float(e.whole.kld.mean(dtype=np.float64)) for e in calibrated}
+        again = _refitted(known, chosen, seen, {p: _types(presets[p]) for p in PRESETS})
+        for p, size in sizes.items():
+            chosen[f"refitted {p}"] = make(
+                replace(known, sensitivities=again), Target(size), "x", "x", _free()
+            ).solution.types
+        made = _written(out, base, matrix, chosen, known, tools, threads)
+        reading = replace(setting.reading, chunks=held_chunks)
+        judged = evaluate.evaluate(base, [*presets.values(), *made.values()], held_out, store, reading)
+    _report(out, known, again, chosen, presets, judged)
+
+
+def _base(out: Path, store: Store, tools: toolchain.Toolchain) -> Path:
+    path = out / "base.gguf"
+    if not path.exists():
+        model, recipe, locked = pinned_model("tiny-glm")
+        checkpoint = pull(model, recipe, locked, store)
+        made = convert(checkpoint, patched_template(model.template, checkpoint), words(model), tools, store)
+        files.share(made.path, path)
+    return path
+
+
+def _texts(out: Path, base: Path) -> tuple[Path, dict[str, Path]]:
+    """The calibration side, and the held-out texts by domain; no conversation is on both sides, and no file of code."""
+    template = patch(read_header(base).metadata["tokenizer.chat_template"], None, "tiny-glm")
+
+    def chats(seed: int) -> list[str]:
+        found = itertools.islice(corpus.conversations(seed), 500)
+        said = (Document(str(n), "en", c.thinking, tuple(c.messages), tuple(c.tools)) for n, c in enumerate(found))
+        return list(dict.fromkeys(as_read(document, template) for document in said))
+
+    def code(seed: int, count: int, *, held_out: bool) -> list[str]:
+        return list(itertools.islice(corpus.code_pieces(seed, held_out=held_out), count))
+
+    seen = chats(SEEDS["calibration"])
+    apart = [chat for chat in chats(SEEDS["held out"]) if chat not in set(seen)]
+    mixed = seen + code(SEEDS["calibration"], 120, held_out=False)
+    Random(5).shuffle(mixed)
+    texts = {"cal": mixed, "chat": apart, "code": code(SEEDS["held out"], 90, held_out=True)}
+    for name, parts in texts.items():
+        files.write_text(out / f"{name}.txt", "\n".join(parts))
+    return out / "cal.txt", {name: out / f"{name}.txt" for name in ("chat", "code")}
+
+
+def _matrix(out: Path, base: Path, text: Path, tools: toolchain.Toolchain, threads: int) -> Path:
+    path = out / "imatrix.gguf"
+    if not path.exists():
+        command: list[str | Path] = [
+            "-m", base, "-f", text.name, "-o", path.name, "--chunks", "100", "--parse-special", "--no-ppl", "-c", "512",
+            "-b", "512", "-ub", "512", "-t", str(threads),
+        ]  # fmt: skip
+        tools.run("llama-imatrix", command, cwd=out, log=out / "log")
+    return path
+
+
+def _preset(out: Path, base: Path, matrix: Path, name: str, tools: toolchain.Toolchain) -> Path:
+    path = out / f"preset {name}.gguf"
+    if not path.exists():
+        tools.run("llama-quantize", ["--imatrix", matrix.name, base, path.name, name, "1"], cwd=out, log=out / "log")
+    return path
+
+
+def _errors(out: Path, base: Path, matrix: Path, tools: toolchain.Toolchain) -> Distortions:
+    path = out / "errors.json"
+    if not path.exists():
+        distortion.write(path, distortion.measure(base, matrix, tools))
+    return distortion.read(path, files.digest(base))
+
+
+def _free() -> Constraints:
+    return Constraints(gate_up_alike=False)
+
+
+def _methods(
+    known: Material, coarse: Sequence[sensitivity.Measured], sizes: Mapping[str, int]
+) -> dict[str, Mapping[str, str]]:
+    """Types by method and size."""
+    errors, ours = known.errors, known.sensitivities
+    local = Sensitivities(ours.base, "local error", errors.squares)
+    by_class: dict[str, list[str]] = {}
+    for name in ours.scales:
+        by_class.setdefault(class_of(name), []).append(name)
+    weights = {t.name: t.elements for t in known.tensors}
+    means = {
+        n: weights[n] * sum(ours.scales[m] for m in names) / sum(weights[m] for m in names)
+        for names in by_class.values()
+        for n in names
+    }
+    plain = {n: ours.predicted({n: k}, errors) / errors.errors[n][k].share for n in ours.scales for k in ("IQ3_S",)}
+    found: dict[str, Mapping[str, str]] = {}
+    for preset, size in sizes.items():
+        for method, how in {
+            "local error": local,
+            "class means": replace(ours, scales=means),
+            "plain sum": replace(ours, scales=plain, power=1.0),
+            OURS: ours,
+        }.items():
+            made = make(replace(known, sensitivities=how), Target(size), "x", "x", _free())
+            found[f"{method} {preset}"] = made.solution.types
+        found[f"simple {preset}"] = _simple(known, coarse, size)
+    return found
+
+
+def _simple(known: Material, coarse: Sequence[sensitivity.Measured], size: int) -> dict[str, str]:
+    """The baseline: each tensor alone at Q2_K, its divergence over its error there, and one price for all bytes."""
+    errors = known.errors.only(SIMPLE_TYPES).errors
+    steep = {n: m.kld / known.errors.errors[n][k].share for m in coarse for n, k in m.probe.types.items()}
+    tensors = {t.name: t for t in known.tensors}
+    room = size - known.fixed_bytes()
+
+    def at(price: float) -> tuple[dict[str, str], int]:
+        types = {}
+        for name, by_type in errors.items():
+            bits = {k: padded(distortion.TYPES[k].bytes(tensors[name].elements)) for k in by_type}
+            types[name] = min(by_type, key=lambda k: steep[name] * by_type[k].share + price * bits[k])
+        return types, sum(padded(distortion.TYPES[k].bytes(tensors[n].elements)) for n, k in types.items())
+
+    low, high = 1e-14, 1.0
+    for _ in range(100):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if at(middle)[1] > room else (low, middle)
+    return at(high)[0]
+
+
+def _refitted(
+    known: Material,
+    chosen: Mapping[str, Mapping[str, str]],
+    seen: Mapping[str, float],
+    presets: Mapping[str, Mapping[str, str]],
+) -> Sensitivities:
+    """Ours, mended by every whole file that was measured on the calibration side."""
+    whole = [(chosen[name], kld) for name, kld in seen.items() if name in chosen]
+    whole += [(presets[p], seen[f"preset {p}"]) for p in PRESETS]
+    return sensitivity.refit(known.sensitivities, whole, known.errors)
+
+
+def _types(path: Path) -> dict[str, str]:
+    return {t.name: t.type.name for t in read_header(path).tensors}
+
+
+def _written(
+    out: Path, base: Path, matrix: Path, chosen: Mapping[str, Mapping[str, str]], known: Material,
+    tools: toolchain.Toolchain, threads: int,
+) -> dict[str, Path]:  # fmt: skip
+    plans = {n: plan(fold("x", "x", types, known.tensors), known.tensors, known.covered) for n, types in chosen.items()}
+    targets = [Wanted(p, out / "made" / f"{name}.gguf") for name, p in plans.items()]
+    write(base, matrix, targets, files.canonical(_digests(base, matrix)), tools, out / "work", Engine(threads))
+    return {name: out / "made" / f"{name}.gguf" for name in plans}
+
+
+def _digests(*paths: Path) -> list[str]:
+    return [files.digest(p) for p in paths]
+
+
+def _report(
+    out: Path, known: Material, again: Sensitivities, chosen: Mapping[str, Mapping[str, str]], presets: Mapping[str, Path],
+    judged: Sequence[evaluate.Evaluation],
+) -> None:  # fmt: skip
+    found = {e.file.stem: e for e in judged}
+    kld = {name: float(e.whole.kld.mean(dtype=np.float64)) for name, e in found.items()}
+    rows = []
+    for p in PRESETS:
+        size, preset = presets[p].stat().st_size, kld[f"preset {p}"]
+        cells = [f"{kld[f'{m} {p}']:.5f} ({kld[f'{m} {p}'] / preset:.2f})" for m in METHODS]
+        rows.append(f"| {p} | {size:,} | {preset:.5f} | {' | '.join(cells)} |")
+    means = [math.exp(np.mean([math.log(kld[f"{m} {p}"] / kld[f"preset {p}"]) for p in PRESETS])) for m in METHODS]
+    rows.append(f"| geometric mean | | 1 | {' | '.join(f'{m:.3f}' for m in means)} |")
+    print(f"| at the bytes of | bytes | preset | {' | '.join(METHODS)} |\n|---|---:|---:|{'---:|' * len(METHODS)}")
+    print("\n".join(rows))
+    types = {**chosen, **{f"preset {p}": _types(path) for p, path in presets.items()}}
+    predicted = {name: known.sensitivities.predicted(types[name], known.errors) for name in kld}
+    refitted = {name: again.predicted(types[name], known.errors) for name in kld}
+    order = list(kld)
+    rank = {
+        label: float(spearmanr([kld[n] for n in order], [how[n] for n in order]).statistic)
+        for label, how in (("ours", predicted), ("refitted", refitted))
+    }
+    used = {n: (out / "made" / f"{n}.gguf").stat().st_size / presets[n.split()[-1]].stat().st_size for n in chosen}
+    told: dict[str, Any] = {
+        "power": known.sensitivities.power, "refitted power": again.power, "plain": sorted(PLAIN), "spearman": rank,
+        "files": {n: {**found[n].json(), "predicted": predicted[n], "refitted": refitted[n], "of target": used.get(n)} for n in order},
+    }  # fmt: skip
+    files.write_text(out / "study.json", json.dumps(told, indent=1) + "\n")
+    paired = {p: evaluate.difference(found[f"simple {p}"].whole, found[f"{OURS} {p}"].whole) for p in PRESETS}
+    for p, gap in paired.items():
+        print(f"ours less simple at {p}: {gap.value:+.5f} ({gap.low:+.5f} to {gap.high:+.5f})")
+    print("Spearman of predicted and measured:", rank)
+    print("of their targets:", {m: round(min(used[f"{m} {p}"] for p in PRESETS), 4) for m in METHODS})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--chunks", type=int, default=32)
+    parser.add_argument("--held-chunks", type=int, default=40)
+    args = parser.parse_args()
+    main(args.out.resolve(), args.threads, args.chunks, args.held_chunks)
