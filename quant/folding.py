@@ -49,8 +49,7 @@ def text(variant: Variant, comments: Iterable[str] = ()) -> str:
     lines = [f"# {line}".rstrip() for line in comments]
     lines += [f'name = "{variant.name}"', f'summary = "{variant.summary}"', f'file_type = "{variant.file_type}"']
     lines += [] if variant.split else ["split = false"]
-    if variant.smoke_quality != "required":
-        lines.append(f'smoke_quality = "{variant.smoke_quality}"')
+    lines += [] if variant.answers == 1.0 else [f"answers = {variant.answers}"]
     for rule in variant.rules:
         lines += ["", "[[rules]]", f"tensors = '{rule.tensors}'", f'type = "{rule.type}"', f'why = "{rule.why}"']
         lines += [f'narrow = "{rule.narrow}"'] if rule.narrow else []

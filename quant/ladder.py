@@ -11,7 +11,7 @@ from quant.folding import fold
 from quant.footprint import EXPERTS, class_of, forecast_bytes
 from quant.ggml_types import TYPES
 from quant.header import Header, TensorSpec, padded
-from quant.plan import Plan, depths, plan
+from quant.plan import Doubt, Plan, depths, plan
 from quant.recipe import Variant
 from quant.sensitivity import Sensitivities
 
@@ -42,6 +42,19 @@ class Material:
     matrix: Header | None = None
     kv_bytes: int = 0
     """KV cache for a token of context."""
+    doubt: Doubt | None = None
+    """Tensors that the imatrix knows too badly, which get no type below a floor."""
+
+    def trusted(self) -> Distortions:
+        """The errors without the types that a tensor in doubt may not have."""
+        if not self.doubt or self.doubt.otherwise == "report":
+            return self.errors
+        specs, concerns = {t.name: t for t in self.tensors}, self.doubt.concerns
+        errors = {
+            name: {kind: e for kind, e in by_type.items() if not concerns(specs[name], TYPES[kind])}
+            for name, by_type in self.errors.errors.items()
+        }
+        return replace(self.errors, errors=errors)
 
     def file_bytes(self, planned: Plan) -> int:
         """Length of the whole file."""
@@ -96,7 +109,7 @@ def _settled(material: Material, target: Target, limits: Constraints, fixed: int
 
     With a power below one the least divergence is the solution for some price of noise, and above one the tangent's.
     """
-    found, errors = material.sensitivities, material.errors
+    found, errors = material.sensitivities, material.trusted()
     inside, best = START_NOISE, None
     for _ in range(ROUNDS):
         damage = found.damage(errors, inside)

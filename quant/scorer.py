@@ -94,8 +94,11 @@ def keep(scorer: Scorer, tokens: NDArray[np.int32], top: int, folder: Path) -> N
     for n, row in enumerate(tokens):
         found = scorer.log_probabilities(row)
         first[n] = found.argmax(1)
-        words[n] = np.argpartition(-found, shape[2] - 1, axis=1)[:, : shape[2]]
-        said[n] = np.take_along_axis(found, words[n], 1)
+        if shape[2] == scorer.words:
+            words[n], said[n] = np.arange(scorer.words), found
+        else:
+            words[n] = np.argpartition(-found, shape[2] - 1, axis=1)[:, : shape[2]]
+            said[n] = np.take_along_axis(found, words[n], 1)
         nll[n] = -found[np.arange(shape[1]), targets(row, scorer.context)]
     words.flush()
     said.flush()
@@ -114,7 +117,8 @@ def compare(scorer: Scorer, base: Path, folder: Path) -> None:
         found = scorer.log_probabilities(row)
         nll[n] = -found[np.arange(len(found)), targets(row, scorer.context)]
         same[n] = found.argmax(1) == first[n]
-        kld[n] = divergence(said[n], np.take_along_axis(found, words[n], 1), whole=words.shape[2] == scorer.words)
+        whole = words.shape[2] == scorer.words
+        kld[n] = divergence(said[n], found if whole else np.take_along_axis(found, words[n], 1), whole=whole)
     for name, values in (("kld", kld), ("nll", nll), ("same_top", same)):
         np.save(folder / f"{name}.npy", values)
 

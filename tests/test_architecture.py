@@ -15,7 +15,9 @@ ROOT = Path(quant.__file__).parent.parent
 FILES = {p.relative_to(ROOT).as_posix(): p for d in ("quant", "flows", "calibration") for p in (ROOT / d).rglob("*.py")}
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
-PROCESSES = {"quant/fetcher.py", "quant/converter.py", "quant/renderer.py", "quant/engine/worker.py"}
+PROCESSES = {
+    "quant/fetcher.py", "quant/converter.py", "quant/renderer.py", "quant/engine/worker.py", "quant/scorer.py",
+}  # fmt: skip
 """Programs of their own (``python -m``): they end themselves, and bring what nobody else may."""
 DOORS = {  # who imports it, or a part of it   who may (a name that ends in / is a folder)
     "ctypes": {"quant/toolchain.py", "quant/ggml.py", "quant/kernels/library.py"},
@@ -26,6 +28,8 @@ DOORS = {  # who imports it, or a part of it   who may (a name that ends in / is
     "click": {"quant/cli/"},
     "rich": {"quant/cli/"},
     "torch": {"quant/converter.py"},
+    "llama_cpp": {"quant/scorer.py"},
+    "scipy": {"quant/allocate.py", "quant/sensitivity.py"},
     "transformers": PROCESSES,
     "datasets": {"calibration/"},
     "httpx": set(),
@@ -49,6 +53,7 @@ NARROW = {  # a door that is open for one name only
     ("quant/store.py", "socket"): {"socket.gethostname"},
 }
 PURE = {
+    "quant/allocate.py", "quant/folding.py", "quant/ladder.py",
     "quant/plan.py", "quant/template.py", "quant/card.py", "quant/ggml_types.py", "quant/errors.py", "quant/footprint.py",
     "quant/card_body.py", "quant/provenance.py", "quant/contract.py", "quant/battery.py", "quant/verdict.py", "quant/report.py",
     "quant/modelfile.py", "quant/anchors.py", "quant/coverage.py", "calibration/packing.py", "calibration/alike.py",
@@ -74,7 +79,7 @@ OPENS = {
     "stat",
 }
 HEAVY = {"torch", "transformers", "prefect", "datasets"}
-LATE = {*HEAVY, "numpy", "openai", "httpx", "huggingface_hub", "gguf", "safetensors"}
+LATE = {*HEAVY, "llama_cpp", "scipy", "numpy", "openai", "httpx", "huggingface_hub", "gguf", "safetensors"}
 """What ``quant --help`` does without."""
 
 

@@ -14,9 +14,14 @@ from quant.cli.options import FILE, FOLDER, json_option, quant, tools_option
 from quant.errors import InputError
 
 if TYPE_CHECKING:
+    from quant.calibrate import CalibrationText
     from quant.evaluate import Evaluation
     from quant.ladder import Allocation, Material, Target
     from quant.store import Store
+    from quant.toolchain import Toolchain
+
+CONTEXT = 512
+"""Tokens in a chunk of a probe."""
 
 text_option = click.option(
     "--text", "texts", type=FILE, multiple=True, help="A text instead of a set; its name is its domain."
@@ -39,22 +44,27 @@ reading_work = click.option(
 @chunks_option
 @threads_option
 @reading_work
+@tools_option
 @json_option
 def evaluate(
     base: Path, paths: tuple[Path, ...], calibration: str, context: int, texts: tuple[Path, ...], chunks: int | None,
-    threads: int, work: Path | None, as_json: bool,
+    threads: int, work: Path | None, llama_cpp: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """How far quantised PATHS are from BASE, their BF16 file: perplexity, KLD and top-1, with 95 % intervals.
 
     Two files are also compared with each other, chunk by chunk.
     """
+    from quant import toolchain
     from quant.evaluate import Settings, difference
     from quant.evaluate import evaluate as measure
     from quant.store import Store
 
     with tempfile.TemporaryDirectory(prefix="quant-evaluate-") as passing:
         store = Store((work or Path(passing)).resolve())
-        by_domain = _named(texts) or _held_out(calibration, base, Path(passing) / "texts")
+        by_domain = _named(texts)
+        if not texts:
+            text = _set(calibration, base, context, toolchain.find(llama_cpp), store)
+            by_domain = _held_out(text, Path(passing) / "texts")
         found = measure(base, paths, by_domain, store, Settings(context, chunks, threads))
     gap = difference(found[0].whole, found[1].whole) if len(found) == 2 else None
     if as_json:
@@ -156,19 +166,31 @@ def _named(texts: tuple[Path, ...]) -> dict[str, Path]:
     return {t.stem: t for t in texts}
 
 
-def _held_out(name: str, base: Path, folder: Path) -> dict[str, Path]:
-    from quant import files
+def _set(name: str, base: Path, context: int, tools: "Toolchain", store: "Store") -> "CalibrationText":
+    """A calibration set in the model's own chat format: what may be measured on, and what is held out."""
+    from quant import calibrate
     from quant.header import read_header
-    from quant.heldout import texts
+    from quant.imatrix import base_of
+    from quant.recipe import Imatrix
     from quant.template import patch
 
     found = read_header(base).metadata.get("tokenizer.chat_template")
     template = patch(found, None, str(base)) if found else None
-    paths = {}
-    for domain, text in texts(name, template, held_out=True).items():
-        paths[domain] = folder / f"{domain}.txt"
-        files.write_text(paths[domain], text)
-    return paths
+    return calibrate.of_set(Imatrix(name, context), template, base_of(base), tools, store)
+
+
+def _held_out(text: "CalibrationText", folder: Path) -> dict[str, Path]:
+    """The documents that no importance matrix saw, a text for each kind."""
+    from quant import files
+    from quant.calibrate import held_out_texts
+
+    assert text.held_out
+    kinds: dict[str, list[str]] = {}
+    for document in held_out_texts(text.held_out):
+        kinds.setdefault(document.kind, []).append(document.text)
+    for kind, parts in kinds.items():
+        files.write_text(folder / f"{kind}.txt", "".join(parts))
+    return {kind: folder / f"{kind}.txt" for kind in kinds}
 
 
 def _known(model: str, types: tuple[str, ...]) -> "Material":
@@ -198,6 +220,7 @@ def _measured(
     from quant.evaluate import Settings
     from quant.header import read_header
     from quant.ladder import Material
+    from quant.recipe import CoverageRule
 
     header, digest = read_header(base), files.digest(base)
     tools = toolchain.find(llama_cpp)
@@ -208,21 +231,21 @@ def _measured(
     found = distortion.read(errors, digest).only(types)
     sensitivity = sensitivity or store.root / "sensitivity.json"
     if not sensitivity.exists():
-        with tempfile.TemporaryDirectory(prefix="quant-allocate-") as passing:
-            text = texts[0] if texts else _calibration_side(base, Path(passing))
-            setting = sensitivities.Setting(
-                base.resolve(),
-                matrix and matrix.resolve(),
-                text.resolve(),
-                tools,
-                store,
-                Settings(512, chunks, threads),
-            )
-            _probe(sensitivity, found, setting)
-    covered = frozenset(matrices.read(matrix).unvisited) if matrix else frozenset()
+        text = texts[0] if texts else _set("embedded", base, CONTEXT, tools, store).path
+        setting = sensitivities.Setting(
+            base.resolve(),
+            matrix and matrix.resolve(),
+            text.resolve(),
+            tools,
+            store,
+            Settings(CONTEXT, chunks, threads),
+        )
+        _probe(sensitivity, found, setting)
+    known = matrices.read(matrix, header.tensors) if matrix else None
     return Material(
-        header.tensors, covered, found, sensitivities.read_file(sensitivity, digest), header.data_start, header,
-        read_header(matrix) if matrix else None, _kv_bytes(header.metadata),
+        header.tensors, known.covered if known else frozenset(), found, sensitivities.read_file(sensitivity, digest),
+        header.data_start, header, read_header(matrix) if matrix else None, _kv_bytes(header.metadata),
+        known.doubt(header.tensors, CoverageRule()) if known else None,
     )  # fmt: skip
 
 
@@ -235,19 +258,6 @@ def _probe(out: Path, errors: Any, setting: Any) -> None:
     with setting.store.alone():
         measured = sensitivity.measure(wanted, setting, lambda done, of: progress.say(f"probes: {done} of {of}"))
     sensitivity.write_file(out, sensitivity.fit(measured, errors, f"{len(measured)} probes on {setting.text.name}"))
-
-
-def _calibration_side(base: Path, folder: Path) -> Path:
-    from quant import files
-    from quant.header import read_header
-    from quant.heldout import texts
-    from quant.template import patch
-
-    found = read_header(base).metadata.get("tokenizer.chat_template")
-    template = patch(found, None, str(base)) if found else None
-    path = folder / "embedded.txt"
-    files.write_text(path, "\n".join(texts("embedded", template, held_out=False).values()))
-    return path
 
 
 def _kv_bytes(metadata: Mapping[str, Any]) -> int:

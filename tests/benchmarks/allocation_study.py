@@ -28,6 +28,7 @@ from quant.distortion import Distortions
 from quant.engine.job import Settings as Engine
 from quant.folding import fold
 from quant.footprint import class_of
+from quant.ggml_types import TYPES
 from quant.header import padded, read_header
 from quant.ladder import Material, Target, make
 from quant.plan import plan
@@ -44,6 +45,8 @@ SIMPLE_TYPES = (
 )  # fmt: skip
 METHODS = ("local error", "simple", "class means", "plain sum", "ours", "refitted")
 OURS = "ours"
+EVERY_WORD = 1 << 20
+"""Of the vocabulary is kept for judging; probes keep the likeliest 512, which is enough to tell them apart."""
 SEEDS = {"calibration": 101, "held out": 202}
 
 
@@ -89,7 +92,7 @@ def main(out: Path, threads: int, chunks: int, held_chunks: int) -> None:
                 replace(known, sensitivities=again), Target(size), "x", "x", _free()
             ).solution.types
         made = _written(out, base, matrix, chosen, known, tools, threads)
-        reading = replace(setting.reading, chunks=held_chunks)
+        reading = replace(setting.reading, chunks=held_chunks, top=EVERY_WORD)
         judged = evaluate.evaluate(base, [*presets.values(), *made.values()], held_out, store, reading)
     _report(out, known, again, chosen, presets, judged)
 
@@ -193,11 +196,11 @@ def _simple(known: Material, coarse: Sequence[sensitivity.Measured], size: int) 
     room = size - known.fixed_bytes()
 
     def at(price: float) -> tuple[dict[str, str], int]:
-        types = {}
+        types: dict[str, str] = {}
         for name, by_type in errors.items():
-            bits = {k: padded(distortion.TYPES[k].bytes(tensors[name].elements)) for k in by_type}
+            bits = {k: padded(TYPES[k].bytes(tensors[name].elements)) for k in by_type}
             types[name] = min(by_type, key=lambda k: steep[name] * by_type[k].share + price * bits[k])
-        return types, sum(padded(distortion.TYPES[k].bytes(tensors[n].elements)) for n, k in types.items())
+        return types, sum(padded(TYPES[k].bytes(tensors[n].elements)) for n, k in types.items())
 
     low, high = 1e-14, 1.0
     for _ in range(100):
@@ -260,10 +263,12 @@ def _report(
         for label, how in (("ours", predicted), ("refitted", refitted))
     }
     used = {n: (out / "made" / f"{n}.gguf").stat().st_size / presets[n.split()[-1]].stat().st_size for n in chosen}
-    told: dict[str, Any] = {
-        "power": known.sensitivities.power, "refitted power": again.power, "plain": sorted(PLAIN), "spearman": rank,
-        "files": {n: {**found[n].json(), "predicted": predicted[n], "refitted": refitted[n], "of target": used.get(n)} for n in order},
-    }  # fmt: skip
+    each = {
+        n: {**found[n].json(), "predicted": predicted[n], "refitted": refitted[n], "of target": used.get(n)}
+        for n in order
+    }
+    powers = {"power": known.sensitivities.power, "refitted power": again.power}
+    told: dict[str, Any] = {**powers, "plain": sorted(PLAIN), "spearman": rank, "files": each}
     files.write_text(out / "study.json", json.dumps(told, indent=1) + "\n")
     paired = {p: evaluate.difference(found[f"simple {p}"].whole, found[f"{OURS} {p}"].whole) for p in PRESETS}
     for p, gap in paired.items():

@@ -1,0 +1,115 @@
+"""Sensitivities: what probes say is found again, noise is not believed, and files say whose they are."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quant import sensitivity
+from quant.errors import InputError
+from quant.inventory import inventory
+from quant.priors import typical
+from quant.recipe import load_model
+from quant.sensitivity import Measured, Sensitivities, fit, probes, refit
+
+TINY = inventory(load_model("tiny-glm")[0].architecture)
+GLM = inventory(load_model("glm-4.6")[0].architecture)
+ERRORS = typical(TINY)
+RNG = np.random.default_rng(3)
+TRUTH = Sensitivities(
+    ERRORS.base, "made up", {name: math.exp(RNG.normal(-4, 1)) for name in ERRORS.errors}, power=0.75
+)  # fmt: skip
+
+
+def measured(noise: float, truth: Sensitivities = TRUTH) -> list[Measured]:
+    rng = np.random.default_rng(5)
+    return [
+        Measured(p, kld * math.exp(rng.normal(0, noise)), kld * noise)
+        for p in probes(TINY, ERRORS)
+        for kld in [truth.predicted(p.types, ERRORS)]
+    ]
+
+
+def test_a_small_model_is_probed_tensor_by_tensor_and_a_large_one_by_class_and_depth() -> None:
+    assert all(len(p.types) == 1 for p in probes(TINY, ERRORS))
+    found = probes(GLM, typical(GLM), ["IQ2_XXS"])
+    assert len(found) < 60
+    assert sum(len(p.types) for p in found) == len(typical(GLM).errors)
+    assert any(p.name == "ffn_down_exps band 2 of 4 at IQ2_XXS" for p in found)
+
+
+def test_a_tensor_without_importance_is_probed_with_a_type_that_needs_none() -> None:
+    assert all(
+        set(p.types.values()) <= {"Q2_K", "IQ3_S", "Q4_K"} for p in probes(TINY, ERRORS) if "output.weight" in p.types
+    )
+
+
+def test_exact_probes_give_the_truth_again() -> None:
+    found = fit(measured(0), ERRORS, "made up")
+    assert found.power == pytest.approx(TRUTH.power, rel=1e-3)
+    for name, scale in found.scales.items():
+        assert scale == pytest.approx(TRUTH.scales[name], rel=0.05), name
+
+
+def test_noise_draws_tensors_toward_their_class() -> None:
+    alike = replace(TRUTH, scales=dict.fromkeys(TRUTH.scales, 0.02))
+    noisy = measured(0.8, alike)
+    believed = fit([replace(m, deviation=1e-9) for m in noisy], ERRORS, "made up")
+    found = fit(noisy, ERRORS, "made up")
+
+    def spread(s: Sensitivities) -> float:
+        by_part = [[s.scales[f"blk.{n}.attn_{part}.weight"] for n in range(4)] for part in "qkv"]
+        return float(np.log(by_part).std(axis=1).mean())
+
+    assert spread(found) < 0.9 * spread(believed)
+
+
+def test_a_tensor_that_no_probe_held_is_like_its_class() -> None:
+    some = [m for m in measured(0) if "blk.2.attn_q.weight" not in m.probe.types]
+    like = [fit(some, ERRORS, "x").scales[f"blk.{n}.attn_q.weight"] for n in range(4)]
+    assert like[2] == pytest.approx(math.exp(np.log([like[0], like[1], like[3]]).mean()))
+    with pytest.raises(InputError, match=r"no probe held token_embd\.weight or one like it"):
+        fit([m for m in some if "token_embd.weight" not in m.probe.types], ERRORS, "x")
+
+
+def test_whole_files_mend_a_class_that_the_probes_misjudged() -> None:
+    wrong = {n: v * (3 if "_exps" in n else 1) for n, v in TRUTH.scales.items()}
+    whole = [
+        {n: k if k in e else "Q2_K" for n, e in ERRORS.errors.items()}
+        for k in ("IQ1_S", "IQ2_S", "IQ3_S", "Q4_K", "Q6_K")
+    ]
+    seen = [(types, TRUTH.predicted(types, ERRORS)) for types in whole]
+    before = replace(TRUTH, scales=wrong)
+    after = refit(before, seen, ERRORS)
+    for types, kld in seen:
+        assert abs(math.log(after.predicted(types, ERRORS) / kld)) < abs(
+            math.log(before.predicted(types, ERRORS) / kld)
+        )
+    assert "refitted on 5 whole files" in after.source
+
+
+def test_damage_is_the_tangent_of_what_is_predicted() -> None:
+    types = dict.fromkeys(ERRORS.errors, "Q4_K")
+    inside, _ = TRUTH.noise(types, ERRORS)
+    finer = types | {"blk.1.attn_q.weight": "Q5_K"}
+    told = TRUTH.damage(ERRORS, inside)["blk.1.attn_q.weight"]
+    assert told["Q4_K"] - told["Q5_K"] == pytest.approx(
+        TRUTH.predicted(types, ERRORS) - TRUTH.predicted(finer, ERRORS), rel=0.05
+    )
+
+
+def test_tensors_that_are_kept_make_no_noise() -> None:
+    assert TRUTH.predicted(dict.fromkeys(ERRORS.errors, "BF16"), ERRORS) == 0
+
+
+def test_they_are_read_as_written_and_only_for_their_model(tmp_path: Path) -> None:
+    found = fit(measured(0.1), ERRORS, "made up")
+    sensitivity.write_file(tmp_path / "s.json", found)
+    assert sensitivity.read_file(tmp_path / "s.json", ERRORS.base) == found
+    with pytest.raises(InputError, match="of another model: its base is prior…, this one is 000000000000…"):
+        sensitivity.read_file(tmp_path / "s.json", "0" * 64)
+    (tmp_path / "s.json").write_text("{}")
+    with pytest.raises(InputError, match="expected sensitivities"):
+        sensitivity.read_file(tmp_path / "s.json")
