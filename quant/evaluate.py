@@ -41,7 +41,8 @@ class Settings:
     """Of each text at most; all when not given."""
     threads: int = 2
     top: int = 4096
-    """Words that the base keeps for each token; all others count as one."""
+    """Words that the base keeps for each token; all others count as one, which can only hide divergence: on a text with a
+    perplexity of 65 a quarter of tiny-glm's words told 90 % of it, half of them more."""
 
 
 @dataclass(frozen=True)

@@ -110,17 +110,17 @@ def test_it_agrees_with_llama_perplexity(tiny: tuple[Path, Path, Path], tmp_path
 
 
 @pytest.mark.tools
-def test_the_base_is_nothing_away_from_itself_and_a_quarter_of_the_words_nearly_suffices(
+def test_the_base_is_nothing_away_from_itself_and_what_half_of_the_words_hide_is_little(
     tiny: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     base, quantised, text = tiny
     store = Store(tmp_path)
-    few = evaluate(base, [base, quantised], {"code": text}, store, Settings(chunks=4, threads=1, top=1024))
+    few = evaluate(base, [base, quantised], {"code": text}, store, Settings(chunks=4, threads=1, top=2048))
     assert float(few[0].whole.kld.max()) == 0
     assert few[0].whole.same_top.all()
     assert few[0].json()["ppl"] == few[0].json()["ppl_base"]
     [whole] = evaluate(base, [quantised], {"code": text}, store, Settings(chunks=4, threads=1))
-    assert few[1].whole.kld.mean() == pytest.approx(whole.whole.kld.mean(), rel=0.1)
+    assert few[1].whole.kld.mean() == pytest.approx(whole.whole.kld.mean(), rel=0.06)
     assert few[1].whole.kld.mean() <= whole.whole.kld.mean()  # what is left out can only hide
     assert np.array_equal(few[1].whole.nll, whole.whole.nll)
 
