@@ -6,7 +6,7 @@ it may be: the gap.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from re import fullmatch
 
@@ -42,10 +42,14 @@ class Unit:
     group: str
     """The class, of which only so many types may be used."""
     options: tuple[Option, ...]
+    all_useful: bool = False
+    """An option that is beaten may still be taken: its type is there for others of the class."""
 
     @cached_property
     def useful(self) -> tuple[Option, ...]:
         """The options that no other beats, the smallest first."""
+        if self.all_useful:
+            return tuple(sorted(self.options, key=lambda o: (o.bytes, o.damage)))
         best: list[Option] = []
         for option in sorted(self.options, key=lambda o: (o.bytes, o.damage)):
             if not best or option.damage < best[-1].damage:
@@ -118,6 +122,8 @@ def allocate(units: Sequence[Unit], budgets: Sequence[Budget], most_types: int |
     Raises InputError when a budget is below the smallest possible, with both, or when no allocation keeps all of them.
     """
     refuse(_budget_problems(units, budgets))
+    if most_types is not None:
+        units = [replace(u, all_useful=True) for u in units]
     if all(sum(u.most for u in units if b.holds(u)) <= b.bytes for b in budgets) and most_types is None:
         chosen = [len(u.useful) - 1 for u in units]
         return _solution(units, chosen, bound=sum(u.useful[-1].damage for u in units))
