@@ -135,6 +135,14 @@ def _budgets(target: Target, fixed: int) -> list[Budget]:
     return budgets
 
 
+def check(material: Material, target: Target, constraints: Constraints) -> None:
+    """Raise what :func:`make` would raise of a size or of constraints, before anything was probed."""
+    refuse(_problems(material, constraints))
+    damage = {n: dict.fromkeys(by_type, 1.0) for n, by_type in material.trusted().errors.items()}
+    choices = units(material.tensors, damage, _with_mtp(material, constraints), {n: class_of(n) for n in damage})
+    refuse(_size_problems(choices, material.fixed_bytes(), target))
+
+
 def ladder(material: Material, targets: Mapping[str, Target], constraints: Constraints) -> tuple[Allocation, ...]:
     """Variants for several sizes, the largest first: no tensor of a smaller file is finer than in a larger one."""
     made: list[Allocation] = []
@@ -173,11 +181,18 @@ def bits(material: Material, per_weight: float) -> Target:
 
 
 def _with_mtp(material: Material, constraints: Constraints) -> Constraints:
-    if not any(depth >= 1 for depth in depths(material.tensors).values()):
+    """The constraints and the types of MTP blocks; where a type is not among those to choose from, the smallest there."""
+    if not constraints.mtp_pinned:
         return constraints
-    block = max(int(m[1]) for t in material.tensors if (m := re.match(r"blk\.(\d+)\.", t.name)))
-    pinned = {rf"blk\.{block}\.nextn\..*": MTP_JOINT, rf"blk\.{block}\..*": MTP_REST}
-    return replace(constraints, pinned={**constraints.pinned, **pinned}) if constraints.mtp_pinned else constraints
+    behind = {name for name, depth in depths(material.tensors).items() if depth >= 1}
+    pinned = {}
+    for name, by_type in material.trusted().errors.items():
+        allowed = [kind for kind in by_type if kind not in constraints.excluded]
+        if name in behind and allowed:
+            wanted = MTP_JOINT if ".nextn." in name else MTP_REST
+            smallest = min(allowed, key=lambda kind: TYPES[kind].bits_per_weight)
+            pinned[re.escape(name)] = wanted if wanted in allowed else smallest
+    return replace(constraints, pinned={**constraints.pinned, **pinned})
 
 
 def _problems(material: Material, constraints: Constraints) -> Iterator[str]:
@@ -194,7 +209,8 @@ def _problems(material: Material, constraints: Constraints) -> Iterator[str]:
 
 
 def _size_problems(choices: Sequence[Unit], fixed: int, target: Target) -> Iterator[str]:
-    least, most = fixed + sum(u.least for u in choices), fixed + sum(u.most for u in choices)
+    least = fixed + sum(min(o.bytes for o in u.options) for u in choices)
+    most = fixed + sum(max(o.bytes for o in u.options) for u in choices)
     if not least <= target.bytes:
         yield f"size: expected {least:,} to {most:,} bytes for these types, found {target.bytes:,}"
     elif target.bytes > most * 1.002:

@@ -2,7 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,15 +137,32 @@ def allocate(
     if any("=" not in pin for pin in pins):
         raise click.UsageError("--pin: expected REGEX=TYPE")
     store = Store((work or out.with_name(out.name + ".work")).resolve())
+    pinned = dict(pin.rsplit("=", 1) for pin in pins)
+    constraints = Constraints(gate_up_alike, most_types, pinned=pinned, excluded=frozenset(exclude))
+
+    def targets_of(material: "Material") -> "dict[str, Target]":
+        found = _targets(what, material, sizes, bpw, memory, name, as_ladder)
+        for target in found.values():
+            ladder.check(material, target, constraints)
+        return found
+
     if Path(what).suffix == ".gguf":
         material = _measured(
-            Path(what), matrix, types or CANDIDATES, errors, sensitivity, texts, chunks, threads, store, llama_cpp
+            Path(what),
+            matrix,
+            types or CANDIDATES,
+            errors,
+            sensitivity,
+            texts,
+            chunks,
+            threads,
+            store,
+            llama_cpp,
+            targets_of,
         )
     else:
         material = _known(what, types or CANDIDATES)
-    pinned = dict(pin.rsplit("=", 1) for pin in pins)
-    constraints = Constraints(gate_up_alike, most_types, pinned=pinned, excluded=frozenset(exclude))
-    targets = _targets(what, material, sizes, bpw, memory, name, as_ladder)
+    targets = targets_of(material)
     if len(targets) == 1:
         ((title, target),) = targets.items()
         made: tuple[Allocation, ...] = (
@@ -213,6 +231,7 @@ def _known(model: str, types: tuple[str, ...]) -> "Material":
 def _measured(
     base: Path, matrix: Path | None, types: tuple[str, ...], errors: Path | None, sensitivity: Path | None,
     texts: tuple[Path, ...], chunks: int | None, threads: int, store: "Store", llama_cpp: Path | None,
+    check: Callable[["Material"], object],
 ) -> "Material":  # fmt: skip
     from quant import distortion, files, toolchain
     from quant import imatrix as matrices
@@ -229,6 +248,14 @@ def _measured(
         progress.say(f"{errors}: measuring what {len(types)} types do to each tensor")
         distortion.write(errors, distortion.measure(base, matrix, tools, types=types))
     found = distortion.read(errors, digest).only(types)
+    known = matrices.read(matrix, header.tensors) if matrix else None
+    unprobed = Material(
+        header.tensors, known.covered if known else frozenset(), found,
+        sensitivities.Sensitivities(digest, "nothing yet", dict.fromkeys(found.errors, 1.0)), header.data_start, header,
+        read_header(matrix) if matrix else None, _kv_bytes(header.metadata),
+        known.doubt(header.tensors, CoverageRule()) if known else None,
+    )  # fmt: skip
+    check(unprobed)
     sensitivity = sensitivity or store.root / "sensitivity.json"
     if not sensitivity.exists():
         text = texts[0] if texts else _set("embedded", base, CONTEXT, tools, store).path
@@ -241,12 +268,7 @@ def _measured(
             Settings(CONTEXT, chunks, threads),
         )
         _probe(sensitivity, found, setting)
-    known = matrices.read(matrix, header.tensors) if matrix else None
-    return Material(
-        header.tensors, known.covered if known else frozenset(), found, sensitivities.read_file(sensitivity, digest),
-        header.data_start, header, read_header(matrix) if matrix else None, _kv_bytes(header.metadata),
-        known.doubt(header.tensors, CoverageRule()) if known else None,
-    )  # fmt: skip
+    return replace(unprobed, sensitivities=sensitivities.read_file(sensitivity, digest))
 
 
 def _probe(out: Path, errors: Any, setting: Any) -> None:

@@ -1,0 +1,88 @@
+"""`quant allocate` and `quant evaluate`: what they print and refuse, and that nothing costly begins before it is refused."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from quant import cli
+from quant.plan import plan
+from quant.recipe import load_variant
+from quant.toolchain import find
+from tests.quant.engine.models import write_base, write_matrix
+from tests.quant.test_ladder import GLM
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command with arguments: its exit code, its standard output, its standard error."""
+
+    def go(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["quant", *map(str, arguments)])
+        code = cli._run()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return go
+
+
+def test_a_model_without_weights_is_allocated_by_priors_that_say_so(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "variant.toml"
+    code, said, err = run("allocate", "glm-4.6", "--size", "135GB", "--name", "MINE", "-o", out, "--json")
+    assert code == 0
+    assert "Thireus, GGUF Tool Suite" in err
+    assert "Thireus, GGUF Tool Suite" in out.read_text()
+    assert "not measured on this model" in out.read_text()
+    [told] = json.loads(said)["variants"]
+    planned = plan(load_variant(str(out)), GLM.tensors)
+    assert told["name"] == planned.variant.name == "MINE"
+    assert told["bytes"] == GLM.file_bytes(planned)
+    assert 0.998 * 135e9 <= told["bytes"] <= 135e9
+    assert told["gap"] <= 1e-3
+
+
+def test_several_sizes_are_a_ladder_of_files(run: Run, tmp_path: Path) -> None:
+    code, said, _ = run("allocate", "tiny-glm", "--size", "4MB", "--size", "6MB", "-o", tmp_path / "out")
+    assert code == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["ALLOCATED-4MB.toml", "ALLOCATED-6MB.toml"]
+    assert "ALLOCATED-4MB" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "expected one of --size, --bpw, --fits and --ladder"),
+        (["--size", "4MB", "--bpw", "4"], "expected one of --size, --bpw, --fits and --ladder"),
+        (["--size", "4MB", "--pin", "x"], "--pin: expected REGEX=TYPE"),
+        (["--size", "4MB", "--exclude", "Q4_Q"], "did you mean"),
+        (["--size", "1MB"], "bytes for these types, found 1,000,000"),
+        (["--fits", "a phone"], "expected a text like '24GB gpu"),
+    ],
+)
+def test_what_is_asked_wrongly_is_refused(run: Run, tmp_path: Path, arguments: list[str], problem: str) -> None:
+    code, _, err = run("allocate", "tiny-glm", *arguments, "-o", tmp_path / "x.toml")
+    assert code == 2
+    assert problem in err
+    assert not (tmp_path / "x.toml").exists()
+
+
+@pytest.mark.tools
+def test_a_size_out_of_reach_is_refused_before_anything_is_probed(run: Run, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf")
+    matrix = write_matrix(tmp_path / "imatrix.gguf", base)
+    assert find().bin.is_dir()
+    options = ["--imatrix", matrix, "--size", "1kB", "-o", tmp_path / "x.toml", "--work", tmp_path / "work"]
+    code, _, err = run("allocate", base, *options, "--type", "Q4_K", "--type", "Q8_0")
+    assert (code, "found 1,000" in err) == (2, True)
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["errors.json"]
+
+
+def test_texts_of_one_name_cannot_both_be_domains(run: Run, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf")
+    texts = ["--text", tmp_path / "a" / "t.txt", "--text", tmp_path / "b" / "t.txt"]
+    code, _, err = run("evaluate", base, base, *texts)
+    assert (code, "texts with different names" in err) == (2, True)
