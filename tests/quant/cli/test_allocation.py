@@ -52,6 +52,16 @@ def test_several_sizes_are_a_ladder_of_files(run: Run, tmp_path: Path) -> None:
     assert "ALLOCATED-4MB" in said
 
 
+def test_a_ladder_has_the_sizes_and_the_manners_of_the_shipped_variants(run: Run, tmp_path: Path) -> None:
+    code, said, _ = run("allocate", "tiny-glm", "--ladder", "-o", tmp_path / "out", "--json")
+    assert code == 0
+    told = {v["name"]: v for v in json.loads(said)["variants"]}
+    assert {p.stem for p in (tmp_path / "out").iterdir()} == told.keys() >= {"UD-TQ1_0", "UD-Q5_K_XL"}
+    for name, v in told.items():
+        assert 0.99 * v["target"] <= v["bytes"] <= v["target"]
+        assert load_variant(str(tmp_path / "out" / f"{name}.toml")).split == load_variant(name).split
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
