@@ -5,7 +5,6 @@ for both. The bound is what the shared work allows: each tensor's distinct types
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -23,6 +22,7 @@ from quant.engine import job as jobs
 from quant.engine.job import Job, Settings
 from quant.ggml_types import TYPES
 from quant.header import read_header
+from quant.kernels import Kernels
 from quant.plan import Plan, plan
 from quant.quantize import Target
 from quant.recipe import load_variant
@@ -36,6 +36,9 @@ LADDER = (
     "UD-Q8_K_XL", "IQ4_NL", "Q4_1",
 )  # fmt: skip
 ALONE = ("UD-IQ2_XXS", "UD-Q4_K_XL", "Q4_1")
+FASTEST = "the fastest"
+SERVING = ("ggml", FASTEST)
+"""ggml's own kernels measure the engine alone; the fastest are what a release is made with."""
 ROWS, ROW = 512, 1024
 TRIES = 3
 CORES = len(os.sched_getaffinity(0))
@@ -55,11 +58,11 @@ class Bench:
         """The types of a variant."""
         return plan(load_variant(name), self.header.tensors, self.covered)
 
-    def ours(self, names: Sequence[str], kernels: str | None = None) -> Measured:
+    def ours(self, names: Sequence[str], kernels: str) -> Measured:
         """One pass of the engine for these variants."""
         out = self._empty("ours")
         self._cached()
-        return measured(self._command(names, out), cwd=out, env={"QUANT_KERNELS": kernels} if kernels else None)
+        return measured(self._command(names, out), cwd=out, env=serving(kernels))
 
     def theirs(self, name: str) -> Measured:
         """llama-quantize for one variant."""
@@ -125,20 +128,25 @@ def _share(out: Path) -> float:
         return 0.0
 
 
-def costs(types: Sequence[str], kernels: str | None) -> dict[str, float]:
-    """Seconds of one core for a weight, by type, with an imatrix: the best of some tries, on rows that are in no cache."""
-    if kernels:
-        os.environ["QUANT_KERNELS"] = kernels
-    from quant.kernels import Kernels
+def serving(kernels: str) -> dict[str, str]:
+    """What is set in the environment so that these kernels serve."""
+    return {"QUANT_KERNELS": kernels} if kernels != FASTEST else {}
 
+
+def costs(types: Sequence[str], kernels: str) -> dict[str, float]:
+    """Seconds of one core for a weight, by type, with an imatrix: the best of some tries."""
     library = ggml.load(ggml.find(find().bin))
-    serving = Kernels(library)
+    ours = Kernels(library)
     rng = np.random.default_rng(3)
     rows = rng.standard_normal((ROWS, ROW), np.float32) * np.float32(0.02)
     weights = rng.gamma(1.0, 5.0, ROW).astype(np.float32)
     found = {}
     for name in types:
-        kernel = serving.kernel(TYPES[name])
+        if kernels == FASTEST:
+            kernel = ours.kernel(TYPES[name])
+        else:
+            library.initialise(TYPES[name])
+            kernel = library.kernel(TYPES[name])
         taken = []
         for _ in range(TRIES):
             began = time.thread_time()
@@ -151,71 +159,65 @@ def costs(types: Sequence[str], kernels: str | None) -> dict[str, float]:
 def main() -> None:
     """Measure what is asked for, and print tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "what", nargs="*", default=["ladder", "alone", "resume", "growth"], help="ladder alone resume growth"
-    )
+    parser.add_argument("what", nargs="*", default=["ladder", "resume", "growth"], help="ladder resume growth")
     parser.add_argument("--folder", type=Path, required=True, help="where files are made; some 30 GB for all of it")
     parser.add_argument("--gigabytes", type=float, default=1.1)
-    parser.add_argument("--kernels", help="what QUANT_KERNELS is set to: ggml measures the engine alone")
     asked = parser.parse_args()
-    print(f"{machine()}; llama.cpp {find().version}; kernels: {asked.kernels or 'the fastest'}\n")
+    print(f"{machine()}; llama.cpp {find().version}\n")
     bench = Bench(asked.folder, asked.gigabytes)
     print(f"source: {bench.base.stat().st_size / 1e9:.2f} GB, {bench.weights / 1e6:.0f} million weights\n")
     for what in asked.what:
-        {"ladder": ladder, "alone": alone, "resume": resume, "growth": growth}[what](bench, asked.kernels)
+        {"ladder": ladder, "resume": resume, "growth": growth}[what](bench)
 
 
-def ladder(bench: Bench, kernels: str | None) -> None:
-    """Twelve variants in one pass against twelve runs of llama-quantize."""
-    cost = costs(bench.types(LADDER), kernels)
-    ours = bench.ours(LADDER, kernels)
+def ladder(bench: Bench) -> None:
+    """Twelve variants in one pass against twelve runs of llama-quantize, and three of them alone."""
     theirs = {name: bench.theirs(name) for name in LADDER}
     alone_s = sum(m.wall_s for m in theirs.values())
-    distinct, every = bench.bound_s(LADDER, cost)
-    print("| ladder of twelve | wall s | CPU s | cores busy | peak memory |\n|---|---:|---:|---:|---:|")
-    _row("one pass", ours)
+    print("| | wall s | CPU s | cores busy | peak memory |\n|---|---:|---:|---:|---:|")
     for name, m in theirs.items():
         _row(f"llama-quantize {name}", m)
-    print(f"\nratio to the sum of twelve runs: {ours.wall_s / alone_s:.3f}")
-    print(f"distinct work / all work: {distinct / every:.3f}")
+    passes = {}
+    for kernels in SERVING:
+        passes[kernels] = bench.ours(LADDER, kernels)
+        _row(f"one pass, kernels: {kernels}", passes[kernels])
+    print("\n| one pass | of twelve runs | distinct / all work | bound s | taken s | of the bound |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for kernels, m in passes.items():
+        cost = costs(bench.types(LADDER), kernels)
+        distinct, every = bench.bound_s(LADDER, cost)
+        bound = distinct / CORES
+        shares = f"{m.wall_s / alone_s:.3f} | {distinct / every:.3f}"
+        print(f"| {kernels} | {shares} | {bound:.1f} | {m.wall_s:.1f} | {m.wall_s / bound:.3f} |")
     print(
-        f"bound: {distinct / CORES:.1f} s; taken: {ours.wall_s:.1f} s, {ours.wall_s / (distinct / CORES):.3f} of it\n"
-    )
-    print(json.dumps({name: round(c * 2**20 * 1000, 2) for name, c in cost.items()}), "ms for 2**20 weights\n")
-
-
-def alone(bench: Bench, kernels: str | None) -> None:
-    """One variant against one run of llama-quantize."""
-    print(
-        "| one variant | ours s | theirs s | ratio | cores busy | peak memory, theirs |\n|---|---:|---:|---:|---:|---:|"
+        "\n| one variant | kernels | ours s | theirs s | ratio | cores busy | peak memory |\n|---|---|---:|---:|---:|---:|---:|"
     )
     for name in ALONE:
-        ours, theirs = bench.ours([name], kernels), bench.theirs(name)
-        ratio, busy = f"{ours.wall_s / theirs.wall_s:.3f}", f"{ours.busy(CORES):.1%}"
-        peak = f"{ours.peak_bytes / 1e6:.0f} MB, {theirs.peak_bytes / 1e6:.0f} MB"
-        print(f"| {name} | {ours.wall_s:.1f} | {theirs.wall_s:.1f} | {ratio} | {busy} | {peak} |")
+        for kernels in SERVING:
+            m = bench.ours([name], kernels)
+            ratio, peak = f"{m.wall_s / theirs[name].wall_s:.3f}", f"{m.peak_bytes / 1e6:.0f} MB"
+            seconds = f"{m.wall_s:.1f} | {theirs[name].wall_s:.1f}"
+            print(f"| {name} | {kernels} | {seconds} | {ratio} | {m.busy(CORES):.1%} | {peak} |")
     print()
 
 
-def resume(bench: Bench, kernels: str | None) -> None:
+def resume(bench: Bench) -> None:
     """What a kill costs: the two parts together against a run in one piece."""
-    if kernels:
-        os.environ["QUANT_KERNELS"] = kernels
     names = LADDER[3:]
     print("| killed at | in one piece s | both parts s | cost |\n|---:|---:|---:|---:|")
     for share in (0.3, random.Random(4).uniform(0.45, 0.55), 0.7):
-        whole = bench.ours(names, kernels)
+        whole = bench.ours(names, FASTEST)
         _, both, cut = bench.resumed(names, share)
         print(f"| {cut:.0%} | {whole.wall_s:.1f} | {both:.1f} | {both / whole.wall_s - 1:+.1%} |")
     print()
 
 
-def growth(bench: Bench, kernels: str | None) -> None:
+def growth(bench: Bench) -> None:
     """Weights a second, and memory, over the size of the source."""
     print("| source GB | variant | million weights/s | peak memory |\n|---:|---|---:|---:|")
     for gigabytes in (1, 2, 4, 8):
         larger = Bench(bench.folder.parent, gigabytes)
-        m = larger.ours(["UD-Q4_K_XL"], kernels)
+        m = larger.ours(["UD-Q4_K_XL"], FASTEST)
         size = larger.base.stat().st_size / 1e9
         print(f"| {size:.2f} | UD-Q4_K_XL | {larger.weights / m.wall_s / 1e6:.1f} | {m.peak_bytes / 1e6:.0f} MB |")
         shutil.rmtree(larger.folder)
