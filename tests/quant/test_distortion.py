@@ -44,6 +44,27 @@ def test_an_error_is_the_weighted_share_that_was_lost(model: tuple[Path, Path], 
     assert found.errors[tensor.name]["Q4_K"].deviation == 0
 
 
+def test_experts_count_as_often_as_they_are_visited(model: tuple[Path, Path], found: Distortions) -> None:
+    source, matrix, library = Source.open(model[0]), Matrix.open(model[1]), ggml.load(ggml.find(find().bin))
+    tensor, kind = source.header.by_name["blk.0.ffn_down_exps.weight"], TYPES["Q2_K"]
+    library.initialise(kind)
+    visits = np.fromfile(
+        model[1], "<f4", 5, offset=matrix.header.data_start + matrix.header.by_name[f"{tensor.name}.counts"].offset
+    )
+    assert len(set(visits)) > 1
+    lost = whole = 0.0
+    for expert, count in enumerate(np.maximum(visits, 1)):
+        first, columns = expert * tensor.shape[1], matrix.columns(tensor, expert)
+        rows = library.to_float(
+            tensor.type, source.raw(tensor, Chunk(0, expert, first, tensor.shape[1])), tensor.shape[0]
+        )
+        back = library.to_float(kind, library.kernel(kind)(rows, columns), tensor.shape[0])
+        assert columns is not None
+        lost += float(((back - rows).astype(np.float64) ** 2 * columns).sum() * count)
+        whole += float((rows.astype(np.float64) ** 2 * columns).sum() * count)
+    assert found.errors[tensor.name]["Q2_K"].share == pytest.approx(lost / whole, rel=1e-4)
+
+
 def test_finer_types_lose_less(found: Distortions) -> None:
     for name, by_type in found.errors.items():
         shares = [by_type[k].share for k in ("Q2_K", "Q4_K", "Q8_0")]

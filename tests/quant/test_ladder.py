@@ -69,8 +69,9 @@ def test_allocated_variants_are_predicted_better_than_those_made_by_hand() -> No
 
 
 def test_on_a_ladder_no_tensor_of_a_smaller_file_is_finer() -> None:
-    made = ladder(TINY, {str(b): Target(b) for b in (4_000_000, 6_000_000, 5_000_000)}, Constraints())
-    assert [a.target.bytes for a in made] == [6_000_000, 5_000_000, 4_000_000]
+    sizes = [*range(4_000_000, 4_100_000, 10_000), 6_000_000]  # near sizes alone would swap tensors
+    made = ladder(TINY, {str(b): Target(b) for b in sizes}, Constraints())
+    assert [a.target.bytes for a in made] == sizes[::-1]
     for larger, smaller in itertools.pairwise(made):
         for name, kind in smaller.solution.types.items():
             assert TYPES[kind].bits_per_weight <= TYPES[larger.solution.types[name]].bits_per_weight
