@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant import ggml
-from quant.errors import InputError, ToolError
+from quant.errors import ToolError
 from quant.ggml import Bytes, Kernel, Rows
 from quant.ggml_types import GGMLType
 from quant.kernels import trial
@@ -112,16 +112,14 @@ class Kernels:
 
     def _counting(self, ggml_type: GGMLType, kernel: Counted) -> Kernel:
         def quantize(rows: Rows, weights: NDArray[np.float32] | None) -> Bytes:
-            place = getattr(self.here, "place", "")
-            try:
-                data, counts = kernel(rows, weights)
-            except InputError as e:
-                raise InputError(*(f"{place}: {problem}" if place else problem for problem in e.problems)) from e
+            data, counts = kernel(rows, weights)
             if counts.odd or counts.faulty:
                 with self.lock:
                     self.odd[ggml_type.name] += counts.odd
                     if counts.faulty:
-                        self.faulty.setdefault(ggml_type.name, Counter())[place] += counts.faulty
+                        self.faulty.setdefault(ggml_type.name, Counter())[getattr(self.here, "place", "")] += (
+                            counts.faulty
+                        )
             return data
 
         return quantize
