@@ -114,7 +114,7 @@ def shown_token(secret: str | None) -> Iterator[None]:
     """Let the hub's client find the token of a secret block where it looks for one, as long as the run lasts."""
     before = os.environ.get(TOKEN)
     if secret:
-        os.environ[TOKEN] = Secret.load(secret).get()  # type: ignore[union-attr]
+        os.environ[TOKEN] = Secret.load(secret).get()  # type: ignore[union-attr]  # load is a coroutine only in async code
     try:
         yield
     finally:

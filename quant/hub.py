@@ -165,5 +165,5 @@ def _hide_in_logs() -> None:
             record.msg, record.args = hidden(record.getMessage()), ()
         return record
 
-    hiding.hides = True  # type: ignore[attr-defined]
+    hiding.hides = True  # type: ignore[attr-defined]  # marks our own function
     logging.setLogRecordFactory(hiding)

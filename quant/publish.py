@@ -369,7 +369,7 @@ def _proposed(api: "HfApi", change: Change) -> tuple[str, str] | None:
         if pull.title == change.title:
             revision = f"refs/pr/{pull.num}"
             if not list(_differences(_listing(api, repo, revision), change)):
-                return str(hub.patiently(lambda at=revision: api.repo_info(repo, revision=at)).sha), pull.url  # type: ignore[misc]
+                return str(hub.patiently(lambda at=revision: api.repo_info(repo, revision=at)).sha), pull.url  # type: ignore[misc]  # a lambda with a default
     return None
 
 
