@@ -110,7 +110,8 @@ INLINE M affine_search(const F *x, const F *w, float rmin, float rdelta, int ste
             iscale[p] = levels / range;
             const F lowest = iscale[p] * (found[p].low - min[p]);
             odd = odd | ~(flat[p] | (roundable(lowest) & roundable(iscale[p] * range)));
-            below = below | ~(flat[p] | (lowest >= vec(-0.5f)));
+            // A minimum that came to lie above all weights turns them round: the least one has the highest level.
+            below = below | ~(flat[p] | ((lowest >= vec(-0.5f)) & (range > vec(0.0f))));
         }
         // Below nmax + 0.5 nothing rounds to more than nmax.
         if (any(below)) affine_sums<n, nmax, P, true, true>(x, w, min, iscale, level, l1, l2, lx);

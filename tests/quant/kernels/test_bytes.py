@@ -17,6 +17,8 @@ from tests.quant.kernels import samples
 
 NATIVE = load()
 SERVED = [(i, t) for i in NATIVE.sets for t in TYPES.values() if NATIVE.has(i, t)]
+LANES = 16
+"""The most superblocks that a kernel takes side by side."""
 SLOW_TABLES = frozenset({"IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS"})
 """Types whose tables take ggml seconds; test_grids.py has tests without ggml for them."""
 EVERY_KERNEL = pytest.mark.parametrize(
@@ -70,6 +72,38 @@ def test_lanes_of_different_nature_do_not_disturb_each_other(
     x = samples.mixed(2, 768)[:rows]
     w = np.abs(np.random.default_rng(3).normal(0, 1, 768)).astype(np.float32)
     assert differ(library, t, kernel, x, w)[0] == 0
+
+
+@EVERY_KERNEL
+def test_lanes_that_are_all_alike_are_ggmls(
+    library: ggml.Library, native: Native, instructions: str, t: GGMLType
+) -> None:
+    """What is left out where no lane of a group needs it must not be needed: here no lane helps another to it."""
+    kernel, wrong = native.kernel(library, instructions, t), Counter[str]()
+    for case in samples.cases(11, (1, 2 * 256)):
+        if case.w is None and t.needs_imatrix:
+            continue
+        for at in range(0, case.x.size, 256):
+            x, w = case.x[:, at : at + 256], None if case.w is None else case.w[at : at + 256]
+            try:
+                data, _ = kernel(np.repeat(x, LANES, 0), w)
+            except InputError:
+                continue
+            expected = library.kernel(t)(np.ascontiguousarray(x), w)
+            wrong[f"{case.weights}, {case.matrix}"] += int((data.reshape(LANES, -1) != expected).any())
+    assert not +wrong
+
+
+def test_a_minimum_above_all_weights_is_ggmls(library: ggml.Library, native: Native) -> None:
+    """Met in one of a thousand superblocks without positive weights, where a few columns count for all."""
+    all_cases = samples.cases(7, (120, 2304))
+    case = next(c for c in all_cases if (c.weights, c.matrix) == ("negative", "spiky"))
+    assert case.w is not None
+    x = case.x.reshape(-1, 256)[204:205]
+    w = case.w.reshape(-1, 256)[204 % 9].copy()
+    for i in native.sets:
+        kernel = native.kernel(library, i, TYPES["Q2_K"])
+        assert differ(library, TYPES["Q2_K"], kernel, np.repeat(x, LANES, 0), w)[0] == 0
 
 
 @EVERY_KERNEL

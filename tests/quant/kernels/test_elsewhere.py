@@ -1,5 +1,6 @@
 """Processors that this one is not: NEON under an emulator, and an x86-64 without vectors wide enough."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from quant import ggml, kernels
 from quant.ggml_types import TYPES, GGMLType
 from tests.quant.kernels import samples
 
+NEON_ROWS = int(os.environ.get("QUANT_TEST_NEON_ROWS", "1"))
+"""Of every nature. With 150, every type has more than 100,000 superblocks, and all of them take an hour."""
 NATIVE = Path(kernels.__file__).parent / "native"
 NAMES = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
@@ -55,14 +58,21 @@ def recorded(library: ggml.Library, t: GGMLType, shape: tuple[int, int]) -> Iter
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_neons_bytes_are_ggmls(library: ggml.Library, replay: list[str], name: str) -> None:
+def test_neons_bytes_are_ggmls(
+    library: ggml.Library, replay: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     t = TYPES[name]
-    done = subprocess.run(
-        [*replay, name.lower(), str(t.id), str(t.block), str(t.block_bytes)],
-        input=b"".join(recorded(library, t, (1, 768))), capture_output=True,
-    )  # fmt: skip
-    assert b" 0 wrong" in done.stdout, (done.stdout, done.stderr)
-    assert done.returncode == 0
+    command = [*replay, name.lower(), str(t.id), str(t.block), str(t.block_bytes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as emulated:
+        assert emulated.stdin and emulated.stdout
+        for part in recorded(library, t, (NEON_ROWS, 2304)):
+            emulated.stdin.write(part)
+        emulated.stdin.close()
+        told = emulated.stdout.read().decode()
+    with capsys.disabled():
+        sys.stdout.write(f"\nneon {name}: {told}")
+    assert " 0 wrong" in told
+    assert emulated.returncode == 0
 
 
 def test_ggml_serves_on_a_processor_without_avx2(library: ggml.Library) -> None:
