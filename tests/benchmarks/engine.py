@@ -213,13 +213,14 @@ def resume(bench: Bench) -> None:
 
 
 def growth(bench: Bench) -> None:
-    """Weights a second, and memory, over the size of the source."""
-    print("| source GB | variant | million weights/s | peak memory |\n|---:|---|---:|---:|")
+    """Weights a second, how busy the cores are, and memory, over the size of the source."""
+    print("| source GB | variant | million weights/s | cores busy | peak memory |\n|---:|---|---:|---:|---:|")
     for gigabytes in (1, 2, 4, 8):
         larger = Bench(bench.folder.parent, gigabytes)
         m = larger.ours(["UD-Q4_K_XL"], FASTEST)
         size = larger.base.stat().st_size / 1e9
-        print(f"| {size:.2f} | UD-Q4_K_XL | {larger.weights / m.wall_s / 1e6:.1f} | {m.peak_bytes / 1e6:.0f} MB |")
+        speed, busy = f"{larger.weights / m.wall_s / 1e6:.1f}", f"{m.busy(CORES):.1%}"
+        print(f"| {size:.2f} | UD-Q4_K_XL | {speed} | {busy} | {m.peak_bytes / 1e6:.0f} MB |")
         shutil.rmtree(larger.folder)
     print()
 
