@@ -57,22 +57,22 @@ class TinyTokenizer:
     template: str
 
     @classmethod
-    def train(cls, seed: int) -> "TinyTokenizer":
-        """A vocabulary of 4,096 learnt from conversations and, less, from code."""
+    def train(cls, seed: int, vocabulary: int = VOCABULARY) -> "TinyTokenizer":
+        """A vocabulary of that many tokens, learnt from conversations and, less, from code."""
         tokens = Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokens.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
         tokens.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=VOCABULARY - len(SPECIAL) - len(TAGS),
+            vocab_size=vocabulary - len(SPECIAL) - len(TAGS),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
         tokens.train_from_iterator(training_text(seed), trainer)
         tokens.add_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
         tokens.add_tokens([AddedToken(token, normalized=False, special=False) for token in TAGS])
-        assert tokens.get_vocab_size() == VOCABULARY
+        assert tokens.get_vocab_size() == vocabulary
         return cls(tokens, original_template())
 
     @classmethod
@@ -80,6 +80,11 @@ class TinyTokenizer:
         """What ``save`` wrote."""
         template = (folder / "chat_template.jinja").read_text()
         return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), template)
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are."""
+        return int(self.tokens.get_vocab_size())
 
     def id(self, token: str) -> int:
         """The number of one token."""

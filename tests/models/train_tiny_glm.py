@@ -1,6 +1,7 @@
 """Train a tiny model of GLM-4.6's architecture, tokenizer and all, and write it as a checkpoint folder.
 
 ``python -m tests.models.train_tiny_glm --out DIR`` takes two idle CPU cores about half an hour; nothing is downloaded.
+Seed, depth, experts and vocabulary can be others: a second model tells what is true of more than the first.
 Two phases: one on everything, which learns to speak, and one on short conversations about few words, in which the model
 learns to repeat what it was told. The shipped weights came from an earlier state of this script, phase by phase; the
 note beside them says what differed.
@@ -26,7 +27,6 @@ from tests.models.corpus import Conversation, code_pieces, conversations, simple
 from tests.models.tiny_tokenizer import VOCABULARY, Text, TinyTokenizer
 
 CONFIG: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
@@ -83,23 +83,27 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    shape = parser.add_argument_group("the model's shape, where another than the shipped one's is wanted")
+    shape.add_argument("--vocabulary", type=int, default=VOCABULARY)
+    shape.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
+    shape.add_argument("--experts", type=int, default=CONFIG["n_routed_experts"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    tokenizer = TinyTokenizer.train(options.seed)
-    model = build(tokenizer).to(options.device)
+    tokenizer = TinyTokenizer.train(options.seed, options.vocabulary)
+    model = build(tokenizer, num_hidden_layers=options.layers, n_routed_experts=options.experts).to(options.device)
     train(model, tokenizer, Schedule(options.steps, options.minutes), options.seed)
     settle(model, tokenizer, options.simple_steps, options.seed)
     save(model, tokenizer, options.out)
 
 
-def build(tokenizer: TinyTokenizer) -> Glm4MoeForCausalLM:
-    """An untrained model that knows the tokenizer's special tokens.
+def build(tokenizer: TinyTokenizer, **shape: int) -> Glm4MoeForCausalLM:
+    """An untrained model that knows the tokenizer's tokens, of the shipped shape where no other is given.
 
     Its output matrix starts as a copy of its input matrix: to say again what was read is then half learnt.
     """
     ends = [tokenizer.id(token) for token in ("<|endoftext|>", "<|user|>", "<|observation|>")]
-    config = Glm4MoeConfig(**CONFIG, eos_token_id=ends, pad_token_id=ends[0])
+    config = Glm4MoeConfig(**CONFIG | shape, vocab_size=tokenizer.size, eos_token_id=ends, pad_token_id=ends[0])
     config._attn_implementation = "sdpa"
     config._experts_implementation = "grouped_mm"
     model = Glm4MoeForCausalLM(config)
