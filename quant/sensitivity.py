@@ -46,8 +46,8 @@ POWERS = 0.4, 2.5
 """Outside of these a power is an accident."""
 MODEL_VARIANCE = 0.02
 TINY = 1e-9
-FILE_DEVIATION, CLASS_DEVIATION = 0.1, 0.3
-"""Of logarithms: how far a whole file may be from what is predicted, and a class from what its probes say."""
+FILE_DEVIATION, CLASS_DEVIATION, TENSOR_DEVIATION = 0.1, 0.3, 0.2
+"""Of logarithms: how far a whole file may be from what is predicted, and a class or a tensor from what its probes say."""
 BYTES_PER_TOKEN = 4
 """Of a text, about, for a forecast."""
 FLOOR = 1e-7
@@ -219,29 +219,39 @@ def fit(measured: Sequence[Measured], errors: Distortions, source: str) -> Sensi
 
 
 def refit(
-    found: Sensitivities, files_measured: Sequence[tuple[Mapping[str, str], float]], errors: Distortions
-) -> Sensitivities:
+    found: Sensitivities, files_measured: Sequence[tuple[Mapping[str, str], float]], errors: Distortions,
+    near: float | None = None,
+) -> Sensitivities:  # fmt: skip
     """Sensitivities mended by whole files that were measured on the same text: their types, and what they did.
 
-    The power, and one factor a class, are moved as little as the files ask for.
+    The power, a factor for each class and one for each tensor are moved as little as the files ask for. Where the answer
+    is wanted for files of some divergence, ``near`` that, files far from it are believed less.
     """
     from scipy.optimize import least_squares
 
-    classes = sorted({class_of(n) for n in found.scales})
-    measured = np.array([math.log(max(kld, FLOOR)) for _, kld in files_measured])
+    names = list(found.scales)
+    classes = sorted({class_of(n) for n in names})
+    of_class = np.array([[class_of(n) == c for c in classes] for n in names], float)
+    plain = np.array([n in PLAIN for n in names])
+    shares = np.array([[_lost(errors, n, types.get(n)) for n in names] for types, _ in files_measured])
+    made = shares * np.array([found.scales[n] for n in names])
+    measured = np.log(np.maximum([kld for _, kld in files_measured], FLOOR))
+    far = np.zeros(len(measured)) if near is None else np.abs(measured - math.log(max(near, FLOOR)))
+    doubt = FILE_DEVIATION * (1 + far)
 
-    def moved(by: Any) -> Sensitivities:
-        factors = dict(zip(classes, np.exp(by[:-1]), strict=True))
-        scales = {n: float(v * factors[class_of(n)]) for n, v in found.scales.items()}
-        return replace(found, scales=scales, power=float(found.power * math.exp(by[-1])))
+    def factors(by: Any) -> Any:
+        return np.exp(of_class @ by[1 : 1 + len(classes)] + by[1 + len(classes) :])
 
     def residuals(by: Any) -> Any:
-        said = moved(by)
-        told = np.array([math.log(max(said.predicted(types, errors), FLOOR)) for types, _ in files_measured])
-        return np.concatenate([(told - measured) / FILE_DEVIATION, by / CLASS_DEVIATION])
+        noise = made * factors(by)
+        told = noise[:, ~plain].sum(1) ** (found.power * math.exp(by[0])) + noise[:, plain].sum(1)
+        return np.concatenate([(np.log(np.maximum(told, FLOOR)) - measured) / doubt, by / allowed])
 
-    best = least_squares(residuals, np.zeros(len(classes) + 1)).x
-    return replace(moved(best), source=f"{found.source}, refitted on {len(files_measured)} whole files")
+    allowed = np.array([CLASS_DEVIATION] * (1 + len(classes)) + [TENSOR_DEVIATION] * len(names))
+    best = least_squares(residuals, np.zeros(len(allowed))).x
+    scales = {n: float(found.scales[n] * f) for n, f in zip(names, factors(best), strict=True)}
+    source = f"{found.source}, refitted on {len(files_measured)} whole files"
+    return replace(found, scales=scales, power=float(found.power * math.exp(best[0])), source=source)
 
 
 def write_file(path: Path, found: Sensitivities) -> None:
@@ -366,6 +376,11 @@ def _drawn(known: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     keep = spread / (spread + noise) if len(logs) > 1 else np.ones(1)
     drawn = logs.mean() + keep * (logs - logs.mean())
     return {name: math.exp(value) for name, value in zip(known, drawn, strict=True)}
+
+
+def _lost(errors: Distortions, name: str, kind: str | None) -> float:
+    known = errors.errors[name]
+    return known[kind].share if kind is not None and kind in known else 0.0
 
 
 def _share(m: Measured, errors: Distortions) -> float:

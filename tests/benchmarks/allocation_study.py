@@ -1,8 +1,9 @@
 """What measured sensitivities are worth: files of the sizes of llama-quantize's presets, made by several methods.
 
-``python -m tests.benchmarks.allocation_study OUT`` on tiny-glm; about 20 minutes on two idle cores, and it continues where
-it was ended. It writes OUT/study.json and prints the table of ``recipes/README.md``. Conversations and code that the imatrix
-and the sensitivities are measured on, and those that files are judged by, are different documents.
+``python -m tests.benchmarks.allocation_study OUT`` on tiny-glm, or on the file of ``--base``; about half an hour on two idle
+cores, and it continues where it was ended. It writes OUT/study.json and prints the table of ``recipes/README.md``.
+Conversations and code that the imatrix and the sensitivities are measured on, and those that files are judged by, are
+different documents.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from calibration.documents import Document
-from quant import distortion, evaluate, files, sensitivity, toolchain
+from quant import distortion, evaluate, files, search, sensitivity, toolchain
 from quant.allocate import Constraints
 from quant.build import patched_template, pinned_model, pull
 from quant.calibrate import as_read
@@ -43,18 +44,20 @@ PRESETS = ("Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XXS", "IQ1_S")
 SIMPLE_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0",
 )  # fmt: skip
-METHODS = ("local error", "simple", "class means", "plain sum", "ours", "refitted")
+METHODS = ("local error", "simple", "class means", "plain sum", "ours", "refitted", "searched")
 OURS = "ours"
+PURE = ("Q8_0", "Q6_K")
+"""Files of one type: what remains of a divergence when bits are hardly short."""
 EVERY_WORD = 1 << 20
 """Of the vocabulary is kept for judging; probes keep the likeliest 512, which is enough to tell them apart."""
 SEEDS = {"calibration": 101, "held out": 202}
 
 
-def main(out: Path, threads: int, chunks: int, held_chunks: int) -> None:
+def main(out: Path, base: Path | None, threads: int, chunks: int, held_chunks: int, count: int) -> None:
     """The whole study."""
     out.mkdir(parents=True, exist_ok=True)
     tools, store = toolchain.find(), Store(out / "store")
-    base = _base(out, store, tools)
+    base = base or _base(out, store, tools)
     calibration, held_out = _texts(out, base)
     matrix = _matrix(out, base, calibration, tools, threads)
     presets = {p: _preset(out, base, matrix, p, tools) for p in PRESETS}
@@ -85,15 +88,24 @@ def main(out: Path, threads: int, chunks: int, held_chunks: int) -> None:
         calibrated = evaluate.evaluate(
             base, [*made.values(), *presets.values()], {"text": calibration}, store, setting.reading
         )
-        seen = {e.file.stem: float(e.whole.kld.mean(dtype=np.float64)) for e in calibrated}
+        seen = {e.file.stem: _mean(e) for e in calibrated}
         again = _refitted(known, chosen, seen, {p: _types(presets[p]) for p in PRESETS})
         for p, size in sizes.items():
             chosen[f"refitted {p}"] = make(
                 replace(known, sensitivities=again), Target(size), "x", "x", _free()
             ).solution.types
+        whole = [*((chosen[n], kld) for n, kld in seen.items() if n in chosen)]
+        for p, size in sizes.items():
+            found = _searched(known, size, setting, count, whole)
+            print(f"search at {p}: {found.first_kld:.5f} to {found.kld:.5f} on calibration text", flush=True)
+            chosen[f"searched {p}"] = found.best.solution.types
         made = _written(out, base, matrix, chosen, known, tools, threads)
+        pure = {p: _preset(out, base, matrix, p, tools) for p in PURE}
         reading = replace(setting.reading, chunks=held_chunks, top=EVERY_WORD)
-        judged = evaluate.evaluate(base, [*presets.values(), *made.values()], held_out, store, reading)
+        judged = evaluate.evaluate(base, [*presets.values(), *pure.values(), *made.values()], held_out, store, reading)
+        rounded = _rounded(out, pure["Q8_0"], tools)
+        (activations,) = evaluate.evaluate(rounded, [pure["Q8_0"]], held_out, store, reading)
+    print(f"the same weights, activations in 8 bits: {_mean(activations):.5f}")
     _report(out, known, again, chosen, presets, judged)
 
 
@@ -209,6 +221,33 @@ def _simple(known: Material, coarse: Sequence[sensitivity.Measured], size: int) 
     return at(high)[0]
 
 
+def _searched(
+    known: Material,
+    size: int,
+    setting: sensitivity.Setting,
+    count: int,
+    whole: Sequence[tuple[Mapping[str, str], float]],
+) -> search.Found:
+    """Ours, and as many files more that were measured on the calibration side."""
+
+    def read(some: Sequence[Mapping[str, str]]) -> list[float]:
+        return [m.kld for m in sensitivity.measure([sensitivity.Probe("whole", types) for types in some], setting)]
+
+    return search.search(known, Target(size), "x", "x", _free(), read, count, whole)
+
+
+def _rounded(out: Path, quantised: Path, tools: toolchain.Toolchain) -> Path:
+    """The weights of a quantised file as floats: what differs between the two is how activations are rounded."""
+    path = out / "rounded.gguf"
+    if not path.exists():
+        tools.run("llama-quantize", ["--allow-requantize", quantised, path.name, "F32", "1"], cwd=out, log=out / "log")
+    return path
+
+
+def _mean(e: evaluate.Evaluation) -> float:
+    return float(e.whole.kld.mean(dtype=np.float64))
+
+
 def _refitted(
     known: Material,
     chosen: Mapping[str, Mapping[str, str]],
@@ -244,7 +283,7 @@ def _report(
     judged: Sequence[evaluate.Evaluation],
 ) -> None:  # fmt: skip
     found = {e.file.stem: e for e in judged}
-    kld = {name: float(e.whole.kld.mean(dtype=np.float64)) for name, e in found.items()}
+    kld = {name: _mean(e) for name, e in found.items()}
     rows = []
     for p in PRESETS:
         size, preset = presets[p].stat().st_size, kld[f"preset {p}"]
@@ -254,10 +293,11 @@ def _report(
     rows.append(f"| geometric mean | | 1 | {' | '.join(f'{m:.3f}' for m in means)} |")
     print(f"| at the bytes of | bytes | preset | {' | '.join(METHODS)} |\n|---|---:|---:|{'---:|' * len(METHODS)}")
     print("\n".join(rows))
-    types = {**chosen, **{f"preset {p}": _types(path) for p, path in presets.items()}}
+    types = {**chosen, **{n: _types(found[n].file) for n in found if n.startswith("preset")}}
     predicted = {name: known.sensitivities.predicted(types[name], known.errors) for name in kld}
     refitted = {name: again.predicted(types[name], known.errors) for name in kld}
     order = list(kld)
+    print({name: round(kld[f"preset {name}"], 5) for name in PURE})
     rank = {
         label: float(spearmanr([kld[n] for n in order], [how[n] for n in order]).statistic)
         for label, how in (("ours", predicted), ("refitted", refitted))
@@ -270,9 +310,9 @@ def _report(
     powers = {"power": known.sensitivities.power, "refitted power": again.power}
     told: dict[str, Any] = {**powers, "plain": sorted(PLAIN), "spearman": rank, "files": each}
     files.write_text(out / "study.json", json.dumps(told, indent=1) + "\n")
-    paired = {p: evaluate.difference(found[f"simple {p}"].whole, found[f"{OURS} {p}"].whole) for p in PRESETS}
-    for p, gap in paired.items():
-        print(f"ours less simple at {p}: {gap.value:+.5f} ({gap.low:+.5f} to {gap.high:+.5f})")
+    for method, p in itertools.product((OURS, "searched"), PRESETS):
+        gap = evaluate.difference(found[f"simple {p}"].whole, found[f"{method} {p}"].whole)
+        print(f"{method} less simple at {p}: {gap.value:+.5f} ({gap.low:+.5f} to {gap.high:+.5f})")
     print("Spearman of predicted and measured:", rank)
     print("of their targets:", {m: round(min(used[f"{m} {p}"] for p in PRESETS), 4) for m in METHODS})
 
@@ -280,8 +320,11 @@ def _report(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--base", type=Path, help="a BF16 file of a tiny GLM, in place of the shipped one")
+    parser.add_argument("--searched", type=int, default=36, help="files that the search measures for each size")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--chunks", type=int, default=32)
     parser.add_argument("--held-chunks", type=int, default=40)
     args = parser.parse_args()
-    main(args.out.resolve(), args.threads, args.chunks, args.held_chunks)
+    base_file = args.base and args.base.resolve()
+    main(args.out.resolve(), base_file, args.threads, args.chunks, args.held_chunks, args.searched)
