@@ -10,6 +10,7 @@ import click
 from quant.cli import (
     allocation,
     calibration,
+    evaluation,
     imatrix,
     look,
     ollama,
@@ -26,8 +27,8 @@ from quant.errors import QuantError
 from quant.hub import without_token
 
 __all__ = [
-    "allocation", "calibration", "imatrix", "look", "main", "ollama", "planning", "publishing", "release", "stages", "talking",
-    "template",
+    "allocation", "calibration", "evaluation", "imatrix", "look", "main", "ollama", "planning", "publishing", "release",
+    "stages", "talking", "template",
 ]  # fmt: skip
 """Importing the modules of commands is what makes the commands known."""
 

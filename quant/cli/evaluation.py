@@ -1,0 +1,147 @@
+"""The command that measures files against their base."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quant.card import human_bytes
+from quant.cli import tables
+from quant.cli.options import FILE, FOLDER, json_option, quant, tools_option
+from quant.errors import InputError
+
+if TYPE_CHECKING:
+    from quant.calibrate import CalibrationText
+    from quant.evaluate import Evaluation
+    from quant.store import Store
+    from quant.toolchain import Toolchain
+
+CONTEXT = 512
+"""Tokens in a chunk of a probe."""
+CHARACTERS = 5
+"""Of a token, at most about."""
+
+text_option = click.option(
+    "--text", "texts", type=FILE, multiple=True, help="A text instead of a set; its name is its domain."
+)
+chunks_option = click.option("--chunks", type=click.IntRange(1), help="Of each text at most.  [all]")
+threads_option = click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+reading_work = click.option(
+    "--work", type=FOLDER, envvar="QUANT_WORK", help="Where readings are kept.  [a passing folder]"
+)
+
+
+@quant.command()
+@click.argument("base", type=FILE)
+@click.argument("paths", type=FILE, nargs=-1, required=True)
+@click.option(
+    "--calibration", default="embedded", show_default=True, metavar="SET", help="The set whose held-out part is read."
+)
+@click.option("--context", type=click.IntRange(32), default=512, show_default=True, help="Tokens in a chunk.")
+@text_option
+@chunks_option
+@threads_option
+@reading_work
+@tools_option
+@json_option
+def evaluate(
+    base: Path, paths: tuple[Path, ...], calibration: str, context: int, texts: tuple[Path, ...], chunks: int | None,
+    threads: int, work: Path | None, llama_cpp: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """How far quantised PATHS are from BASE, their BF16 file: perplexity, KLD and top-1, with 95 % intervals.
+
+    Two files are also compared with each other, chunk by chunk.
+    """
+    from quant import toolchain
+    from quant.evaluate import Settings, difference
+    from quant.evaluate import evaluate as measure
+    from quant.store import Store
+
+    with tempfile.TemporaryDirectory(prefix="quant-evaluate-") as passing:
+        store = Store((work or Path(passing)).resolve())
+        by_domain = _named(texts)
+        if not texts:
+            text = set_of(calibration, base, context, toolchain.find(llama_cpp), store)
+            by_domain = _held_out(text, Path(passing) / "texts")
+        found = measure(base, paths, by_domain, store, Settings(context, chunks, threads))
+    gap = difference(found[0].whole, found[1].whole) if len(found) == 2 else None
+    if as_json:
+        told: dict[str, Any] = {"base": base.name, "files": [e.json() for e in found]}
+        if gap:
+            told["difference"] = {"kld_mean": gap.value, "low": gap.low, "high": gap.high}
+        return click.echo(json.dumps(told, ensure_ascii=False))
+    _show(found)
+    if gap:
+        sure = "clearly" if gap.low > 0 or gap.high < 0 else "not surely"
+        first, second = (e.file.name for e in found)
+        click.echo(f"{second} less {first}: {gap.value:+.5f} ({gap.low:+.5f} to {gap.high:+.5f}), {sure} apart")
+    return None
+
+
+def _named(texts: tuple[Path, ...]) -> dict[str, Path]:
+    if len({t.stem for t in texts}) < len(texts):
+        raise InputError("--text: expected texts with different names, for they name the domains")
+    return {t.stem: t for t in texts}
+
+
+def set_of(name: str, base: Path, context: int, tools: "Toolchain", store: "Store") -> "CalibrationText":
+    """A calibration set in the model's own chat format: what may be measured on, and what is held out."""
+    from quant import calibrate
+    from quant.header import read_header
+    from quant.imatrix import base_of
+    from quant.recipe import Imatrix
+    from quant.template import patch
+
+    found = read_header(base).metadata.get("tokenizer.chat_template")
+    template = patch(found, None, str(base)) if found else None
+    return calibrate.of_set(Imatrix(name, context), template, base_of(base), tools, store)
+
+
+def _held_out(text: "CalibrationText", folder: Path) -> dict[str, Path]:
+    """The documents that no importance matrix saw, a text for each kind; kinds with too little text make one together."""
+    from quant import files
+    from quant.calibrate import held_out_texts
+    from quant.evaluate import FEWEST_CHUNKS
+
+    assert text.held_out
+    kinds: dict[str, list[str]] = {}
+    for document in held_out_texts(text.held_out):
+        kinds.setdefault(document.kind, []).append(document.text)
+    short = [k for k, parts in kinds.items() if sum(map(len, parts)) < FEWEST_CHUNKS * CONTEXT * CHARACTERS]
+    if short:
+        kinds["other"] = [text for k in short for text in kinds.pop(k)]
+    for kind, parts in kinds.items():
+        files.write_text(folder / f"{kind}.txt", "".join(parts))
+    return {kind: folder / f"{kind}.txt" for kind in kinds}
+
+
+def _show(found: "tuple[Evaluation, ...]") -> None:
+    columns = (
+        "file",
+        ">size",
+        "domain",
+        ">chunks",
+        ">PPL",
+        ">KLD",
+        ">95 %",
+        ">median",
+        ">99 %",
+        ">99.9 %",
+        ">max",
+        ">top-1",
+    )
+    rows = []
+    for e in found:
+        told = e.json()
+        domains = told["domains"] if len(told["domains"]) > 1 else {}
+        for name, f in {"all": told, **domains}.items():
+            first = name == "all"
+            rows.append(
+                (e.file.name if first else "", human_bytes(e.bytes) if first else "", name, str(f["chunks"]),
+                 f"{f['ppl']:.3f}", f"{f['kld_mean']:.5f}", f"{f['kld_mean_low']:.5f} - {f['kld_mean_high']:.5f}",
+                 f"{f['kld_median']:.5f}", f"{f['kld_p99']:.4f}", f"{f['kld_p999']:.4f}", f"{f['kld_max']:.3f}",
+                 f"{100 * f['top1']:.2f} %")
+            )  # fmt: skip
+    tables.show(columns, rows)
