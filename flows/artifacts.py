@@ -8,7 +8,8 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from quant import coverage
 from quant.build import Built
 from quant.imatrix import ImportanceMatrix
-from quant.package import variants_table
+from quant.measured import Measured
+from quant.package import variants_table, warnings
 from quant.plan import Plan
 from quant.publish import Change, Published
 from quant.report import transcript
@@ -23,6 +24,8 @@ def tell(stage: str, subject: str, result: Any) -> None:
         tell_coverage(f"{stage}-{subject}", result)
     elif isinstance(result, Verdict):
         tell_conversation(f"{stage}-{subject}", result)
+    elif isinstance(result, Measured):
+        tell_figures(f"{stage}-{subject}", result)
     elif isinstance(result, Change):
         tell_change(f"{stage}-{result.target.repo}-change", result)
     elif isinstance(result, Published):
@@ -54,6 +57,20 @@ def tell_conversation(key: str, verdict: Verdict) -> None:
     create_markdown_artifact(key=_key(key), markdown=transcript(verdict))
 
 
+def tell_figures(key: str, found: Measured) -> None:
+    """How far each file is from BF16, as a whole and by domain."""
+    create_table_artifact(
+        key=_key(key),
+        table=[
+            {"variant": name, "domain": domain, "PPL": f["ppl"], "KLD": f["kld_mean"],
+             "95 %": f"{f['kld_mean_low']} to {f['kld_mean_high']}", "KLD 99.9 %": f["kld_p999"], "top-1": f["top1"]}
+            for name, told in found.files.items()
+            for domain, f in {"all": told, **told["domains"]}.items()
+        ],
+        description="\n\n".join([f"BF16: PPL {found.base['ppl']}", *map(str, found.beaten)]),
+    )  # fmt: skip
+
+
 def tell_change(key: str, change: Change) -> None:
     """What publishing changes, file by file: who approves a run reads it."""
     create_markdown_artifact(key=_key(key), markdown="\n".join(["```", *change.lines, "```"]))
@@ -61,11 +78,11 @@ def tell_change(key: str, change: Change) -> None:
 
 def tell_release(built: Built) -> None:
     """The table that ends a build."""
-    columns = ("variant", "bytes", "bits per weight", "files", "smoke test")
+    columns = ("variant", "bytes", "bits per weight", "files", "KLD", "top-1", "smoke test")
     create_table_artifact(
         key=_key(f"release-{built.release.name}"),
         table=[dict(zip(columns, row, strict=True)) for row in variants_table(built.release.manifest)],
-        description=f"Release in {built.folder}",
+        description="\n\n".join([f"Release in {built.folder}", *warnings(built.release.manifest)]),
     )
 
 

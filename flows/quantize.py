@@ -47,6 +47,7 @@ def quantize(
     approve: bool = False,
     token_secret: str | None = None,
     waive: list[str] | None = None,
+    evaluate: bool = True,
 ) -> str:
     """Build the release of a model, publish it if there is a repo, and return its folder.
 
@@ -65,6 +66,7 @@ def quantize(
         approve: Show what publishing will change, and wait until this run is resumed.
         token_secret: The name of a Prefect secret block that holds the hub's token; HF_TOKEN when not given.
         waive: Parts of the smoke test that may fail; the model card says so.
+        evaluate: Measure every file against BF16, on text that was held out.
     """
     with shown_token(token_secret):
         target = builds.target(model, repo, private=private, pull_request=pull_request) if publish else None
@@ -72,7 +74,7 @@ def quantize(
             get_run_logger().warning("Nothing will be published: no repo is named, here or in the recipe.")
         job = builds.prepare(
             model, variants or (), out=out, work=work, revision=revision, llama_cpp=llama_cpp,
-            target=target, dry_run=dry_run, waive=waive or (),
+            target=target, dry_run=dry_run, waive=waive or (), evaluate=evaluate,
         )  # fmt: skip
         built = builds.build(job, partial(as_task, approve=approve and not dry_run))
     tell_release(built)

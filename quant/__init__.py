@@ -10,6 +10,7 @@ STAGES = (
     "quantize",
     "shard",
     "smoke",
+    "evaluate",
     "package",
     "deliver",
     "publish",

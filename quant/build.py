@@ -21,6 +21,7 @@ from quant.engine.job import Settings
 from quant.errors import InputError, refuse
 from quant.imatrix import SMALL_BASE, imatrix
 from quant.lock import Lock, check, pinned, read_lock
+from quant.measured import measured
 from quant.package import Ingredients, Release, package
 from quant.plan import Plan, plan
 from quant.publish import Change, Published, Target, change, publish, welcome
@@ -78,7 +79,8 @@ class Job:
         bases = sum(v.is_base for v in self.variants)
         passes = bases < len(self.variants)
         publishing = (2 - self.dry_run) if self.target else 0
-        return 7 + self.model.sees + passes + bases + 2 * len(self.variants) + publishing
+        optional = [self.model.sees, bool(self.model.evaluation.chunks), passes]
+        return 7 + sum(optional) + bases + 2 * len(self.variants) + publishing
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,11 @@ def prepare(
     target: Target | None = None,
     dry_run: bool = False,
     waive: Sequence[str] = (),
+    evaluate: bool = True,
 ) -> Job:
     """A job from what a person says: names or paths of recipes, folders, where to publish, what may fail in smoke tests.
+
+    With ``evaluate`` off, the files are not measured.
 
     Raises InputError with everything that is wrong with the recipes or forbids to publish, ToolError for tools that are
     missing or too old: all of it before hours of work.
@@ -117,6 +122,8 @@ def prepare(
     recipe, path, locked = pinned_model(model, revision)
     waivers = waived(recipe, all_of(recipe, sees=recipe.sees), waive)
     recipe = replace(recipe, waivers=tuple(Waiver(*w) for w in waivers.items()))
+    if not evaluate:
+        recipe = replace(recipe, evaluation=replace(recipe.evaluation, chunks=0))
     loaded = tuple(load_variant(name) for name in _all_known(variants or recipe.variants))
     if recipe.template != "none":
         load_template_patch(recipe.template)
@@ -174,8 +181,11 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
         heard = [
             (v, do("smoke", v.name, partial(smoke, v, original, model, tools, store, vision, tried))) for v in made
         ]
+        figures = None
+        if model.evaluation.chunks:
+            figures = do("evaluate", f"{len(made)} files", partial(measured, made, base, text, model, tools, store))
         whole = Ingredients(
-            model, checkpoint, template, base, vision, text, matrix, tuple(heard), str(tools.version), tried
+            model, checkpoint, template, base, vision, text, matrix, tuple(heard), str(tools.version), tried, figures
         )
         release = do("package", model.title, partial(package, whole, store))
         delivered = do("deliver", model.title, partial(deliver, release, job.out))

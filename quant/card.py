@@ -1,6 +1,7 @@
 """The model card of a release. Pure: the manifest in, Markdown out."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import floor, log10
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -61,6 +62,20 @@ def smoke_words(scenarios: Sequence[Mapping[str, Any]]) -> str:
     return "passed" if not failed else f"passed; off: {', '.join(failed)}"
 
 
+def figure_words(figures: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    """Perplexity, KLD with half of its interval, and top-1 agreement, for a table; of a file that was not measured, dashes."""
+    if not figures:
+        return "-", "-", "-"
+    spread = (figures["kld_mean_high"] - figures["kld_mean_low"]) / 2
+    kld = f"{plain(figures['kld_mean'])} ± {plain(spread, 2)}" if figures["kld_mean"] else "0"
+    return f"{figures['ppl']:.4g}", kld, f"{100 * figures['top1']:.1f} %"
+
+
+def plain(value: float, digits: int = 3) -> str:
+    """A small number with so many digits that count, without an exponent."""
+    return f"{value:.{max(digits - 1 - floor(log10(value)), 0)}f}" if value > 0 else "0"
+
+
 def _waived(variants: Variants) -> list[tuple[str, str, list[str]]]:
     """What failed and was published all the same: its name, why, and in which variants."""
     found: dict[tuple[str, str], list[str]] = {}
@@ -84,12 +99,20 @@ def _values(model: Model, manifest: Mapping[str, Any]) -> dict[str, Any]:
     template = manifest["chat_template"] or {}
     longest = model.context_length or 0
     tested = all(v.get("smoke") for v in variants)
-    columns = _columns(kv * context, tested)
+    columns = _columns(variants, kv * context, tested)
     return {
         "title": model.title,
         "description": model.card.description or f"Quantisations of {model.card.base_model or model.title} for llama.cpp.",
         "turns": len(model.smoke),
         "waived": _waived(variants),
+        "measured": manifest.get("evaluation"),
+        "pictures": [],
+        "domains": list((manifest.get("evaluation") or {}).get("texts", ())),
+        "by_domain": [
+            (v["name"], [figure_words(f)[1] for f in v["evaluation"]["domains"].values()])
+            for v in variants
+            if v.get("evaluation") and v["recipe"]["rules"]
+        ],
         "tested": tested,
         "variants": variants,
         "columns": [name for name, _, _ in columns],
@@ -122,7 +145,7 @@ def _values(model: Model, manifest: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _columns(cache: int, tested: bool) -> list[tuple[str, str, Callable[[Mapping[str, Any]], str]]]:
+def _columns(variants: Variants, cache: int, tested: bool) -> list[tuple[str, str, Callable[[Mapping[str, Any]], str]]]:
     """The table of files: what a column is called, its rule in Markdown, and its cell for a variant."""
     columns: list[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = [
         ("file", "---", _link),
@@ -133,6 +156,12 @@ def _columns(cache: int, tested: bool) -> list[tuple[str, str, Callable[[Mapping
     if cache:
         columns.append(("memory in all", "---:", lambda v: human_bytes(v["memory"]["weights"] + cache)))
         columns.append(("GPU + main memory for experts", "---:", lambda v: _halves(v["memory"], cache)))
+    if any(v.get("evaluation") for v in variants):
+        columns += [
+            ("PPL", "---:", lambda v: figure_words(v["evaluation"])[0]),
+            ("KLD", "---:", lambda v: figure_words(v["evaluation"])[1]),
+            ("top-1", "---:", lambda v: figure_words(v["evaluation"])[2]),
+        ]
     columns.append(("for whom", "---", lambda v: _cell(v["summary"])))
     if tested:
         columns.append(("smoke test", "---", lambda v: _cell(smoke_words(v["smoke"]))))

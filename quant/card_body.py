@@ -38,6 +38,40 @@ Sizes are in units of 10⁹ or 10⁶ bytes. Of a file in several shards, fetch a
 `{{ vision }}` is the part that sees; it goes with every file: `--mmproj {{ vision }}`.
 {% endif %}
 
+{% if measured %}
+## How near is it to BF16?
+
+Measured on text that neither the importance matrix nor the recipes saw ({{ domains | join(', ') }}): PPL is the perplexity
+(BF16: {{ measured.base.ppl }}), KLD how far the file's probabilities are from BF16's (mean divergence in nats, ± half of
+the 95 % interval; less is better), top-1 how often both hold the same word for the likeliest.
+{% if pictures %}
+
+{% for name, about in pictures -%}
+![{{ about }}]({{ name }})
+
+{% endfor %}
+`report.html` shows the same to look closer at, without network.
+{% endif %}
+{% if measured.beaten %}
+
+{% for b in measured.beaten -%}
+- Note: {{ b.said }}.
+{% endfor %}
+{% endif %}
+
+<details>
+<summary>KLD by domain</summary>
+
+| file | {{ domains | join(' | ') }} |
+|---|{% for _ in domains %}---:|{% endfor %}
+
+{% for name, cells in by_domain -%}
+| {{ name }} | {{ cells | join(' | ') }} |
+{% endfor %}
+
+</details>
+
+{% endif %}
 ## Run it
 
 Fetch `{{ example.name }}`, for instance:

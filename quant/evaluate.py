@@ -11,15 +11,18 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quant import files, toolchain
+from quant import files, ongoing, toolchain
 from quant.errors import CheckFailed, InputError, refuse
 from quant.header import read_headers, shard_paths
+from quant.recipe import FEWEST_CHUNKS
+from quant.scorer import ABOUT
 from quant.store import Done, Store
 
 STAGE, BASE_STAGE = "evaluate", "evaluate-base"
@@ -27,8 +30,11 @@ RESAMPLES = 1000
 SEED = 7
 LEVEL = 0.95
 """Of the intervals."""
-FEWEST_CHUNKS = 4
-"""With fewer, an interval says nothing."""
+JOB = "job.json"
+SMALL_BYTES = 10**8
+"""Smaller files are read by one process, one after the other."""
+At: TypeAlias = tuple[Path, str]
+"""A file, and the domain that it reads."""
 PARTS = ("kld", "nll", "same_top")
 
 
@@ -84,10 +90,13 @@ class Evaluation:
             *(np.concatenate([getattr(r, n) for r in parts]) for n in ("kld", "nll", "base_nll", "same_top"))
         )
 
+    def figures(self) -> dict[str, Any]:
+        """Of the whole, and of every domain."""
+        return figures(self.whole) | {"domains": {name: figures(r) for name, r in self.readings.items()}}
+
     def json(self) -> dict[str, Any]:
-        """For people and programs: the whole, and every domain."""
-        domains = {name: figures(reading) for name, reading in self.readings.items()}
-        return {"file": self.file.name, "bytes": self.bytes, **figures(self.whole), "domains": domains}
+        """For people and programs."""
+        return {"file": self.file.name, "bytes": self.bytes, **self.figures()}
 
 
 def evaluate(
@@ -97,36 +106,44 @@ def evaluate(
 
     Files are named by their first shard. Raises InputError for texts that are too short and for files of another model.
     """
-    settings = settings or Settings()
     refuse(_problems(base, paths))
-    digest, digests = _digest(base), {p: _digest(p) for p in paths}
-    found = {name: read(base, digest, digests, text, store, settings) for name, text in texts.items()}
-    sizes = {p: sum(part.stat().st_size for part in shard_paths(p)) for p in paths}
-    return tuple(Evaluation(p, sizes[p], {name: by_file[p] for name, by_file in found.items()}) for p in paths)
+    digests = {p: _digest(p) for p in paths}
+    return measure(base, digests.get(base) or _digest(base), digests, texts, store, settings or Settings())
+
+
+def measure(
+    base: Path, base_digest: str, digests: Mapping[Path, str], texts: Mapping[str, Path], store: Store, settings: Settings
+) -> tuple[Evaluation, ...]:  # fmt: skip
+    """The same for files whose digests are known, in their order."""
+    bases = _bases(base, base_digest, texts, store, settings)
+    keys = {
+        (p, name): {**about.inputs, "file": digest}
+        for p, digest in digests.items()
+        if digest != base_digest
+        for name, about in bases.items()
+    }
+    sizes = {p: sum(part.stat().st_size for part in shard_paths(p)) for p in digests}
+    missing = [at for at, key in keys.items() if not store.find(STAGE, key)]
+    for done, part in enumerate(_batches(missing, sizes)):
+        todo = {at: store.begin(STAGE, keys[at]) for at in part}
+        jobs = ({**_told(p, folder), "base": str(bases[name].folder)} for (p, name), folder in todo.items())
+        _score([*jobs], [*todo.values()], settings)
+        for at in todo:
+            store.settle(STAGE, keys[at], {"chunks": bases[at[1]].chunks})
+        ongoing.tell((done + 1) / max(len({p for p, _ in missing}), 1))
+
+    def reading(path: Path, name: str) -> Reading:
+        key = keys.get((path, name))
+        return _reading(bases[name], store.find(STAGE, key)) if key else _same(bases[name])
+
+    return tuple(Evaluation(p, sizes[p], {name: reading(p, name) for name in texts}) for p in digests)
 
 
 def read(
     base: Path, base_digest: str, paths: Mapping[Path, str], text: Path, store: Store, settings: Settings
 ) -> dict[Path, Reading]:
     """Files, each with its digest, against their base on one text. Raises as :func:`evaluate`."""
-    shared = {
-        "base": base_digest, "text": files.digest(text), **asdict(settings), "llama.cpp": scorer_version(),
-    }  # fmt: skip
-    about = store.once(BASE_STAGE, shared, lambda partial: _kept(base, text, partial, settings))
-    if (count := about.facts["chunks"]) < FEWEST_CHUNKS:
-        raise InputError(
-            f"{text}: expected at least {FEWEST_CHUNKS} chunks of {settings.context} tokens, found {count}: too few to"
-            f" mean anything; a text of {_more(text, count)} would do"
-        )
-    keys = {p: {**shared, "file": digest} for p, digest in paths.items()}
-    todo = {p: store.begin(STAGE, key) for p, key in keys.items() if not store.find(STAGE, key)}
-    if todo:
-        job = {"base": str(about.folder), "words": about.facts["words"], "compare": _told(todo)}
-        folder = next(iter(todo.values()))
-        _score(folder, settings, job)
-        for p in todo:
-            store.settle(STAGE, keys[p], {"chunks": count})
-    return {p: _reading(about, store.find(STAGE, key)) for p, key in keys.items()}
+    return {e.file: e.whole for e in measure(base, base_digest, paths, {"text": text}, store, settings)}
 
 
 def figures(reading: Reading) -> dict[str, Any]:
@@ -134,7 +151,7 @@ def figures(reading: Reading) -> dict[str, Any]:
     kld, mean = reading.kld, interval(reading.kld)
     return {
         "chunks": len(kld),
-        "ppl": float(np.exp(reading.nll.mean(dtype=np.float64))),
+        "ppl": perplexity(reading),
         "ppl_base": float(np.exp(reading.base_nll.mean(dtype=np.float64))),
         "kld_mean": mean.value,
         "kld_mean_low": mean.low,
@@ -145,6 +162,11 @@ def figures(reading: Reading) -> dict[str, Any]:
         "kld_max": float(kld.max()),
         "top1": float(reading.same_top.mean()),
     }
+
+
+def perplexity(reading: Reading) -> float:
+    """How many words the file wavers between, on average."""
+    return float(np.exp(reading.nll.mean(dtype=np.float64)))
 
 
 def interval(values: NDArray[Any]) -> Figure:
@@ -165,37 +187,79 @@ def scorer_version() -> str:
     return str(toolchain.Toolchain(Path(sys.prefix) / "bin").version)
 
 
-def _kept(base: Path, text: Path, folder: Path, settings: Settings) -> dict[str, Any]:
-    _score(folder, settings, {"text": str(text.resolve()), "keep": _told({base: folder})})
-    about: dict[str, Any] = json.loads((folder / "about.json").read_text())
-    return about
+def _batches(missing: Sequence[At], sizes: Mapping[Path, int]) -> Iterator[list[At]]:
+    """What one process reads: a large file, or small ones, of which the starts would take longest."""
+    yield from ([*run] for _, run in groupby(missing, lambda at: at[0] if sizes[at[0]] >= SMALL_BYTES else None))
 
 
-def _score(folder: Path, settings: Settings, job: Mapping[str, Any]) -> None:
-    files.write_text(folder / "job.json", json.dumps({**asdict(settings), **job}) + "\n")
-    command: list[str | Path] = [sys.executable, "-m", "quant.scorer", folder / "job.json"]
+@dataclass(frozen=True)
+class _Base:
+    """What a base says to one text."""
+
+    folder: Path
+    inputs: Mapping[str, Any]
+    chunks: int
+
+
+def _bases(
+    base: Path, digest: str, texts: Mapping[str, Path], store: Store, settings: Settings
+) -> dict[str, _Base]:  # fmt: skip
+    """What the base says to each text, read now or found."""
+    # Threads change no bit of what is read: each row of a product is one thread's work.
+    shared = {k: v for k, v in asdict(settings).items() if k != "threads"} | {"llama.cpp": scorer_version()}
+    keys = {name: {"base": digest, "text": files.digest(text), **shared} for name, text in texts.items()}
+    todo = {name: store.begin(BASE_STAGE, key) for name, key in keys.items() if not store.find(BASE_STAGE, key)}
+    parts = ({**_told(base, folder), "text": str(texts[name].resolve())} for name, folder in todo.items())
+    _score([*parts], [*todo.values()], settings)
+    for name, folder in todo.items():
+        store.settle(BASE_STAGE, keys[name], json.loads((folder / ABOUT).read_text()))
+    found: dict[str, _Base] = {}
+    for name, key in keys.items():
+        done = store.find(BASE_STAGE, key)
+        assert done
+        found[name] = _Base(done.folder, key, done.facts["chunks"])
+    refuse(_too_short(texts[name], b.chunks, settings) for name, b in found.items() if b.chunks < FEWEST_CHUNKS)
+    return found
+
+
+def _score(parts: Sequence[Mapping[str, str]], folders: Sequence[Path], settings: Settings) -> None:
+    """Let the scorer do these parts of work, each in its folder."""
+    if not parts:
+        return
+    folder = folders[0]
+    files.write_text(folder / JOB, json.dumps({**asdict(settings), "parts": parts}) + "\n")
+    command: list[str | Path] = [sys.executable, "-m", "quant.scorer", folder / JOB]
     try:
         toolchain.run(command, cwd=folder, log=folder / "log", env=_environment(), name="reading the text")
     finally:
-        files.remove(folder / "job.json")
+        files.remove(folder / JOB)
+    files.remove(folder / "log")  # it tells times
 
 
 def _environment() -> dict[str, str]:
     return os.environ | {"OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"}
 
 
-def _told(todo: Mapping[Path, Path]) -> list[dict[str, str]]:
-    return [{"model": str(p.resolve()), "folder": str(folder)} for p, folder in todo.items()]
+def _told(model: Path, folder: Path) -> dict[str, str]:
+    return {"model": str(model.resolve()), "folder": str(folder)}
 
 
-def _reading(about: Done, done: Done | None) -> Reading:
+def _same(base: _Base) -> Reading:
+    """Of a base from itself: nothing, which needs no reading."""
+    nll = np.load(base.folder / "base_nll.npy")
+    if not np.isfinite(nll).all():
+        raise CheckFailed(f"{base.folder}: what the base says is NaN or infinite: nothing can be measured by it")
+    return Reading(np.zeros_like(nll), nll, nll, np.ones(nll.shape, bool))
+
+
+def _reading(base: _Base, done: Done | None) -> Reading:
     assert done
     kld, nll, same = (np.load(done.path(f"{name}.npy")) for name in PARTS)
     if not (np.isfinite(kld).all() and np.isfinite(nll).all()):
         raise CheckFailed(
             f"{done.folder}: divergences that are NaN or infinite: the file says nothing that can be used"
         )
-    return Reading(kld, nll, np.load(about.path("base_nll.npy")), same)
+    return Reading(kld, nll, np.load(base.folder / "base_nll.npy"), same)
 
 
 def _problems(base: Path, paths: Sequence[Path]) -> Iterator[str]:
@@ -207,9 +271,12 @@ def _problems(base: Path, paths: Sequence[Path]) -> Iterator[str]:
             yield f"{path}: of another model than {base}: {len(wrong)} tensors differ, first {wrong[0]}"
 
 
-def _more(text: Path, chunks: int) -> str:
-    size = text.stat().st_size
-    return f"{-(-size * FEWEST_CHUNKS // max(chunks, 1)):,} bytes"
+def _too_short(text: Path, chunks: int, settings: Settings) -> str:
+    more = -(-text.stat().st_size * FEWEST_CHUNKS // max(chunks, 1))
+    return (
+        f"{text}: expected at least {FEWEST_CHUNKS} chunks of {settings.context} tokens, found {chunks}: too few to"
+        f" mean anything; a text of {more:,} bytes would do"
+    )
 
 
 def _resampled(chunks: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -13,12 +13,13 @@ from typing import Any
 from quant import card, files, inventory
 from quant import modelfile as modelfiles
 from quant.calibrate import CalibrationText
-from quant.card import single_file, smoke_words
+from quant.card import figure_words, single_file, smoke_words
 from quant.convert import Base
 from quant.errors import refuse
 from quant.files import Receipt
 from quant.footprint import memory
 from quant.imatrix import ImportanceMatrix
+from quant.measured import Measured
 from quant.ollama import go_template, params_problems
 from quant.plan import Plan
 from quant.provenance import SHAPING, statement
@@ -33,7 +34,7 @@ from quant.verdict import Verdict
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
 PROVENANCE = "provenance.json"
-FORMAT = "gguf-foundry release 2"
+FORMAT = "gguf-foundry release 3"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Ingredients:
     llama_cpp: str
     scenarios: Scenarios
     """What the smoke tests tried beside the model's own conversation."""
+    figures: Measured | None = None
+    """How good the files are, where that was measured."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ def _manifest(made: Ingredients) -> dict[str, Any]:
         "vision": asdict(made.vision.receipt) if made.vision else None,
         "parameters": made.base.header.elements,
         "kv_bytes_per_token": kv_bytes(made.model),
-        "variants": [_variant(sharded, verdict) for sharded, verdict in made.variants],
+        "evaluation": made.figures.json() if made.figures else None,
+        "variants": [_variant(sharded, verdict, made.figures) for sharded, verdict in made.variants],
     }
 
 
@@ -180,7 +184,7 @@ def entry(plan: Plan, listed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _variant(sharded: Sharded, verdict: Verdict) -> dict[str, Any]:
+def _variant(sharded: Sharded, verdict: Verdict, figures: Measured | None) -> dict[str, Any]:
     plan = sharded.plan
     placed = {path: name for name, path in place(sharded).items()}
     listed = [
@@ -196,12 +200,19 @@ def _variant(sharded: Sharded, verdict: Verdict) -> dict[str, Any]:
             {"name": s.name, "kind": s.kind, "passed": s.passed} | ({"waived": s.waived} if s.waived else {})
             for s in verdict.scenarios
         ],
+        "evaluation": figures.files[sharded.name] if figures else None,
     }
 
 
 def variants_table(manifest: Mapping[str, Any]) -> Sequence[Sequence[str]]:
-    """The release at a glance: variant, bytes, bits per weight, files, smoke verdict."""
+    """The release at a glance: variant, bytes, bits per weight, files, KLD, top-1, smoke verdict."""
     return [
-        (v["name"], f"{v['bytes']:,}", f"{v['bpw']:.2f}", str(len(v["files"])), smoke_words(v["smoke"]))
+        (v["name"], f"{v['bytes']:,}", f"{v['bpw']:.2f}", str(len(v["files"])), *figure_words(v["evaluation"])[1:],
+         smoke_words(v["smoke"]))
         for v in manifest["variants"]
-    ]
+    ]  # fmt: skip
+
+
+def warnings(manifest: Mapping[str, Any]) -> Sequence[str]:
+    """What is no fault and yet has to be known: files that smaller ones beat."""
+    return [b["said"] for b in (manifest["evaluation"] or {}).get("beaten", ())]

@@ -30,7 +30,7 @@ def statement(
         "predicateType": PREDICATE,
         "predicate": {
             "buildDefinition": {
-                "buildType": f"{BUILDER}:release:2",
+                "buildType": f"{BUILDER}:release:3",
                 "externalParameters": {
                     "model": manifest["model"],
                     "variants": [v["name"] for v in manifest["variants"]],

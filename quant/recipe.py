@@ -23,6 +23,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 REPO = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}")
 NAME = re.compile(r"\w[\w.-]*")
 """Of what becomes part of a file's name: no separator, no dot at its beginning."""
+FEWEST_CHUNKS = 4
+"""That files may be measured on: with fewer, an interval says nothing."""
 SIZE = re.compile(r"[1-9]\d*[MG]")
 """As llama-gguf-split reads a size: M is 10^6 bytes, G is 10^9."""
 
@@ -184,6 +186,20 @@ class Imatrix(Strict):
 
 
 @dataclass(frozen=True)
+class Measuring(Strict):
+    """How files are measured against the BF16 file, on the text that the calibration set holds out."""
+
+    chunks: int = 8
+    """Of each domain at most; with 0 nothing is measured."""
+    context: int = 512
+    """Tokens in a chunk, of which the second half is predicted."""
+    top: int = 4096
+    """Words that are kept of what the base says to a token: see :class:`quant.evaluate.Settings`."""
+    worst: float = 3.0
+    """Nats that a file may be away from the base, in mean KLD and in loss: beyond it, it is broken and no release is made."""
+
+
+@dataclass(frozen=True)
 class Model(Strict):
     """recipes/models/NAME.toml: one model and how its release is made."""
 
@@ -206,6 +222,7 @@ class Model(Strict):
     pre_tokenizer: str | None = None
     """llama.cpp's name for the pre-tokenizer, where the converter does not know its hash."""
     imatrix: Imatrix = field(default_factory=Imatrix)
+    evaluation: Measuring = field(default_factory=Measuring)
     publish: Publish = field(default_factory=Publish)
     max_answer: int = 1024
     """Tokens that one answer of the smoke test may take."""
@@ -350,6 +367,7 @@ def _model_problems(model: Model, path: Path) -> typing.Iterator[str]:
         yield f"{path}: smoke: expected at least one turn, found none"
     yield from _architecture_problems(model, path)
     yield from _imatrix_problems(model.imatrix, f"{path}: imatrix")
+    yield from _evaluation_problems(model.evaluation, f"{path}: evaluation")
     for n, turn in enumerate(model.smoke):
         yield from pattern_problems(turn.expect, f"{path}: smoke[{n}].expect")
 
@@ -373,6 +391,17 @@ def _imatrix_problems(told: Imatrix, where: str) -> typing.Iterator[str]:
         yield f"{where}.coverage.floor: {floor!r} is not one of ggml's: {nearest(floor, TYPES)}"
     elif TYPES[floor].needs_imatrix:
         yield f"{where}.coverage.floor: expected a type that needs no importance matrix, found {floor}"
+
+
+def _evaluation_problems(told: Measuring, where: str) -> typing.Iterator[str]:
+    if 0 < told.chunks < FEWEST_CHUNKS or told.chunks < 0:
+        yield f"{where}.chunks: expected 0 or at least {FEWEST_CHUNKS}, for fewer mean nothing, found {told.chunks}"
+    least = {"context": (told.context, 32), "top": (told.top, 1)}
+    yield from (
+        f"{where}.{key}: expected at least {n}, found {found}" for key, (found, n) in least.items() if found < n
+    )
+    if not told.worst > 0:
+        yield f"{where}.worst: expected nats above 0, found {told.worst}"
 
 
 def _variant_problems(variant: Variant, path: Path) -> typing.Iterator[str]:

@@ -9,7 +9,8 @@ it is predicted, as llama-perplexity has it. Of the base the likeliest words are
 import json
 import os
 import sys
-from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ LIBRARY = "LLAMA_CPP_LIB_PATH"
 """Where the bindings look for libllama."""
 QUIET = 1e-12
 """Of the probability, less than this is none."""
+ABOUT = "about.json"
+"""What is told of a base: how many chunks it read, and how many words it knows."""
 Numbers = NDArray[np.float32]
 
 
@@ -134,27 +137,23 @@ def divergence(p: Numbers, q: Numbers, *, whole: bool) -> Numbers:
 
 
 def main(path: Path) -> None:
-    """Do what a job says."""
+    """Do what a job says: each model is loaded once for all that it has to read."""
     job = json.loads(path.read_text())
-    for told, work in _parts(job):
-        scorer = Scorer(told["model"], job["context"], job["threads"])
-        if scorer.words != job.get("words", scorer.words):
-            raise SystemExit(f"{told['model']}: expected {job['words']} words, found {scorer.words}: of another model")
-        folder = Path(told["folder"])
-        if work == "keep":
-            tokens = scorer.tokens(Path(job["text"]).read_bytes())[: job["chunks"]]
-            if len(tokens):
-                keep(scorer, tokens, job["top"], folder)
-            said = {"chunks": len(tokens), "words": scorer.words}
-            (folder / "about.json").write_text(json.dumps(said))
-        else:
-            compare(scorer, Path(job["base"]), folder)
+    for model, parts in groupby(job["parts"], key=itemgetter("model")):
+        scorer = Scorer(model, job["context"], job["threads"])
+        for part in parts:
+            if "base" in part:
+                base = Path(part["base"])
+                if scorer.words != (words := json.loads((base / ABOUT).read_text())["words"]):
+                    raise SystemExit(f"{model}: expected {words} words, found {scorer.words}: of another model")
+                compare(scorer, base, Path(part["folder"]))
+            else:
+                folder = Path(part["folder"])
+                tokens = scorer.tokens(Path(part["text"]).read_bytes())[: job["chunks"]]
+                if len(tokens):
+                    keep(scorer, tokens, job["top"], folder)
+                (folder / ABOUT).write_text(json.dumps({"chunks": len(tokens), "words": scorer.words}))
         scorer.close()
-
-
-def _parts(job: dict[str, Any]) -> Iterator[tuple[dict[str, str], str]]:
-    yield from ((told, "keep") for told in job.get("keep", []))
-    yield from ((told, "compare") for told in job.get("compare", []))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def test_a_rebuild_that_comes_out_otherwise_names_the_file(
     ("changes", "said"),
     [
         ({"llama.cpp": "0.0.1"}, "llama.cpp: expected 0.0.1, found"),
-        ({"format": "other"}, "format: expected 'gguf-foundry release 2', found 'other'"),
+        ({"format": "other"}, "format: expected 'gguf-foundry release 3', found 'other'"),
     ],
 )
 def test_a_manifest_that_cannot_be_made_again_is_refused(

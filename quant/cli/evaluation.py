@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 CONTEXT = 512
 """Tokens in a chunk of a probe."""
-CHARACTERS = 5
-"""Of a token, at most about."""
 
 text_option = click.option(
     "--text", "texts", type=FILE, multiple=True, help="A text instead of a set; its name is its domain."
@@ -54,17 +52,22 @@ def evaluate(
 
     Two files are also compared with each other, chunk by chunk.
     """
-    from quant import toolchain
+    from quant import held_out, toolchain
     from quant.evaluate import Settings, difference
     from quant.evaluate import evaluate as measure
     from quant.store import Store
+    from quant.tokens import Tokenizer
 
     with tempfile.TemporaryDirectory(prefix="quant-evaluate-") as passing:
         store = Store((work or Path(passing)).resolve())
         by_domain = _named(texts)
         if not texts:
-            text = set_of(calibration, base, context, toolchain.find(llama_cpp), store)
-            by_domain = _held_out(text, Path(passing) / "texts")
+            tools = toolchain.find(llama_cpp)
+            text = set_of(calibration, base, context, tools, store)
+            if not (by_domain := held_out.texts(text, context, Tokenizer(base, tools), store)):
+                raise InputError(
+                    f"{calibration}: the set holds too little text out to mean anything; name one with --text"
+                )
         found = measure(base, paths, by_domain, store, Settings(context, chunks, threads))
     gap = difference(found[0].whole, found[1].whole) if len(found) == 2 else None
     if as_json:
@@ -97,24 +100,6 @@ def set_of(name: str, base: Path, context: int, tools: "Toolchain", store: "Stor
     found = read_header(base).metadata.get("tokenizer.chat_template")
     template = patch(found, None, str(base)) if found else None
     return calibrate.of_set(Imatrix(name, context), template, base_of(base), tools, store)
-
-
-def _held_out(text: "CalibrationText", folder: Path) -> dict[str, Path]:
-    """The documents that no importance matrix saw, a text for each kind; kinds with too little text make one together."""
-    from quant import files
-    from quant.calibrate import held_out_texts
-    from quant.evaluate import FEWEST_CHUNKS
-
-    assert text.held_out
-    kinds: dict[str, list[str]] = {}
-    for document in held_out_texts(text.held_out):
-        kinds.setdefault(document.kind, []).append(document.text)
-    short = [k for k, parts in kinds.items() if sum(map(len, parts)) < FEWEST_CHUNKS * CONTEXT * CHARACTERS]
-    if short:
-        kinds["other"] = [text for k in short for text in kinds.pop(k)]
-    for kind, parts in kinds.items():
-        files.write_text(folder / f"{kind}.txt", "".join(parts))
-    return {kind: folder / f"{kind}.txt" for kind in kinds}
 
 
 def _show(found: "tuple[Evaluation, ...]") -> None:

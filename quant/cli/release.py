@@ -20,6 +20,8 @@ from quant.cli.options import (
     work_option,
 )  # fmt: skip
 
+COLUMNS = ("variant", ">bytes", ">bits/weight", ">files", ">KLD", ">top-1", "smoke test")
+
 
 @quant.command()
 @click.option("--out", "-o", type=FOLDER, default=Path("release"), show_default=True, help="Where the release goes.")
@@ -38,6 +40,7 @@ def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Pat
 @click.option(
     "--waive", multiple=True, metavar="NAME", help="What may fail in smoke tests; the card says so. Repeatable."
 )
+@click.option("--evaluate/--no-evaluate", default=True, help="Measure the files against BF16, or not.  [measure]")
 @variants_option
 @work_option
 @jobs_option
@@ -103,13 +106,15 @@ def verify(release: Path) -> None:
 
 def _build(model: str, variants: tuple[str, ...], **asked: Any) -> None:
     from quant import build as builds
-    from quant.package import variants_table
+    from quant.package import variants_table, warnings
 
     began = time.monotonic()
     job = builds.prepare(model, variants, **asked)
     with progress.shown(job.steps) as do:
         built = builds.build(job, do)
-    tables.show(("variant", ">bytes", ">bits/weight", ">files", "smoke test"), variants_table(built.release.manifest))
+    tables.show(COLUMNS, variants_table(built.release.manifest))
+    for line in warnings(built.release.manifest):
+        click.echo(f"warning: {line}")
     click.echo(f"{built.folder}")
     if built.change and not built.published:
         click.echo("\n".join(built.change.lines))

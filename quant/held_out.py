@@ -1,0 +1,50 @@
+"""The part of a calibration set that no importance matrix saw, as a text for each domain that files are measured on."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from quant import files
+from quant.calibrate import CalibrationText, HeldOut, held_out_texts
+from quant.recipe import FEWEST_CHUNKS
+from quant.store import Store
+from quant.tokens import Tokenizer
+
+STAGE = "held-out"
+OTHER, ALL = "other", "all"
+HOW = "by kind 1"
+"""Names the way in which the texts are put together; another way is another text."""
+
+
+def texts(text: CalibrationText, context: int, tokenizer: Tokenizer, store: Store) -> dict[str, Path]:
+    """A text for each domain, in the order of their names; none where too little was held out to mean anything."""
+    assert text.held_out
+    inputs = {
+        "held_out": text.facts["held_out_sha256"], "tokenizer": tokenizer.digest, "context": context,
+        "fewest": FEWEST_CHUNKS, "how": HOW,
+    }  # fmt: skip
+    documents = held_out_texts(text.held_out)
+
+    def make(partial: Path) -> dict[str, Any]:
+        found = by_domain(documents, lambda part: tokenizer.count(part) // context)
+        for name, part in found.items():
+            files.write_text(partial / f"{name}.txt", part)
+        return {"domains": sorted(found)}
+
+    done = store.once(STAGE, inputs, make)
+    return {name: done.path(f"{name}.txt") for name in done.facts["domains"]}
+
+
+def by_domain(documents: tuple[HeldOut, ...], chunks: Callable[[str], int]) -> Mapping[str, str]:
+    """A text for each kind of document that fills enough chunks; those that do not make one together.
+
+    What is still too short is left out, unless nothing else is there: then all of it is one text, if that is long enough.
+    """
+    kinds: dict[str, str] = {}
+    for d in documents:
+        kinds[d.kind] = kinds.get(d.kind, "") + d.text
+    found = {kind: part for kind, part in kinds.items() if chunks(part) >= FEWEST_CHUNKS}
+    rest = "".join(part for kind, part in kinds.items() if kind not in found)
+    if rest and chunks(rest) >= FEWEST_CHUNKS:
+        found[OTHER if found else ALL] = rest
+    return found
