@@ -48,6 +48,7 @@ def quantize(
     token_secret: str | None = None,
     waive: list[str] | None = None,
     evaluate: bool = True,
+    sign_key: str | None = None,
 ) -> str:
     """Build the release of a model, publish it if there is a repo, and return its folder.
 
@@ -67,6 +68,7 @@ def quantize(
         token_secret: The name of a Prefect secret block that holds the hub's token; HF_TOKEN when not given.
         waive: Parts of the smoke test that may fail; the model card says so.
         evaluate: Measure every file against BF16, on text that was held out.
+        sign_key: A file on the worker with the key that signs the release; nothing is signed when not given.
     """
     with shown_token(token_secret):
         target = builds.target(model, repo, private=private, pull_request=pull_request) if publish else None
@@ -74,7 +76,7 @@ def quantize(
             get_run_logger().warning("Nothing will be published: no repo is named, here or in the recipe.")
         job = builds.prepare(
             model, variants or (), out=out, work=work, revision=revision, llama_cpp=llama_cpp,
-            target=target, dry_run=dry_run, waive=waive or (), evaluate=evaluate,
+            target=target, dry_run=dry_run, waive=waive or (), evaluate=evaluate, key=sign_key,
         )  # fmt: skip
         built = builds.build(job, partial(as_task, approve=approve and not dry_run))
     tell_release(built)

@@ -13,6 +13,7 @@ STAGES = (
     "evaluate",
     "package",
     "deliver",
+    "sign",
     "publish",
 )
 """The way of a release. ``quant.build`` walks it; every name is a module of this package with a verb of its own."""

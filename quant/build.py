@@ -29,6 +29,7 @@ from quant.quantize import quantize
 from quant.recipe import Model, TemplatePatch, Variant, Waiver, load_model, load_template_patch, load_variant
 from quant.scenarios import Scenarios, all_of, load_scenarios
 from quant.shard import Sharded, shard
+from quant.sign import sign, signer_problems
 from quant.smoke import Original, smoke, waived
 from quant.source import Checkpoint
 from quant.store import Store
@@ -68,6 +69,8 @@ class Job:
     """Where to publish it, if that was asked for."""
     dry_run: bool = False
     """Only say what publishing would change."""
+    key: Path | None = None
+    """The file of a key to sign the release with."""
     template: TemplatePatch | None = None
     """The patch of the chat template itself, instead of the one that the model's recipe names."""
     scenarios: Scenarios | None = None
@@ -78,7 +81,7 @@ class Job:
         """How many stages will be run; a bar needs to know."""
         bases = sum(v.is_base for v in self.variants)
         passes = bases < len(self.variants)
-        publishing = (2 - self.dry_run) if self.target else 0
+        publishing = ((2 - self.dry_run) if self.target else 0) + (self.key is not None)
         optional = [self.model.sees, bool(self.model.evaluation.chunks), passes]
         return 7 + sum(optional) + bases + 2 * len(self.variants) + publishing
 
@@ -111,8 +114,9 @@ def prepare(
     dry_run: bool = False,
     waive: Sequence[str] = (),
     evaluate: bool = True,
+    key: str | Path | None = None,
 ) -> Job:
-    """A job from what a person says: names or paths of recipes, folders, where to publish, what may fail in smoke tests.
+    """A job from what a person says: names or paths of recipes, folders, where to publish, what may fail, a key.
 
     With ``evaluate`` off, the files are not measured.
 
@@ -133,10 +137,15 @@ def prepare(
     ggml.find(tools.bin)
     out = Path(out).expanduser().resolve()
     store = Store(Path(work).expanduser().resolve() if work else out / WORK)
+    signing = Path(key).expanduser() if key else None
+    if signing:
+        signer_problems(signing)
     if target:
         welcome(target, recipe.card.license)
     settings = settings or Settings()
-    return Job(recipe, path, loaded, out, Store(store.root / recipe.name), tools, locked, settings, target, dry_run)
+    return Job(
+        recipe, path, loaded, out, Store(store.root / recipe.name), tools, locked, settings, target, dry_run, signing
+    )  # fmt: skip
 
 
 def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
@@ -192,6 +201,8 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
         verdicts = tuple(verdict for _, verdict in heard)
         if delivered.fresh:
             _record(job, delivered.folder, began, verdicts)
+        if job.key:
+            do("sign", model.title, partial(sign, delivered.folder, job.key))
         planned = published = None
         if job.target:
             planned = do("publish", f"{job.target.repo}: what changes", partial(change, delivered.folder, job.target))

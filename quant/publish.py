@@ -20,7 +20,7 @@ from quant.errors import CheckFailed, InputError, Unreachable, refuse
 from quant.files import Receipt, git_digest
 from quant.package import CHECKSUMS, MANIFEST
 from quant.recipe import COMMIT, REPO
-from quant.release import Found, find, parse_checksums
+from quant.release import SIGNATURE, Found, find, parse_checksums
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -241,7 +241,7 @@ def _earlier(api: "HfApi", repo: str, head: str, there: Mapping[str, Any]) -> se
         return set()
     with TemporaryDirectory() as folder:
         path = hub.patiently(lambda: api.hf_hub_download(repo, CHECKSUMS, revision=head, local_dir=folder))
-        return set(parse_checksums(Path(path).read_text(), f"{repo}@{head}: {CHECKSUMS}"))
+        return {SIGNATURE, *parse_checksums(Path(path).read_text(), f"{repo}@{head}: {CHECKSUMS}")}
 
 
 def _tag_problems(api: "HfApi", change: Change) -> Iterator[str]:

@@ -12,6 +12,9 @@ from quant.files import Receipt
 from quant.package import CHECKSUMS, FORMAT, MANIFEST
 
 HUBS_OWN = (".gitattributes", ".cache/")
+SIGNATURE = "model.sig"
+"""Speaks of all other files, the lists too; so no list can hold it."""
+LISTS = (CHECKSUMS, MANIFEST, SIGNATURE)
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Found:
     folder: Path
     manifest: Mapping[str, Any]
     files: tuple[Receipt, ...]
-    """All of them, the manifest and the list too."""
+    """All of them, the manifest, the list and the signature too."""
 
     @property
     def digest(self) -> str:
@@ -47,7 +50,8 @@ def find(folder: Path) -> Found:
     if wrong:
         raise CheckFailed(*wrong)
     receipts = [Receipt(name, listed[name], (folder / name).stat().st_size) for name in both]
-    receipts += [files.receipt(folder / name, folder) for name in (CHECKSUMS, MANIFEST)]
+    lists = [name for name in LISTS if (folder / name).is_file()]
+    receipts += [files.receipt(folder / name, folder) for name in lists]
     return Found(folder, manifest, tuple(sorted(receipts, key=lambda r: r.path)))
 
 
@@ -89,9 +93,9 @@ def parse_checksums(text: str, where: str) -> dict[str, str]:
 
 
 def names(folder: Path) -> set[str]:
-    """Every file of a release but its two lists, and but what the hub and its client put beside them."""
+    """Every file of a release but its lists and its signature, and but what the hub and its client put beside them."""
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    return {name for name in found if not name.startswith(HUBS_OWN)} - {MANIFEST, CHECKSUMS}
+    return {name for name in found if not name.startswith(HUBS_OWN)} - {*LISTS}
 
 
 def list_problems(folder: Path, here: set[str], listed: Mapping[str, str]) -> Iterator[str]:

@@ -13,8 +13,9 @@ from quant.header import Header, read_headers
 from quant.package import CHECKSUMS, MANIFEST, PROVENANCE
 from quant.plan import decisions, type_of
 from quant.recipe import Variant
-from quant.release import list_problems, names, read_checksums, read_manifest
+from quant.release import SIGNATURE, list_problems, names, read_checksums, read_manifest
 from quant.shard import changed
+from quant.sign import signature_problems
 from quant.toml import of_json
 
 
@@ -29,28 +30,42 @@ class Verified:
     """What only other commands can tell."""
 
 
-def verify(folder: Path) -> Verified:
-    """Read every byte of a release and hold it against its lists. Raises InputError for a folder that is no release."""
+def verify(folder: Path, public_key: Path | None = None) -> Verified:
+    """Read every byte of a release and hold it against its lists, and its signature against the key of its maker.
+
+    Raises InputError for a folder that is no release, and for a key that is none.
+    """
     manifest = read_manifest(folder)
     problems = list(_file_problems(folder, read_checksums(folder)))
     if not problems:  # else what follows would only say the same once more
         problems += _variant_problems(folder, manifest)
         problems += _provenance_problems(folder)
         problems += _card_problems(folder, manifest)
-    checked = (
+        if public_key:
+            problems += signature_problems(folder, _digests(folder), public_key)
+    checked = [
         f"every byte against {CHECKSUMS}, every tensor against {MANIFEST}",
         "names, shards and types of every file against its recipe; its chat template",
         f"README.md against the files; {PROVENANCE} against the files",
-    )
-    return Verified(tuple(problems), checked, tuple(_unchecked(manifest)))
+    ]
+    if public_key:
+        checked.append(f"{SIGNATURE}: the files are signed by the key {public_key}")
+    return Verified(tuple(problems), tuple(checked), tuple(_unchecked(folder, manifest, public_key)))
 
 
-def _unchecked(manifest: Mapping[str, Any]) -> Iterator[str]:
+def _digests(folder: Path) -> dict[str, str]:
+    return read_checksums(folder) | {name: files.digest(folder / name) for name in (CHECKSUMS, MANIFEST)}
+
+
+def _unchecked(folder: Path, manifest: Mapping[str, Any], public_key: Path | None) -> Iterator[str]:
     source = manifest["source"]
     of = f"{source['repo']}@{source['revision']}" if "repo" in source else source.get("folder", "its source")
     yield f"that the weights are those of {of}, quantised as it says: `quant rebuild {MANIFEST} -o DIR` makes them again"
     yield "that the model talks: `quant smoke FILE` asks it"
-    yield "who made the release: a checksum is no signature"
+    if public_key is None and (folder / SIGNATURE).is_file():
+        yield f"who made the release: {SIGNATURE} was not looked at; `--public-key` names the key of its maker"
+    elif public_key is None:
+        yield "who made the release: a checksum is no signature, and there is none"
 
 
 def _file_problems(folder: Path, listed: Mapping[str, str]) -> Iterator[str]:

@@ -46,6 +46,8 @@ DOORS = {  # who imports it, or a part of it   who may (a name that ends in / is
         "calibration/",
     },
     "socket": {"quant/toolchain.py"},
+    "model_signing": {"quant/sign.py"},
+    "cryptography": {"quant/sign.py"},
 }
 NARROW = {  # a door that is open for one name only
     ("quant/card.py", "huggingface_hub"): {"huggingface_hub.ModelCardData"},
@@ -79,7 +81,19 @@ OPENS = {
     "stat",
 }
 HEAVY = {"torch", "transformers", "prefect", "datasets"}
-LATE = {*HEAVY, "llama_cpp", "scipy", "numpy", "openai", "httpx", "huggingface_hub", "gguf", "safetensors"}
+LATE = {
+    *HEAVY,
+    "model_signing",
+    "cryptography",
+    "llama_cpp",
+    "scipy",
+    "numpy",
+    "openai",
+    "httpx",
+    "huggingface_hub",
+    "gguf",
+    "safetensors",
+}
 """What ``quant --help`` does without."""
 
 

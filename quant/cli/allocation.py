@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 @chunks_option
 @threads_option
 @click.option(
-    "--measured", type=click.IntRange(2), metavar="N",
-    help="Build and read N whole files for each size, mend the sensitivities by them, and take the best."
+    "--measured",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Build and read N whole files for each size, mend the sensitivities by them, and take the best.",
 )
 @click.option("--type", "types", multiple=True, metavar="T", help="Choose among these only; repeatable.")
 @click.option("--exclude", multiple=True, metavar="T", help="Not this type; repeatable.")

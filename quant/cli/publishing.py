@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from quant.cli import progress
-from quant.cli.options import FOLDER, quant, target_of, target_options, tools_option, work_option
+from quant.cli.options import FILE, FOLDER, quant, target_of, target_options, tools_option, work_option
 from quant.errors import InputError
 
 
@@ -38,6 +38,26 @@ def publish(release: Path, owner_name: str | None, repo: str | None, dry_run: bo
     click.echo(published.url)
     if not published.fresh:
         progress.say("nothing to do: this release stands there already")
+
+
+@quant.command()
+@click.argument("release", type=FOLDER)
+@click.option(
+    "--key", type=FILE, required=True, help="A PEM file with an elliptic key; $QUANT_KEY_PASSWORD unlocks it."
+)
+def sign(release: Path, key: Path) -> None:
+    """Sign a RELEASE folder, so that `quant verify RELEASE --public-key PUB.pem` tells who made it.
+
+    Writes model.sig, a bundle of OpenSSF's model signing; publishing takes it along. Nothing is asked of the network.
+    """
+    from quant import sign as signing
+    from quant.release import SIGNATURE
+
+    folder = release.expanduser().resolve()
+    fresh = signing.sign(folder, key)
+    click.echo(folder / SIGNATURE)
+    if not fresh:
+        progress.say("nothing to do: this key has signed these files already")
 
 
 @quant.command()

@@ -8,6 +8,7 @@ import click
 
 from quant.cli import progress, tables
 from quant.cli.options import (
+    FILE,
     FOLDER,
     jobs_option,
     memory_option,
@@ -47,6 +48,7 @@ def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Pat
 @memory_option
 @tools_option
 @target_options
+@click.option("--sign", "key", type=FILE, metavar="KEY", help="Sign the release with this key: see `quant sign`.")
 @click.option("--dry-run", is_flag=True, help="With --repo: say what would change there, and publish nothing.")
 def build(
     model: str, variants: tuple[str, ...], jobs: int | None, memory: int | None, repo: str | None, dry_run: bool,
@@ -89,12 +91,13 @@ def pull(model: str, revision: str | None, work: Path) -> None:
 
 @quant.command()
 @click.argument("release", type=FOLDER)
-def verify(release: Path) -> None:
+@click.option("--public-key", type=FILE, help="Check that the release was signed by the owner of this key.")
+def verify(release: Path, public_key: Path | None) -> None:
     """Read every byte of a RELEASE folder and hold it against its own lists, recipes and card; exit 1 when anything differs."""
     from quant.errors import CheckFailed
     from quant.verify import verify as look_at
 
-    found = look_at(release)
+    found = look_at(release, public_key)
     if found.problems:
         raise CheckFailed(*found.problems)
     for line in found.checked:
