@@ -98,6 +98,15 @@ class Constraints:
     """By tensor, a type that it may not exceed in size: that of the next larger file of a ladder."""
 
 
+SLOW = {
+    "apple": frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}),
+    "arm": frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"}),
+    "cuda": frozenset({"IQ1_M"}),
+}
+"""Types that a kind of machine computes slowly: those that look their values up in large tables, and on CUDA the one that
+llama.cpp has no kernel for multiplying with many tokens at once for."""
+
+
 @dataclass(frozen=True)
 class Solution:
     """An allocation, and how good it is."""

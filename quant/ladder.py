@@ -1,7 +1,7 @@
 """Variants of given sizes for one model: what is known of it, what a file may weigh, and the allocations between. Pure."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from quant.allocate import Budget, Constraints, Solution, Unit, allocate, units
@@ -86,6 +86,11 @@ class Allocation:
     solution: Solution
     bytes: int
     """Of the whole file."""
+    measured: float | None = None
+    """Its divergence on calibration text, where it was built and read."""
+
+
+Maker = Callable[[Material, Target, str, str, Constraints], Allocation]
 
 
 def make(material: Material, target: Target, name: str, summary: str, constraints: Constraints) -> Allocation:
@@ -143,12 +148,14 @@ def check(material: Material, target: Target, constraints: Constraints) -> None:
     refuse(_size_problems(choices, material.fixed_bytes(), target))
 
 
-def ladder(material: Material, targets: Mapping[str, Target], constraints: Constraints) -> tuple[Allocation, ...]:
-    """Variants for several sizes, the largest first: no tensor of a smaller file is finer than in a larger one."""
+def ladder(
+    material: Material, targets: Mapping[str, Target], constraints: Constraints, *, monotone: bool = True, maker: Maker = make
+) -> tuple[Allocation, ...]:  # fmt: skip
+    """Variants for several sizes, the largest first: where monotone, no tensor of a smaller file is finer than in a larger."""
     made: list[Allocation] = []
     for name, target in sorted(targets.items(), key=lambda item: -item[1].bytes):
-        within = replace(constraints, ceiling=made[-1].solution.types) if made else constraints
-        made.append(make(material, target, name, f"Allocated for {target.bytes:,} bytes.", within))
+        within = replace(constraints, ceiling=made[-1].solution.types) if made and monotone else constraints
+        made.append(maker(material, target, name, f"Allocated for {target.bytes:,} bytes.", within))
     return tuple(made)
 
 
@@ -205,7 +212,8 @@ def _problems(material: Material, constraints: Constraints) -> Iterator[str]:
         if not any(re.fullmatch(pattern, n) for n in names):
             yield f"pin {pattern}={kind}: no tensor of this model has such a name"
     if missing := sorted(set(names) - material.sensitivities.scales.keys()):
-        yield f"sensitivities: of another model: {len(missing)} tensors are not in them, first {missing[0]}"
+        some = f"{len(missing)} tensors are not in them, first {missing[0]}"
+        yield f"sensitivities: of another model: {some}; or a part of the probes, to be merged"
 
 
 def _size_problems(choices: Sequence[Unit], fixed: int, target: Target) -> Iterator[str]:

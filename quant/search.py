@@ -72,6 +72,8 @@ def search(
         mended = refit(material.sensitivities, whole, material.errors, near=min(kld for _, kld in tried.values()))
         width *= NARROWING
     best, kld = min(tried.values(), key=lambda pair: pair[1])
+    told = mended.predicted(best.solution.types, material.errors)
+    best = replace(best, measured=kld, solution=replace(best.solution, damage=told, bound=0.0))
     seen = tuple((made.solution.types, kld) for made, kld in tried.values())
     return Found(best, kld, first, mended, seen)
 

@@ -8,6 +8,7 @@ drawn toward its class as far as its noise asks for.
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -34,6 +35,7 @@ LEVELS = ("IQ1_S", "IQ2_XXS", "IQ3_S", "Q4_K")
 NEAREST = {"IQ1_S": "Q2_K", "IQ1_M": "Q2_K", "IQ2_XXS": "Q2_K", "IQ2_XS": "Q2_K", "IQ2_S": "Q2_K", "IQ3_XXS": "IQ3_S"}
 """For tensors without imatrix data."""
 BANDS = 4
+CHEAP_BANDS, CHEAP_LEVEL = 3, "IQ2_XXS"
 SINGLE_BELOW = 200
 """Models with fewer matrices are probed tensor by tensor."""
 FEWEST_CHUNKS = 8
@@ -140,12 +142,26 @@ class Setting:
     engine: Engine = field(default_factory=Engine)
 
 
-def probes(tensors: Sequence[TensorSpec], errors: Distortions, levels: Sequence[str] = LEVELS) -> tuple[Probe, ...]:
-    """What there is to measure for these tensors: each alone where they are few, else class by class and band by band."""
-    groups = _groups([t for t in tensors if t.name in errors.errors])
+def probes(
+    tensors: Sequence[TensorSpec], errors: Distortions, levels: Sequence[str] = LEVELS, *, cheap: bool = False
+) -> tuple[Probe, ...]:  # fmt: skip
+    """What there is to measure for these tensors: each alone where they are few, else class by class and band by band.
+
+    Cheap, for models of hundreds of gigabytes: class by class and fewer bands at one type, about forty in all, and the
+    heaviest group at the others, which tells the power.
+    """
+    wanted = [t for t in tensors if t.name in errors.errors]
+    if cheap:
+        groups = _groups(_in_trunk(wanted), CHEAP_BANDS, singles=False)
+        weights = {t.name: t.elements for t in wanted}
+        heaviest = max(groups, key=lambda name: sum(weights[n] for n in groups[name]))
+    else:
+        groups, heaviest = _groups(wanted, BANDS, singles=len(wanted) < SINGLE_BELOW), ""
     found = []
     for level in levels:
         for name, members in groups.items():
+            if cheap and level != CHEAP_LEVEL and name != heaviest:
+                continue
             types = {t: _nearest(level, errors.errors[t]) for t in members}
             probe = Probe(f"{name} at {'/'.join(sorted(set(types.values())))}", types)
             if probe not in found:
@@ -280,8 +296,6 @@ def read_file(path: Path, base: str | None = None) -> Sensitivities:
 
 def variant_of(name: str, types: Mapping[str, str], file_type: str = "Q8_0") -> Variant:
     """A variant that says the type of every tensor by its name."""
-    import re
-
     rules = tuple(Rule(re.escape(tensor), kind, "One tensor of a probe.") for tensor, kind in types.items())
     return Variant(name=name, summary="A probe.", file_type=file_type, rules=rules)
 
@@ -327,15 +341,38 @@ def _plan(name: str, probe: Probe, header: Header, blanket: str) -> Plan:
     return plan(variant_of(name, types), header.tensors, covered=frozenset(types))
 
 
-def _groups(tensors: Sequence[TensorSpec]) -> dict[str, list[str]]:
-    if len(tensors) < SINGLE_BELOW:
+def share(wanted: Sequence[Probe], part: str) -> tuple[Probe, ...]:
+    """Those that the machine ``2/3`` of several measures. Raises InputError for anything else."""
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    first, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= first <= count:
+        raise InputError(f"part: expected a number and how many there are, as in 1/3, found {part!r}")
+    return tuple(wanted[first - 1 :: count])
+
+
+def told(setting: Setting) -> str:
+    """On what probes were measured, in words that are equal only where they may be put together."""
+    text, how = files.digest(setting.text)[:12], setting.reading
+    return f"{setting.text.name} ({text}, {how.chunks or 'all'} chunks of {how.context}), the rest in {setting.blanket}"
+
+
+def _in_trunk(tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Without MTP blocks, which no text shows; but all of a class that is nowhere else."""
+    at = depths(tensors)
+    inside = [t for t in tensors if at.get(t.name, 0) < 1]
+    classes = {class_of(t.name) for t in inside}
+    return inside + [t for t in tensors if class_of(t.name) not in classes]
+
+
+def _groups(tensors: Sequence[TensorSpec], bands: int, *, singles: bool) -> dict[str, list[str]]:
+    if singles:
         return {t.name: [t.name] for t in tensors}
     at = depths(tensors)
     groups: dict[str, list[str]] = {}
     for t in tensors:
         depth = at.get(t.name)
         band = (
-            "" if depth is None else " behind the trunk" if depth >= 1 else f" band {int(depth * BANDS) + 1} of {BANDS}"
+            "" if depth is None else " behind the trunk" if depth >= 1 else f" band {int(depth * bands) + 1} of {bands}"
         )
         groups.setdefault(f"{class_of(t.name)}{band}", []).append(t.name)
     return groups

@@ -55,7 +55,7 @@ NARROW = {  # a door that is open for one name only
     ("quant/store.py", "socket"): {"socket.gethostname"},
 }
 PURE = {
-    "quant/allocate.py", "quant/folding.py", "quant/ladder.py",
+    "quant/allocate.py", "quant/folding.py", "quant/ladder.py", "quant/search.py",
     "quant/plan.py", "quant/template.py", "quant/card.py", "quant/ggml_types.py", "quant/errors.py", "quant/footprint.py",
     "quant/card_body.py", "quant/provenance.py", "quant/contract.py", "quant/battery.py", "quant/verdict.py", "quant/report.py",
     "quant/modelfile.py", "quant/anchors.py", "quant/coverage.py", "calibration/packing.py", "calibration/alike.py",

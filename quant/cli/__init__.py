@@ -15,6 +15,7 @@ from quant.cli import (
     look,
     ollama,
     planning,
+    probing,
     progress,
     publishing,
     release,
@@ -27,8 +28,8 @@ from quant.errors import QuantError
 from quant.hub import without_token
 
 __all__ = [
-    "allocation", "calibration", "evaluation", "imatrix", "look", "main", "ollama", "planning", "publishing", "release",
-    "stages", "talking", "template",
+    "allocation", "calibration", "evaluation", "imatrix", "look", "main", "ollama", "planning", "probing", "publishing",
+    "release", "stages", "talking", "template",
 ]  # fmt: skip
 """Importing the modules of commands is what makes the commands known."""
 

@@ -1,8 +1,9 @@
 """The command that shares out the bits of a size."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from quant.cli.evaluation import CONTEXT, chunks_option, set_of, text_option, th
 from quant.cli.options import FILE, FOLDER, json_option, quant, tools_option
 
 if TYPE_CHECKING:
-    from quant.ladder import Allocation, Material, Target
+    from quant.allocate import Constraints
+    from quant.ladder import Allocation, Maker, Material, Target
+    from quant.sensitivity import Setting
     from quant.store import Store
 
 
@@ -48,6 +51,21 @@ if TYPE_CHECKING:
 @click.option(
     "--gate-up-alike/--gate-up-apart", default=True, help="Whether gate and up of a layer share a type.  [alike]"
 )
+@click.option("--mtp-pinned/--mtp-free", default=True, help="Whether an MTP block has types of its own.  [pinned]")
+@click.option(
+    "--coverage/--no-coverage",
+    default=True,
+    help="Whether tensors that the imatrix hardly saw keep a floor.  [they do]",
+)
+@click.option(
+    "--monotone/--not-monotone", default=True, help="Whether no tensor is finer in a smaller file.  [monotone]"
+)
+@click.option(
+    "--friendly",
+    type=click.Choice(("apple", "arm", "cuda")),
+    multiple=True,
+    help="Leave out what is slow there; repeatable.",
+)
 @click.option("--name", default="ALLOCATED", show_default=True, help="Of the variant.")
 @click.option(
     "--out", "-o", type=click.Path(path_type=Path), required=True, help="The .toml to write, or a folder for several."
@@ -58,16 +76,17 @@ if TYPE_CHECKING:
 def allocate(
     what: str, matrix: Path | None, sizes: tuple[str, ...], bpw: float | None, memory: str | None, as_ladder: bool,
     errors: Path | None, sensitivity: Path | None, texts: tuple[Path, ...], chunks: int | None, threads: int,
-    types: tuple[str, ...], exclude: tuple[str, ...], pins: tuple[str, ...], most_types: int | None, gate_up_alike: bool,
-    name: str, out: Path, work: Path | None, llama_cpp: Path | None, as_json: bool,
+    measured: int | None, types: tuple[str, ...], exclude: tuple[str, ...], pins: tuple[str, ...], most_types: int | None,
+    gate_up_alike: bool, mtp_pinned: bool, coverage: bool, monotone: bool, friendly: tuple[str, ...], name: str,
+    out: Path, work: Path | None, llama_cpp: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Share out the bits of a size: the types with which a file of at most that size is nearest to its base.
 
     WHAT is a BF16 GGUF, whose tensors are probed (a run that was ended continues), or the name of a MODEL, of which nothing
     is measured: then priors by class serve, and the variant says so.
     """
-    from quant import ladder
-    from quant.allocate import Constraints
+    from quant import ladder, toolchain
+    from quant.allocate import SLOW, Constraints
     from quant.distortion import CANDIDATES
     from quant.ggml_types import ggml_type
     from quant.store import Store
@@ -80,7 +99,8 @@ def allocate(
         raise click.UsageError("--pin: expected REGEX=TYPE")
     store = Store((work or out.with_name(out.name + ".work")).resolve())
     pinned = dict(pin.rsplit("=", 1) for pin in pins)
-    constraints = Constraints(gate_up_alike, most_types, pinned=pinned, excluded=frozenset(exclude))
+    left_out = frozenset(exclude).union(*(SLOW[machine] for machine in friendly))
+    constraints = Constraints(gate_up_alike, most_types, mtp_pinned, pinned, left_out)
 
     def targets_of(material: "Material") -> "dict[str, Target]":
         found = _targets(what, material, sizes, bpw, memory, name, as_ladder)
@@ -88,36 +108,34 @@ def allocate(
             ladder.check(material, target, constraints)
         return found
 
+    maker: Maker = ladder.make
     if Path(what).suffix == ".gguf":
-        material = _measured(
-            Path(what),
-            matrix,
-            types or CANDIDATES,
-            errors,
-            sensitivity,
-            texts,
-            chunks,
-            threads,
-            store,
-            llama_cpp,
-            targets_of,
-        )
+        tools = toolchain.find(llama_cpp)
+        unprobed = _unprobed(Path(what), matrix, types or CANDIDATES, errors, store, tools, coverage=coverage)
+        targets_of(unprobed)
+        reading = partial(_setting, Path(what), matrix, texts, chunks, threads, store, tools)
+        material = _probed(unprobed, sensitivity or store.root / "sensitivity.json", reading)
+        maker = _searching(reading(), measured) if measured else maker
+    elif measured:
+        raise click.UsageError("--measured: expected a BF16 GGUF, of a MODEL's name there is nothing to build")
     else:
         material = _known(what, types or CANDIDATES)
     targets = targets_of(material)
     if len(targets) == 1:
         ((title, target),) = targets.items()
-        made: tuple[Allocation, ...] = (
-            ladder.make(material, target, title, f"Allocated for {target.bytes:,} bytes.", constraints),
-        )
+        made: tuple[Allocation, ...] = (maker(material, target, title, _summary(target), constraints),)
     else:
-        made = ladder.ladder(material, targets, constraints)
+        made = ladder.ladder(material, targets, constraints, monotone=monotone, maker=maker)
     for a in made:
         _write(a, material, out if len(targets) == 1 else out / f"{a.variant.name}.toml")
     if as_json:
         click.echo(json.dumps({"model": what, "variants": [_told(a) for a in made]}, ensure_ascii=False))
     else:
         _show_allocations(made)
+
+
+def _summary(target: "Target") -> str:
+    return f"Allocated for {target.bytes:,} bytes."
 
 
 def _known(model: str, types: tuple[str, ...]) -> "Material":
@@ -137,58 +155,72 @@ def _known(model: str, types: tuple[str, ...]) -> "Material":
     )  # fmt: skip
 
 
-def _measured(
-    base: Path, matrix: Path | None, types: tuple[str, ...], errors: Path | None, sensitivity: Path | None,
-    texts: tuple[Path, ...], chunks: int | None, threads: int, store: "Store", llama_cpp: Path | None,
-    check: Callable[["Material"], object],
+def _unprobed(
+    base: Path, matrix: Path | None, types: tuple[str, ...], errors: Path | None, store: "Store", tools: "Toolchain", *,
+    coverage: bool,
 ) -> "Material":  # fmt: skip
-    from quant import distortion, files, toolchain
+    """What is known of a file before anything was probed: enough to refuse a size."""
+    from quant import distortion, files
     from quant import imatrix as matrices
-    from quant import sensitivity as sensitivities
-    from quant.evaluate import Settings
     from quant.header import read_header
     from quant.ladder import Material
     from quant.recipe import CoverageRule
+    from quant.sensitivity import Sensitivities
 
     header, digest = read_header(base), files.digest(base)
-    tools = toolchain.find(llama_cpp)
     errors = errors or store.root / "errors.json"
     if not errors.exists():
         progress.say(f"{errors}: measuring what {len(types)} types do to each tensor")
         distortion.write(errors, distortion.measure(base, matrix, tools, types=types))
     found = distortion.read(errors, digest).only(types)
     known = matrices.read(matrix, header.tensors) if matrix else None
-    unprobed = Material(
+    return Material(
         header.tensors, known.covered if known else frozenset(), found,
-        sensitivities.Sensitivities(digest, "nothing yet", dict.fromkeys(found.errors, 1.0)), header.data_start, header,
+        Sensitivities(digest, "nothing yet", dict.fromkeys(found.errors, 1.0)), header.data_start, header,
         read_header(matrix) if matrix else None, _kv_bytes(header.metadata),
-        known.doubt(header.tensors, CoverageRule()) if known else None,
+        known.doubt(header.tensors, CoverageRule()) if known and coverage else None,
     )  # fmt: skip
-    check(unprobed)
-    sensitivity = sensitivity or store.root / "sensitivity.json"
-    if not sensitivity.exists():
-        text = texts[0] if texts else set_of("embedded", base, CONTEXT, tools, store).path
-        setting = sensitivities.Setting(
-            base.resolve(),
-            matrix and matrix.resolve(),
-            text.resolve(),
-            tools,
-            store,
-            Settings(CONTEXT, chunks, threads),
-        )
-        _probe(sensitivity, found, setting)
-    return replace(unprobed, sensitivities=sensitivities.read_file(sensitivity, digest))
 
 
-def _probe(out: Path, errors: Any, setting: Any) -> None:
+def _setting(
+    base: Path, matrix: Path | None, texts: tuple[Path, ...], chunks: int | None, threads: int, store: "Store",
+    tools: "Toolchain",
+) -> "Setting":  # fmt: skip
+    from quant.evaluate import Settings
+    from quant.sensitivity import Setting
+
+    text = texts[0] if texts else set_of("embedded", base, CONTEXT, tools, store).path
+    reading = Settings(CONTEXT, chunks, threads)
+    return Setting(base.resolve(), matrix and matrix.resolve(), text.resolve(), tools, store, reading)
+
+
+def _probed(unprobed: "Material", path: Path, reading: "Callable[[], Setting]") -> "Material":
+    """With the sensitivities of a file, which is written from probes if it is not there."""
     from quant import sensitivity
-    from quant.header import read_header
+    from quant.cli.probing import measure
 
-    wanted = sensitivity.probes(read_header(setting.base).tensors, errors)
-    progress.say(sensitivity.forecast(wanted, setting))
-    with setting.store.alone():
-        measured = sensitivity.measure(wanted, setting, lambda done, of: progress.say(f"probes: {done} of {of}"))
-    sensitivity.write_file(out, sensitivity.fit(measured, errors, f"{len(measured)} probes on {setting.text.name}"))
+    if not path.exists():
+        measure(path, unprobed.errors, reading(), sensitivity.probes(unprobed.tensors, unprobed.errors))
+    return replace(unprobed, sensitivities=sensitivity.read_file(path, unprobed.errors.base))
+
+
+def _searching(setting: "Setting", count: int) -> "Maker":
+    """Makes an allocation by building and reading so many files."""
+    from quant.search import search
+    from quant.sensitivity import Probe, measure
+
+    def read(some: Sequence[Mapping[str, str]]) -> list[float]:
+        with setting.store.alone():
+            found = measure([Probe("whole", types) for types in some], setting)
+        progress.say(f"whole files: {', '.join(f'{m.kld:.5f}' for m in found)}")
+        return [m.kld for m in found]
+
+    def maker(material: "Material", target: "Target", name: str, summary: str, limits: "Constraints") -> "Allocation":
+        found = search(material, target, name, summary, limits, read, count)
+        progress.say(f"{name}: {found.first_kld:.5f} where the search began, {found.kld:.5f} where it ended")
+        return found.best
+
+    return maker
 
 
 def _kv_bytes(metadata: Mapping[str, Any]) -> int:
@@ -242,7 +274,7 @@ def _write(a: "Allocation", material: "Material", path: Path) -> None:
     s = material.sensitivities
     comments = [
         f"Made by `quant allocate` for {a.target.bytes:,} bytes: {a.bytes:,}, predicted mean KLD {a.solution.damage:.4g},",
-        f"at most {100 * a.solution.gap:.3f} % above the best possible. Sensitivities: {s.source}.",
+        f"{_how_good(a)}. Sensitivities: {s.source}.",
         *([s.credit] if s.credit else []),
     ]
     variant, shipped = a.variant, known("variants")
@@ -253,17 +285,27 @@ def _write(a: "Allocation", material: "Material", path: Path) -> None:
     progress.say(f"{path}: {len(a.variant.rules)} rules")
 
 
+def _how_good(a: "Allocation") -> str:
+    if a.measured is not None:
+        return f"measured {a.measured:.4g} on that text: the best of the files that were built"
+    return f"at most {100 * a.solution.gap:.3f} % above the best possible"
+
+
 def _told(a: "Allocation") -> dict[str, Any]:
     return {
         "name": a.variant.name, "target": a.target.bytes, "bytes": a.bytes, "kld_predicted": a.solution.damage,
-        "gap": a.solution.gap, "rules": len(a.variant.rules),
+        "kld_measured": a.measured, "gap": None if a.measured else a.solution.gap, "rules": len(a.variant.rules),
     }  # fmt: skip
+
+
+def _gap(a: "Allocation") -> str:
+    return f"{100 * a.solution.gap:.3f} %" if a.measured is None else f"measured {a.measured:.5f}"
 
 
 def _show_allocations(made: "tuple[Allocation, ...]") -> None:
     rows = [
         (a.variant.name, f"{a.target.bytes:,}", f"{a.bytes:,}", f"{100 * a.bytes / a.target.bytes:.2f} %",
-         f"{a.solution.damage:.5f}", f"{100 * a.solution.gap:.3f} %", str(len(a.variant.rules)))
+         f"{a.solution.damage:.5f}", _gap(a), str(len(a.variant.rules)))
         for a in made
     ]  # fmt: skip
     tables.show(("variant", ">target", ">bytes", ">of it", ">predicted KLD", ">gap", ">rules"), rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quant import priors
-from quant.allocate import Constraints
+from quant.allocate import SLOW, Constraints
 from quant.errors import InputError
 from quant.footprint import class_of
 from quant.ggml_types import TYPES
@@ -64,6 +64,19 @@ def test_on_a_ladder_no_tensor_of_a_smaller_file_is_finer() -> None:
     for larger, smaller in itertools.pairwise(made):
         for name, kind in smaller.solution.types.items():
             assert TYPES[kind].bits_per_weight <= TYPES[larger.solution.types[name]].bits_per_weight
+
+
+def test_a_ladder_that_need_not_be_monotone_is_made_of_single_solutions() -> None:
+    targets = {str(b): Target(b) for b in (4_000_000, 4_050_000, 6_000_000)}
+    alone = {name: make(TINY, target, name, "x", Constraints()).solution for name, target in targets.items()}
+    made = ladder(TINY, targets, Constraints(), monotone=False)
+    assert {a.variant.name: a.solution for a in made} == alone
+
+
+def test_what_a_machine_computes_slowly_can_be_left_out() -> None:
+    for machine, slow in SLOW.items():
+        made = make(TINY, Target(5_000_000), machine, "For tests.", Constraints(excluded=slow))
+        assert not slow & set(made.solution.types.values())
 
 
 def test_priors_say_whom_they_come_from() -> None:

@@ -40,6 +40,27 @@ def test_a_small_model_is_probed_tensor_by_tensor_and_a_large_one_by_class_and_d
     assert any(p.name == "ffn_down_exps band 2 of 4 at IQ2_XXS" for p in found)
 
 
+def test_a_huge_model_is_probed_with_about_forty_files_that_tell_the_power_too() -> None:
+    errors = typical(GLM)
+    found = probes(GLM, errors, cheap=True)
+    assert 35 <= len(found) <= 45
+    assert not any(name.startswith("blk.92.attn") for p in found for name in p.types)
+    truth = Sensitivities(errors.base, "made up", dict.fromkeys(errors.errors, 0.01), power=0.7)
+    told = [Measured(p, kld, 0.01 * kld) for p in found for kld in [truth.predicted(p.types, errors)]]
+    fitted = fit(told, errors, "made up")
+    assert fitted.power == pytest.approx(0.7, rel=0.02)
+    assert fitted.scales.keys() == errors.errors.keys()
+
+
+def test_parts_hold_every_probe_once() -> None:
+    every = probes(TINY, ERRORS)
+    parts = [sensitivity.share(every, f"{n}/3") for n in (1, 2, 3)]
+    assert sorted(p.name for part in parts for p in part) == sorted(p.name for p in every)
+    for wrong in ("0/3", "4/3", "1", "a/b", "1/0"):
+        with pytest.raises(InputError, match="as in 1/3"):
+            sensitivity.share(every, wrong)
+
+
 def test_a_tensor_without_importance_is_probed_with_a_type_that_needs_none() -> None:
     assert all(
         set(p.types.values()) <= {"Q2_K", "IQ3_S", "Q4_K"} for p in probes(TINY, ERRORS) if "output.weight" in p.types
@@ -88,6 +109,19 @@ def test_whole_files_mend_a_class_that_the_probes_misjudged() -> None:
             math.log(before.predicted(types, ERRORS) / kld)
         )
     assert "refitted on 5 whole files" in after.source
+
+
+def test_whole_files_mend_a_single_tensor_and_the_near_ones_count_more() -> None:
+    name = "blk.2.attn_v.weight"
+    wrong = replace(TRUTH, scales={**TRUTH.scales, name: TRUTH.scales[name] / 4})
+    plain = {n: k if k in e else "Q2_K" for n, e in ERRORS.errors.items() for k in ("IQ3_S",)}
+    whole = [plain | {name: k} for k in ("IQ1_S", "IQ2_S", "Q4_K", "Q8_0")]
+    seen = [(types, TRUTH.predicted(types, ERRORS)) for types in whole] * 5
+    assert refit(wrong, seen, ERRORS).scales[name] > 1.2 * wrong.scales[name]
+    low = [(dict.fromkeys(ERRORS.errors, "Q6_K"), 9.0)]
+    near, anywhere = (refit(TRUTH, [*seen, *low], ERRORS, near=near) for near in (seen[0][1], None))
+    off_near, off = (abs(math.log(s.predicted(plain, ERRORS) / seen[0][1])) for s in (near, anywhere))
+    assert off_near < off
 
 
 def test_damage_is_the_tangent_of_what_is_predicted() -> None:
