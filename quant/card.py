@@ -15,6 +15,13 @@ USABLE = 0.95
 """What the system and the buffers of computation leave of it."""
 UNITS = (("kB", 10**3), ("MB", 10**6), ("GB", 10**9))
 
+PICTURES = (
+    ("pictures/kld-by-size.svg", "KLD against size, with the lower hull"),
+    ("pictures/bits.svg", "Bits per weight by class and layer"),
+    ("pictures/kld-by-domain.svg", "KLD by domain"),
+)
+"""Of a release that was measured: see :mod:`quant.page`."""
+
 Variants = Sequence[Mapping[str, Any]]
 
 
@@ -106,7 +113,7 @@ def _values(model: Model, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "turns": len(model.smoke),
         "waived": _waived(variants),
         "measured": manifest.get("evaluation"),
-        "pictures": [],
+        "pictures": PICTURES if manifest.get("evaluation") else (),
         "domains": list((manifest.get("evaluation") or {}).get("texts", ())),
         "by_domain": [
             (v["name"], [figure_words(f)[1] for f in v["evaluation"]["domains"].values()])

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quant import card, files, inventory
+from quant import card, files, inventory, page
 from quant import modelfile as modelfiles
 from quant.calibrate import CalibrationText
 from quant.card import figure_words, single_file, smoke_words
@@ -104,6 +104,13 @@ def _lay_out(
         if file:
             files.share(file.path, partial / file.path.name)
     files.write_text(partial / "README.md", card.card(made.model, manifest))
+    if measured := page.of_manifest(manifest):
+        pictures = page.drawn(measured, made.model.title)
+        for name, (_, svg) in pictures.items():
+            files.write_text(partial / page.FOLDER / name, svg)
+        ppl = manifest["evaluation"]["base"]["ppl"]
+        told = page.page(measured, made.model.title, ppl, warnings(manifest))
+        files.write_text(partial / page.REPORT, told)
     files.write_text(partial / "params", files.pretty(ollama_params(made.model)))
     if made.model.ollama.system:
         files.write_text(partial / "system", made.model.ollama.system)
