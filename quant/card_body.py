@@ -42,8 +42,8 @@ Sizes are in units of 10⁹ or 10⁶ bytes. Of a file in several shards, fetch a
 ## How near is it to BF16?
 
 Measured on text that neither the importance matrix nor the recipes saw ({{ domains | join(', ') }}): PPL is the perplexity
-(BF16: {{ measured.base.ppl }}), KLD how far the file's probabilities are from BF16's (mean divergence in nats, ± half of
-the 95 % interval; less is better), top-1 how often both hold the same word for the likeliest.
+(BF16: {{ "%.4g" | format(measured.base.ppl) }}), KLD how far the file's probabilities are from BF16's (mean
+divergence in nats, ± half of the 95 % interval; less is better), top-1 how often both hold the same word for the likeliest.
 {% if pictures %}
 
 {% for name, about in pictures -%}

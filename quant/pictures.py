@@ -15,16 +15,17 @@ from quant.ggml_types import TYPES
 
 STYLE = """<style>
 svg {
-  font: 13px system-ui, sans-serif; background: #ffffff;
+  font: 13px system-ui, sans-serif; background: var(--paper); --paper: #ffffff;
   --ink: #1f2328; --faint: #d0d7de; --dot: #0969da; --other: #bc4c00;
 }
 @media (prefers-color-scheme: dark) {
-  svg { background: #0d1117; --ink: #e6edf3; --faint: #30363d; --dot: #58a6ff; --other: #f0883e; }
+  svg { --paper: #0d1117; --ink: #e6edf3; --faint: #30363d; --dot: #58a6ff; --other: #f0883e; }
 }
 text { fill: var(--ink); }
 .grid { stroke: var(--faint); } .hull { stroke: var(--dot); fill: none; stroke-dasharray: 5 4; opacity: 0.7; }
 .range { stroke: var(--dot); opacity: 0.5; } .dot { fill: var(--dot); } .peer { fill: var(--other); }
 .peer-range { stroke: var(--other); opacity: 0.5; } .title { font-size: 15px; font-weight: 600; } .small { font-size: 11px; }
+.label { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-linejoin: round; }
 </style>"""
 WIDTH, HEIGHT = 860, 480
 LEFT, RIGHT, TOP, BOTTOM = 70, 110, 44, 50
@@ -81,7 +82,8 @@ def kld_by_size(points: Sequence[Point], title: str) -> str:
     )
     line = " ".join(f"{x(a):.1f},{y(10**b):.1f}" for a, b in hull([(p.bytes, log10(p.kld)) for p in drawn]))
     parts.append(f'<polyline class="hull" points="{line}"/>')
-    taken: list[tuple[float, float, float]] = []
+    taken = [(x(p.bytes) - 6, y(p.kld) + 4, 12.0) for p in drawn]
+    labels: list[str] = []
     for p in sorted(drawn, key=lambda p: p.bytes):
         px, py, kind = x(p.bytes), y(p.kld), "peer" if p.peer else "dot"
         low, high = y(max(p.low, 10**y0)), y(p.high)
@@ -94,7 +96,8 @@ def kld_by_size(points: Sequence[Point], title: str) -> str:
         about = f"{p.name}: {p.bytes:,} bytes, KLD {p.kld:.3g} ({p.low:.3g} to {p.high:.3g})"
         parts.append(f"{mark}<title>{escape(about)}</title></{'path' if p.peer else 'circle'}>")
         ly = _free(px + 9, py + 4, 7.2 * len(p.name), taken)
-        parts.append(f'<text class="small" x="{px + 9:.1f}" y="{ly:.1f}">{escape(p.name)}</text>')
+        labels.append(f'<text class="small label" x="{px + 9:.1f}" y="{ly:.1f}">{escape(p.name)}</text>')
+    parts += labels  # above all lines
     return _svg(WIDTH, HEIGHT, parts)
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from quant import build as builds
-from quant import files
+from quant import files, page
 from quant.build import Do, Job
 from quant.errors import CheckFailed, InputError, refuse
+from quant.measured import close
 from quant.package import CHECKSUMS, FORMAT, MANIFEST, PROVENANCE
 from quant.recipe import RECIPES, Model, TemplatePatch, Variant
 from quant.release import read_checksums
@@ -34,6 +35,8 @@ class Rebuilt:
     """Files of the new release of which the old one's digest is not known, because only its manifest was given."""
     packages: tuple[str, ...]
     """Packages that are of another version here, and changed no byte but those that name them."""
+    figures: tuple[str, ...] = ()
+    """Files that were measured a little otherwise here, within what two processors may differ by."""
 
 
 def prepare(
@@ -77,13 +80,42 @@ def rebuild(job: Job, known: Mapping[str, Any], manifest: Path, do: Do) -> Rebui
     before = _known_digests(old, known) | {MANIFEST: files.digest(old / MANIFEST if manifest.is_dir() else manifest)}
     packages = tuple(_package_changes(old, built.folder))
     excused = {PROVENANCE, CHECKSUMS} if packages else set()
-    differing = sorted(n for n in before.keys() | new.keys() if n in before and before[n] != new.get(n))
+    figures = measured_otherwise(known, built.release.manifest)
+    if figures:  # what tells them differs with them, and nothing else may
+        excused |= {MANIFEST, PROVENANCE, CHECKSUMS, "README.md", page.REPORT}
+        excused |= {n for n in differing_names(before, new) if n.startswith(f"{page.FOLDER}/")}
+    differing = differing_names(before, new)
     if wrong := [n for n in differing if n not in excused]:
         raise CheckFailed(
             *(f"{built.folder / n}: expected sha256 {before[n]}, found {new.get(n, 'no such file')}" for n in wrong)
         )
     same = tuple(sorted(n for n in before if before[n] == new.get(n)))
-    return Rebuilt(built.folder, same, tuple(sorted(new.keys() - before.keys())), packages if differing else ())
+    return Rebuilt(
+        built.folder, same, tuple(sorted(new.keys() - before.keys())), packages if differing else (), figures
+    )
+
+
+def differing_names(before: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """Files whose digest is known and is another now."""
+    return sorted(n for n in before if before[n] != new.get(n))
+
+
+def measured_otherwise(known: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:
+    """The files whose figures differ as they may between two processors, when nothing else of the manifests differs."""
+    if _without_figures(known) != _without_figures(json.loads(json.dumps(new))):
+        return ()
+    pairs = [
+        (v["name"], v["evaluation"], w["evaluation"]) for v, w in zip(known["variants"], new["variants"], strict=True)
+    ]
+    if not all(old and now and close(old, now) for _, old, now in pairs):
+        return ()
+    return tuple(f"{name}: KLD was {old['kld_mean']}, is {now['kld_mean']}" for name, old, now in pairs if old != now)
+
+
+def _without_figures(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    shared = {k: v for k, v in (manifest["evaluation"] or {}).items() if k in ("context", "top", "llama.cpp", "texts")}
+    variants = [{k: v for k, v in entry.items() if k != "evaluation"} for entry in manifest["variants"]]
+    return {**manifest, "evaluation": shared, "variants": variants}
 
 
 def _read(path: Path) -> Mapping[str, Any]:

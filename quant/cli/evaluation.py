@@ -38,6 +38,10 @@ reading_work = click.option(
     "--calibration", default="embedded", show_default=True, metavar="SET", help="The set whose held-out part is read."
 )
 @click.option("--context", type=click.IntRange(32), default=512, show_default=True, help="Tokens in a chunk.")
+@click.option(
+    "--peer", "peers", type=FILE, multiple=True, help="A file to compare with, drawn by another mark; repeatable."
+)
+@click.option("--html", type=FILE, help="Write a page with the table and the pictures; it needs no network.")
 @text_option
 @chunks_option
 @threads_option
@@ -46,7 +50,7 @@ reading_work = click.option(
 @json_option
 def evaluate(
     base: Path, paths: tuple[Path, ...], calibration: str, context: int, texts: tuple[Path, ...], chunks: int | None,
-    threads: int, work: Path | None, llama_cpp: Path | None, as_json: bool,
+    threads: int, work: Path | None, llama_cpp: Path | None, as_json: bool, peers: tuple[Path, ...], html: Path | None,
 ) -> None:  # fmt: skip
     """How far quantised PATHS are from BASE, their BF16 file: perplexity, KLD and top-1, with 95 % intervals.
 
@@ -68,7 +72,9 @@ def evaluate(
                 raise InputError(
                     f"{calibration}: the set holds too little text out to mean anything; name one with --text"
                 )
-        found = measure(base, paths, by_domain, store, Settings(context, chunks, threads))
+        found = measure(base, [*paths, *peers], by_domain, store, Settings(context, chunks, threads))
+    if html:
+        _write_page(html, base, found, peers)
     gap = difference(found[0].whole, found[1].whole) if len(found) == 2 else None
     if as_json:
         told: dict[str, Any] = {"base": base.name, "files": [e.json() for e in found]}
@@ -100,6 +106,22 @@ def set_of(name: str, base: Path, context: int, tools: "Toolchain", store: "Stor
     found = read_header(base).metadata.get("tokenizer.chat_template")
     template = patch(found, None, str(base)) if found else None
     return calibrate.of_set(Imatrix(name, context), template, base_of(base), tools, store)
+
+
+def _write_page(html: Path, base: Path, found: "tuple[Evaluation, ...]", peers: tuple[Path, ...]) -> None:
+    from quant import files, page
+    from quant.header import read_headers
+    from quant.measured import stable
+
+    names = [e.file.name.removesuffix(".gguf").partition("-00001-of-")[0] for e in found]
+    shown = [
+        page.Shown(
+            name, e.bytes, stable(e.figures()), {t.name: t.type.name for h in read_headers(e.file) for t in h.tensors},
+            peer=e.file in peers, is_base=e.file == base,
+        )
+        for name, e in zip(names, found, strict=True)
+    ]  # fmt: skip
+    files.write_text(html, page.page(shown, base.stem, found[0].figures()["ppl_base"]))
 
 
 def _show(found: "tuple[Evaluation, ...]") -> None:

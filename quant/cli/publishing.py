@@ -78,5 +78,7 @@ def rebuild(manifest: Path, out: Path, source: Path | None, work: Path | None, l
     click.echo(f"{done.folder}: {len(done.compared)} files hold the same bytes")
     if done.uncompared:
         progress.say(f"not compared, for only the manifest was given: {', '.join(done.uncompared)}")
+    if done.figures:
+        progress.say(f"measured a little otherwise here, as processors do: {'; '.join(done.figures)}")
     if done.packages:
         progress.say(f"made with other packages, which changed nothing: {'; '.join(done.packages)}")
