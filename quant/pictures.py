@@ -107,7 +107,7 @@ def bits(variants: Mapping[str, Mapping[str, str]], title: str) -> str:
     ``variants`` has the type of every tensor.
     """
     classes = list(dict.fromkeys(class_of(name) for tensors in variants.values() for name in tensors if _matrix(name)))
-    wide = max(CELL * 3, 96)
+    wide = max(CELL * 3, 12 + ceil(6.6 * max(map(len, variants))))
     top = 74
     width, height = GUTTER + wide * len(variants) + 20, top + CELL * len(classes) + 56
     parts = [f'<text class="title" x="12" y="24">{escape(title)}</text>']
