@@ -101,6 +101,19 @@ def test_a_rule_with_a_bar_stays_in_its_cell() -> None:
     assert table(made(), 2)[2] == [r"`a\|b`", "Q4_K", "It is so."]
 
 
+def test_figures_have_columns_and_pictures_only_where_they_were_measured() -> None:
+    told = {"ppl": 12.34, "kld_mean": 0.0123, "kld_mean_low": 0.0113, "kld_mean_high": 0.0133, "top1": 0.931}
+    shared = {"texts": {"code": "0"}, "base": {"ppl": 11.0}, "beaten": [{"said": "Q is dominated: so it is"}]}
+    measured = variant("Q", *SHARDS, evaluation={**told, "domains": {"code": told}})
+    text = made(variants=[measured], evaluation=shared)
+    head, _, row = table(text)
+    assert dict(zip(head, row, strict=True)) | {"PPL": "12.34", "KLD": "0.0123 ± 0.0010", "top-1": "93.1 %"} == dict(
+        zip(head, row, strict=True)
+    )
+    assert "](pictures/kld-by-size.svg)" in text and "- Note: Q is dominated: so it is." in text
+    assert not {"KLD", "PPL"} & set(table(made())[0]) and "pictures/" not in made()
+
+
 def test_a_plan_claims_no_measurement() -> None:
     text = made(variants=[variant("Q", *SHARDS, smoke=[])])
     assert "the files were not made yet, and nothing was measured" in text
