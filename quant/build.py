@@ -5,7 +5,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from quant import files, ggml, toolchain
 from quant import source as sources
 from quant.calibrate import calibrate
 from quant.calibrate import check as check_set
+from quant.check import Taken, hold
 from quant.convert import convert, convert_vision, words
 from quant.deliver import deliver
 from quant.engine.job import Settings
@@ -27,6 +28,7 @@ from quant.plan import Plan, plan
 from quant.publish import Change, Published, Target, change, publish, welcome
 from quant.quantize import quantize
 from quant.recipe import Model, TemplatePatch, Variant, Waiver, load_model, load_template_patch, load_variant
+from quant.rendering import Tokens
 from quant.scenarios import Scenarios, all_of, load_scenarios
 from quant.shard import Sharded, shard
 from quant.sign import sign, signer_problems
@@ -157,7 +159,9 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
     began = time.time()
     with store.alone():
         checkpoint = do("source", model.name, partial(pull, model, job.recipe, job.lock, store))
-        template = do("template", model.template, partial(patched_template, job.template or model.template, checkpoint))
+        waivers = {w.scenario: w.why for w in model.waivers}
+        held = partial(held_template, job.template or model.template, checkpoint, waivers, store)
+        template = do("template", model.template, held)
         base = do("convert", model.title, partial(convert, checkpoint, template, words(model), tools, store))
         vision = None
         if model.sees:
@@ -248,6 +252,18 @@ def patched_template(named: str | TemplatePatch, checkpoint: Checkpoint) -> Chat
         return None
     text, where = found
     return patch(text, by, where)
+
+
+def held_template(
+    named: str | TemplatePatch, checkpoint: Checkpoint, waivers: Mapping[str, str], store: Store
+) -> ChatTemplate | None:
+    """The same, held against the battery: raises CheckFailed for conversations that come out wrong and are not waived."""
+    template, found = patched_template(named, checkpoint), checkpoint.chat_template
+    if template is None or found is None:
+        return None
+    original, where = found
+    taken = Taken(where, template.text, where, Tokens(), original if template.by else None, template.by)
+    return replace(template, waived=hold(taken, waivers, store))
 
 
 def _all_known(names: Sequence[str]) -> Sequence[str]:

@@ -83,9 +83,9 @@ def plain(value: float, digits: int = 3) -> str:
     return f"{value:.{max(digits - 1 - floor(log10(value)), 0)}f}" if value > 0 else "0"
 
 
-def _waived(variants: Variants) -> list[tuple[str, str, list[str]]]:
-    """What failed and was published all the same: its name, why, and in which variants."""
-    found: dict[tuple[str, str], list[str]] = {}
+def _waived(variants: Variants, template: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """What failed and was published all the same: its name, why, and where: in the template, or in which variants."""
+    found = {(name, why): ["the chat template"] for name, why in template.get("waived", {}).items()}
     for variant in variants:
         for s in variant.get("smoke", ()):
             if why := s.get("waived"):
@@ -111,7 +111,7 @@ def _values(model: Model, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "title": model.title,
         "description": model.card.description or f"Quantisations of {model.card.base_model or model.title} for llama.cpp.",
         "turns": len(model.smoke),
-        "waived": _waived(variants),
+        "waived": _waived(variants, template),
         "measured": manifest.get("evaluation"),
         "pictures": PICTURES if manifest.get("evaluation") else (),
         "domains": list((manifest.get("evaluation") or {}).get("texts", ())),

@@ -162,7 +162,7 @@ repeat penalty {{ sampling.repeat_penalty }}; they are in the files' metadata an
 {% if waived %}
 ## Waived
 
-These parts of the smoke test failed, and the files were published all the same:
+These checks failed, and the files were published all the same:
 
 {% for name, why, files in waived -%}
 - {{ name }}, in {{ files | join(', ') }}: {{ why }}

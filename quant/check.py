@@ -1,22 +1,27 @@
-"""Hold a chat template against the battery, in every engine that will meet it: `quant template check`."""
+"""Hold a chat template against the battery, in every engine that will meet it: `quant template check`.
+
+A build does the same before it converts anything, without the server: a template that is wrong costs seconds, not hours.
+"""
 
 import hashlib
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from quant import ollama
+from quant import files, ollama
 from quant.battery import BATTERY, Conversation
-from quant.contract import Fault, Renderings, asks, changes, disagreements, faults
-from quant.errors import InputError
+from quant.contract import Fault, Renderings, alike, asks, changes, disagreements, faults
+from quant.errors import CheckFailed, InputError
 from quant.header import Header, read_headers
 from quant.recipe import Model, TemplatePatch, load_model, load_template_patch
 from quant.rendering import Tokens, hopeless, render_by_server, render_in_child
 from quant.rewrite import template_of
 from quant.source import Checkpoint
+from quant.store import Store
 from quant.template import patch
 from quant.toolchain import Toolchain
 
@@ -27,6 +32,8 @@ COLLECTED = {
     "glm-4.7-flash": "GLM-4.7-Flash.jinja",
 }  # fmt: skip
 """Which of them stands in for a model whose checkpoint is not here: its own, or its nearest sister's."""
+RULES = 1
+"""Counts up when the rules of :mod:`quant.contract` change; what was found by others is then found anew."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,45 @@ def check(taken: Taken, tools: Toolchain | None, battery: Sequence[Conversation]
         found += changes(original, ours, battery, meant)
     counts = {engine: len(made) for engine, made in {"jinja": ours, **others}.items()}
     return Report(taken, len(battery), counts, tuple(found))
+
+
+def hold(taken: Taken, waivers: Mapping[str, str], store: Store) -> tuple[str, ...]:
+    """The conversations that a template gets wrong and that are waived by name; raises CheckFailed with all others.
+
+    In the engines that need no model. What they found is kept: the same template is rendered once.
+    """
+    go = ollama.go_template(taken.patch.name) if taken.patch else None
+    inputs = {
+        "rules": RULES,
+        "template": _sha(taken.text),
+        "original": _sha(taken.original) if taken.original is not None else None,
+        "patch": asdict(taken.patch) if taken.patch else None,
+        "ollama": go if find_spec("gotpl") else None,
+        "battery": files.digest_of([files.canonical(asdict(c)) for c in BATTERY]),
+        "packages": {name: version(name) for name in ("jinja2", "transformers")},
+    }
+    done = store.once("template", inputs, lambda partial: {"faults": [asdict(f) for f in check(taken, None).faults]})
+    found = [Fault(**f) for f in done.facts["faults"]]
+    if stopping := [f for f in found if f.conversation not in waivers]:
+        raise CheckFailed(*_problems(stopping, taken))
+    return tuple(dict.fromkeys(f.conversation for f in found))
+
+
+def _problems(found: Sequence[Fault], taken: Taken) -> Iterator[str]:
+    """A line for each rule that a conversation breaks, with the difference below the first that has one."""
+    shown = next((f.diff for f in found if f.diff), "")
+    for fault, _ in alike(found):
+        place = f"{taken.where}: conversation {fault.conversation!r} ({fault.engine}), {fault.where}"
+        line = f"{place}: {fault.rule}: {fault.detail}"
+        if shown and fault.diff == shown:
+            line, shown = "\n".join([line, *(f"    {d}" for d in shown.splitlines())]), ""
+        yield line
+    by = f"patched by {taken.patch.name}" if taken.patch else "as it is"
+    names = len({f.conversation for f in found})
+    yield (
+        f"{taken.where}, {by}: expected {len(BATTERY)} conversations to come out right, found {names} that do not: mend it"
+        " with a patch (recipes/templates), or waive a conversation by its name"
+    )
 
 
 def _others(taken: Taken, tools: Toolchain | None, battery: Sequence[Conversation]) -> Iterator[tuple[str, Renderings]]:

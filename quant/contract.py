@@ -138,6 +138,14 @@ def changes(
             )
 
 
+def alike(found: Iterable[Fault]) -> list[tuple[Fault, int]]:
+    """One fault for each rule that a conversation breaks in an engine, and how many texts more break it likewise."""
+    known: dict[tuple[str, str, str], list[Fault]] = {}
+    for fault in found:
+        known.setdefault((fault.rule, fault.engine, fault.conversation), []).append(fault)
+    return [(first, len(more)) for first, *more in known.values()]
+
+
 def diff(before: str, after: str, name_before: str, name_after: str) -> str:
     """Two texts line by line, cut when it is long."""
     lines = list(difflib.unified_diff(before.split("\n"), after.split("\n"), name_before, name_after, lineterm="", n=1))

@@ -145,6 +145,7 @@ def _write_lists(partial: Path, manifest: Mapping[str, Any], versions: Mapping[s
 
 
 def _manifest(made: Ingredients) -> dict[str, Any]:
+    waivers = {w.scenario: w.why for w in made.model.waivers}
     return {
         "format": FORMAT,
         "model": made.model.name,
@@ -152,7 +153,7 @@ def _manifest(made: Ingredients) -> dict[str, Any]:
         "scenarios": asdict(made.scenarios),
         "source": {**made.checkpoint.origin, "files": [asdict(r) for r in made.checkpoint.receipts]},
         "llama.cpp": made.llama_cpp,
-        "chat_template": _template(made.template) if made.template else None,
+        "chat_template": _template(made.template, waivers) if made.template else None,
         "ollama_template": go_template(made.model.template),
         "calibration": made.text.json(),
         "imatrix": made.matrix.json(),
@@ -170,9 +171,10 @@ def kv_bytes(model: Model) -> int:
     return inventory.numbers(model.architecture).kv_bytes_per_token() if model.architecture else 0
 
 
-def _template(template: ChatTemplate) -> dict[str, Any]:
+def _template(template: ChatTemplate, waivers: Mapping[str, str]) -> dict[str, Any]:
     patch = asdict(template.by) if template.by else None
-    return {"original_sha256": template.original_sha256, "sha256": template.sha256, "patch": patch}
+    about = {"original_sha256": template.original_sha256, "sha256": template.sha256, "patch": patch}
+    return about | {"waived": {name: waivers[name] for name in template.waived}}
 
 
 def entry(plan: Plan, listed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

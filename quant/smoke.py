@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quant import files, report, toolchain
+from quant.battery import BATTERY
 from quant.convert import Base
 from quant.errors import CheckFailed, InputError, ToolError, disk_errors, nearest, refuse
 from quant.files import Receipt
@@ -324,6 +325,6 @@ def waived(model: Model, tried: Scenarios, named: Sequence[str] = ()) -> dict[st
     Raises InputError for a name under which nothing can fail: a misspelt waiver would be none.
     """
     found = {w.scenario: w.why for w in model.waivers} | dict.fromkeys(named, WAIVED)
-    names = [*FILE_CHECKS, *(s.name for s in tried.scenarios), ANSWERS]
+    names = [*FILE_CHECKS, *(s.name for s in tried.scenarios), ANSWERS, *(c.name for c in BATTERY)]
     refuse(f"waiver {n!r}: no scenario of that name: {nearest(n, names)}" for n in found if n not in names)
     return found

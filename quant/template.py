@@ -30,6 +30,8 @@ class ChatTemplate:
     original_sha256: str
     by: TemplatePatch | None = None
     """The patch that was made, if one was."""
+    waived: tuple[str, ...] = ()
+    """Conversations of the battery that come out wrong, and may."""
 
     @property
     def sha256(self) -> str:

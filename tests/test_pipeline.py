@@ -199,6 +199,17 @@ def test_a_folder_without_config_json_is_refused(recipe: Path, checkpoint: Path,
     assert_refused(run("build", recipe, "-o", tmp_path / "out"), tmp_path / "out", "config.json: missing")
 
 
+def test_a_template_that_breaks_at_the_second_turn_stops_a_build_before_anything_is_converted(
+    recipe: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    recipe.write_text(recipe.read_text().replace('template = "glm-4.6"', 'template = "none"'))
+    stopped = run("build", recipe, "-o", tmp_path / "out")
+    assert stopped.returncode == 1, stopped.stderr
+    assert "conversation 'raw reasoning, two turns' (jinja), thinking default, prompt 3: past stays" in stopped.stderr
+    assert "found 12 that do not" in stopped.stderr
+    assert not list((tmp_path / "out").rglob("*.gguf"))
+
+
 def test_weights_that_can_carry_code_are_refused(recipe: Path, checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
     assert_refused(run("build", recipe, "-o", tmp_path / "out"), tmp_path / "out", "*.safetensors", "pytorch_model.bin")

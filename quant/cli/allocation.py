@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quant.ladder import Allocation, Maker, Material, Target
     from quant.sensitivity import Setting
     from quant.store import Store
+    from quant.toolchain import Toolchain
 
 
 @quant.command()

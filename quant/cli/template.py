@@ -81,14 +81,13 @@ def check(model_or_gguf: str, patch_name: str | None, no_server: bool, as_json: 
 
 def _show(report: Any) -> None:
     """One block for each rule that a conversation breaks in an engine, with the first text that breaks it."""
+    from quant.contract import alike
+
     taken = report.taken
     click.echo(f"template: {taken.where}{f', patched by {taken.patch.name}' if taken.patch else ', as it is'}")
-    alike: dict[tuple[str, ...], list[Any]] = {}
-    for fault in report.faults:
-        alike.setdefault((fault.rule, fault.engine, fault.conversation), []).append(fault)
-    for fault, *more in alike.values():
+    for fault, more in alike(report.faults):
         click.echo(f"\nFAILED {fault.conversation}: {fault.rule} ({fault.engine})")
-        click.echo(f"    {fault.where}: {fault.detail}" + (f"; and {len(more)} texts more" if more else ""))
+        click.echo(f"    {fault.where}: {fault.detail}" + (f"; and {more} texts more" if more else ""))
         for line in fault.diff.splitlines():
             click.echo(f"    {line}")
     engines = ", ".join(f"{name} {count}" for name, count in report.engines.items())

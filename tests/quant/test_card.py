@@ -188,6 +188,11 @@ def test_what_was_waived_is_said_with_the_reason_and_the_files() -> None:
     assert "Waived" not in made()
 
 
+def test_a_conversation_that_the_template_gets_wrong_is_said_when_it_was_waived() -> None:
+    text = made(chat_template=MANIFEST["chat_template"] | {"waived": {"an empty answer": "nobody | sends it"}})
+    assert "- an empty answer, in the chat template: nobody \\| sends it\n" in text
+
+
 def test_the_same_inputs_make_the_same_card() -> None:
     assert made() == made()
     assert made().endswith(".\n") and "\n\n\n" not in made()

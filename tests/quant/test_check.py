@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from quant.battery import BATTERY
-from quant.check import COLLECTION, Report, Taken, check, take
-from quant.errors import InputError
+from quant.check import COLLECTION, Report, Taken, check, hold, take
+from quant.errors import CheckFailed, InputError
 from quant.recipe import known, load_template_patch
 from quant.renderer import Limits
 from quant.rendering import Tokens
+from quant.store import Store
 from quant.toolchain import find
 from tests.gguf_files import LLAMA, key, write
 from tests.quant.test_contract import ORIGINALS, PATCHED, PATCHES
@@ -90,6 +91,27 @@ def test_a_template_with_which_nothing_can_be_done_is_one_line(
     [problem] = caught.value.problems
     assert problem.startswith(f"{taken.where}: chat template: ") and words in problem
     assert "\n" not in problem and "not tried" not in problem
+
+
+def test_a_template_that_a_build_begins_with_is_rendered_once_and_every_conversation_must_come_out_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, right, wrong = Store(tmp_path), take("glm-4.6"), take("glm-4.6", "none")
+    assert hold(right, {}, store) == ()
+    with pytest.raises(CheckFailed) as caught:
+        hold(wrong, {}, store)
+    first, *_, last = caught.value.problems
+    assert first.startswith(f"{wrong.where}: conversation '")
+    assert "\n    --- " in str(caught.value) and "\n    -" in str(caught.value)  # and what differed
+    said = [p for p in caught.value.problems if "conversation 'raw reasoning, two turns' (jinja)" in p]
+    assert "thinking default, prompt 3: past stays: it does not begin with past 2" in said[0]
+    names = {p.split("'")[1] for p in caught.value.problems[:-1]}
+    assert f"as it is: expected {len(BATTERY)} conversations to come out right, found {len(names)} that do not" in last
+
+    monkeypatch.setattr("quant.check.render_in_child", lambda *_: pytest.fail("it was rendered again"))
+    assert set(hold(wrong, dict.fromkeys(names, "known"), store)) == names
+    with pytest.raises(CheckFailed, match="found 1 that do not"):
+        hold(wrong, dict.fromkeys(names - {"raw reasoning, two turns"}, "known"), store)
 
 
 @pytest.mark.tools

@@ -82,6 +82,9 @@ def test_a_waiver_names_what_can_fail_and_gives_its_reason() -> None:
     assert waived(model, all_of(model), ["answers", "special tokens"]) == {
         "stream": "the stream is slow", "answers": "waived for this run", "special tokens": "waived for this run"
     }  # fmt: skip
+    assert waived(TINY, all_of(TINY), ["an empty answer"]) == {
+        "an empty answer": "waived for this run"
+    }  # the battery's
     with pytest.raises(InputError, match=r"waiver 'streams': no scenario of that name: did you mean 'stream'\?"):
         waived(TINY, all_of(TINY), ["streams"])
 
