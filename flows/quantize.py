@@ -24,7 +24,7 @@ from quant.publish import Change
 from quant.smoke import SmokeFailed
 
 T = TypeVar("T")
-RETRIES = {"source": 3, "publish": 3}
+RETRIES = {"source": 3, "send": 3, "publish": 3}
 """How often a stage is tried again after a failure that may pass."""
 RETRY_SECONDS = 30
 APPROVAL_SECONDS = 14 * 24 * 3600
@@ -49,6 +49,9 @@ def quantize(
     waive: list[str] | None = None,
     evaluate: bool = True,
     sign_key: str | None = None,
+    as_ready: bool = False,
+    uploads: int = 4,
+    limit: str | None = None,
 ) -> str:
     """Build the release of a model, publish it if there is a repo, and return its folder.
 
@@ -69,14 +72,18 @@ def quantize(
         waive: Parts of the smoke test that may fail; the model card says so.
         evaluate: Measure every file against BF16, on text that was held out.
         sign_key: A file on the worker with the key that signs the release; nothing is signed when not given.
+        as_ready: Send each variant to the hub as soon as it talks; nobody sees it there before the release is published.
+        uploads: Files that are sent at the same time.
+        limit: Bytes a second that sending may take, like 50M; as many as there are room for when not given.
     """
     with shown_token(token_secret):
-        target = builds.target(model, repo, private=private, pull_request=pull_request) if publish else None
+        sending = {"private": private, "pull_request": pull_request, "uploads": uploads, "limit": limit}
+        target = builds.target(model, repo, **sending) if publish else None  # type: ignore[arg-type]
         if publish and target is None:
             get_run_logger().warning("Nothing will be published: no repo is named, here or in the recipe.")
         job = builds.prepare(
             model, variants or (), out=out, work=work, revision=revision, llama_cpp=llama_cpp,
-            target=target, dry_run=dry_run, waive=waive or (), evaluate=evaluate, key=sign_key,
+            target=target, dry_run=dry_run, waive=waive or (), evaluate=evaluate, key=sign_key, as_ready=as_ready,
         )  # fmt: skip
         built = builds.build(job, partial(as_task, approve=approve and not dry_run))
     tell_release(built)

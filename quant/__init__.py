@@ -10,6 +10,7 @@ STAGES = (
     "quantize",
     "shard",
     "smoke",
+    "send",
     "evaluate",
     "package",
     "deliver",

@@ -23,13 +23,24 @@ from quant.errors import InputError, refuse
 from quant.imatrix import SMALL_BASE, imatrix
 from quant.lock import Lock, check, pinned, read_lock
 from quant.measured import measured
-from quant.package import Ingredients, Release, package
+from quant.package import Ingredients, Release, package, place
 from quant.plan import Plan, plan
 from quant.publish import Change, Published, Target, change, publish, welcome
 from quant.quantize import quantize
-from quant.recipe import Model, TemplatePatch, Variant, Waiver, load_model, load_template_patch, load_variant
+from quant.recipe import (
+    SIZE,
+    Model,
+    TemplatePatch,
+    Variant,
+    Waiver,
+    load_model,
+    load_template_patch,
+    load_variant,
+    shard_bytes,
+)
 from quant.rendering import Tokens
 from quant.scenarios import Scenarios, all_of, load_scenarios
+from quant.send import send
 from quant.shard import Sharded, shard
 from quant.sign import sign, signer_problems
 from quant.smoke import Original, smoke, waived
@@ -71,6 +82,8 @@ class Job:
     """Where to publish it, if that was asked for."""
     dry_run: bool = False
     """Only say what publishing would change."""
+    as_ready: bool = False
+    """Send each variant to the hub's storage as soon as it talks."""
     key: Path | None = None
     """The file of a key to sign the release with."""
     template: TemplatePatch | None = None
@@ -79,13 +92,18 @@ class Job:
     """What smoke tests try itself, likewise."""
 
     @property
+    def sends(self) -> bool:
+        """Whether variants go to the hub before all of them are made."""
+        return self.as_ready and self.target is not None and not self.dry_run
+
+    @property
     def steps(self) -> int:
         """How many stages will be run; a bar needs to know."""
         bases = sum(v.is_base for v in self.variants)
         passes = bases < len(self.variants)
         publishing = ((2 - self.dry_run) if self.target else 0) + (self.key is not None)
         optional = [self.model.sees, bool(self.model.evaluation.chunks), passes]
-        return 7 + sum(optional) + bases + 2 * len(self.variants) + publishing
+        return 7 + sum(optional) + bases + (2 + self.sends) * len(self.variants) + publishing
 
 
 @dataclass(frozen=True)
@@ -116,6 +134,7 @@ def prepare(
     dry_run: bool = False,
     waive: Sequence[str] = (),
     evaluate: bool = True,
+    as_ready: bool = False,
     key: str | Path | None = None,
 ) -> Job:
     """A job from what a person says: names or paths of recipes, folders, where to publish, what may fail, a key.
@@ -139,6 +158,8 @@ def prepare(
     ggml.find(tools.bin)
     out = Path(out).expanduser().resolve()
     store = Store(Path(work).expanduser().resolve() if work else out / WORK)
+    if as_ready and not target:
+        raise InputError("as ready: expected a repo to send to, found none; name one with --repo")
     signing = Path(key).expanduser() if key else None
     if signing:
         signer_problems(signing)
@@ -146,7 +167,8 @@ def prepare(
         welcome(target, recipe.card.license)
     settings = settings or Settings()
     return Job(
-        recipe, path, loaded, out, Store(store.root / recipe.name), tools, locked, settings, target, dry_run, signing
+        recipe, path, loaded, out, Store(store.root / recipe.name), tools, locked, settings, target, dry_run, as_ready,
+        signing,
     )  # fmt: skip
 
 
@@ -191,9 +213,11 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
         # What BF16 says need not be asked twice of the same weights.
         known = next((Original(v.paths[0], v.receipts) for v in made if v.plan.is_base), None)
         original = known or Original(base.path, (base.receipt,))
-        heard = [
-            (v, do("smoke", v.name, partial(smoke, v, original, model, tools, store, vision, tried))) for v in made
-        ]
+        heard: list[tuple[Sharded, Verdict]] = []
+        for v in made:
+            heard.append((v, do("smoke", v.name, partial(smoke, v, original, model, tools, store, vision, tried))))
+            if job.target and job.sends:
+                do("send", v.name, partial(send, place(v), v.receipts, job.target))
         figures = None
         if model.evaluation.chunks:
             figures = do("evaluate", f"{len(made)} files", partial(measured, made, base, text, model, tools, store))
@@ -215,13 +239,21 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
     return Built(delivered.folder, release, tuple(plans), verdicts, delivered.fresh, planned, published)
 
 
-def target(model: str, repo: str | None = None, private: bool = False, pull_request: bool = False) -> Target | None:
+def target(
+    model: str, repo: str | None = None, private: bool = False, pull_request: bool = False, uploads: int = 4,
+    limit: str | None = None,
+) -> Target | None:  # fmt: skip
     """Where a model's releases are published: the repo that was named, else the recipe's; none when there is none."""
     recipe, _ = load_model(model)
     default = recipe.publish
     if not (named := repo or default.repo):
         return None
-    return Target(named, private=private or default.private, pull_request=pull_request or default.pull_request)
+    if limit and not SIZE.fullmatch(limit):
+        raise InputError(f"limit: expected bytes a second like 50M or 1G, found {limit!r}")
+    return Target(
+        named, private=private or default.private, pull_request=pull_request or default.pull_request, uploads=uploads,
+        limit=shard_bytes(limit) if limit else None,
+    )  # fmt: skip
 
 
 def pinned_model(name: str, revision: str | None = None) -> tuple[Model, Path, Lock | None]:

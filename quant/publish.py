@@ -6,13 +6,11 @@ once: a hub that holds the release already is recognised, and a commit by somebo
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import SimpleQueue
 from tempfile import TemporaryDirectory
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from quant import files, hub
@@ -21,9 +19,10 @@ from quant.files import Receipt, git_digest
 from quant.package import CHECKSUMS, MANIFEST
 from quant.recipe import COMMIT, REPO
 from quant.release import SIGNATURE, Found, find, parse_checksums
+from quant.send import additions, store
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
 
 COMMITS = 3
 """How often the commit is asked for when no answer comes; it names its parent, so it cannot happen twice."""
@@ -46,6 +45,8 @@ class Target:
     """The commit that it has to follow; what the repo is at now, when not given."""
     uploads: int = 4
     """Files that are sent at the same time."""
+    limit: int | None = None
+    """Bytes a second that sending may take, all files together."""
 
 
 @dataclass(frozen=True)
@@ -290,40 +291,10 @@ def _deliver(api: "HfApi", change: Change) -> tuple[str, str | None, bool]:
 
     if change.target.pull_request and (open_one := _proposed(api, change)):
         return *open_one, False
-    additions = list(_additions(change))
-    target = change.target
-    _beside(
-        lambda: api.preupload_lfs_files(
-            target.repo, additions, num_threads=target.uploads, create_pr=target.pull_request, free_memory=False
-        )
-    )
-    return *_commit(api, change, [*additions, *map(CommitOperationDelete, change.removes)]), True
-
-
-def _beside(work: Callable[[], None]) -> None:
-    """Do the work in a thread that may be left behind: interrupted in this one, the client would end every file first."""
-    ended: SimpleQueue[BaseException | None] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as e:
-            ended.put(e)
-        else:
-            ended.put(None)
-
-    Thread(target=run, daemon=True).start()
-    if (e := ended.get()) is not None:
-        raise e
-
-
-def _additions(change: Change) -> "Iterator[CommitOperationAdd]":
-    from huggingface_hub import CommitOperationAdd
-
-    for receipt in change.adds:
-        add = CommitOperationAdd(receipt.path, change.release.folder / receipt.path)
-        add.upload_info.sha256 = bytes.fromhex(receipt.sha256)  # known: the client would read the whole file for it
-        yield add
+    folder = change.release.folder
+    with additions({r.path: (folder / r.path, r.sha256) for r in change.adds}, change.target.limit) as adds:
+        store(api, adds, change.target)
+        return *_commit(api, change, [*adds, *map(CommitOperationDelete, change.removes)]), True
 
 
 def _commit(api: "HfApi", change: Change, operations: Sequence[Any]) -> tuple[str, str | None]:

@@ -42,6 +42,7 @@ DOORS = {  # who imports it, or a part of it   who may (a name that ends in / is
         "quant/hub.py",
         "quant/source.py",
         "quant/publish.py",
+        "quant/send.py",
         "quant/lock.py",
         "calibration/",
     },

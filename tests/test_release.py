@@ -50,7 +50,7 @@ def run(the_hub: Hub, *args: str | Path, **env: str) -> subprocess.CompletedProc
 def published(the_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A build that published its release: the folder that it was told, and everything that it said."""
     out = tmp_path_factory.mktemp("out")
-    done = run(the_hub, QUANT, "build", "tiny-glm", "-o", out, *SOME, "--repo", REPO)
+    done = run(the_hub, QUANT, "build", "tiny-glm", "-o", out, *SOME, "--repo", REPO, "--as-ready", "--limit", "500M")
     assert done.returncode == 0, done.stderr
     return out, done.stdout + done.stderr
 
@@ -75,6 +75,16 @@ def test_a_build_with_a_repo_ends_with_one_commit_that_holds_the_release(
     assert there == {
         p.relative_to(out / "tiny-glm").as_posix(): p.read_bytes() for p in (out / "tiny-glm").rglob("*") if p.is_file()
     }
+
+
+def test_a_build_that_sends_as_ready_sends_each_variant_once_and_before_the_release_is_packaged(
+    the_hub: Hub, published: tuple[Path, str]
+) -> None:
+    stages = [line.split("]")[1].split()[0] for line in published[1].splitlines() if line.startswith("[")]
+    assert stages.count("send") == 2
+    assert stages.index("send") < len(stages) - 1 - stages[::-1].index("smoke") < stages.index("package")
+    sent = [r.path for r in the_hub.asked("PUT", "^/upload/")]
+    assert len(sent) == len(set(sent))
 
 
 def test_the_same_build_again_publishes_nothing(the_hub: Hub, published: tuple[Path, str]) -> None:

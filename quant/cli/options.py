@@ -34,6 +34,12 @@ _TARGET = (
     click.option("--tag", help="What the commit is called.  [release-<begin of the manifest's digest>]"),
     click.option("--parent", metavar="COMMIT", help="The commit to follow.  [what the repo is at]"),
     click.option("--uploads", type=click.IntRange(1, 32), default=4, show_default=True, help="Files sent at a time."),
+    click.option(
+        "--limit",
+        metavar="SIZE",
+        callback=lambda _c, _p, text: size(text),
+        help="Bytes a second that sending may take, all files together: 50M.",
+    ),
 )
 
 
@@ -48,7 +54,7 @@ def target_of(repo: str | None, settings: dict[str, Any]) -> Any:
     """The target that these options name, which are taken out of the settings; none without a repo."""
     from quant.publish import Target
 
-    chosen = {key: settings.pop(key) for key in ("private", "pull_request", "tag", "parent", "uploads")}
+    chosen = {key: settings.pop(key) for key in ("private", "pull_request", "tag", "parent", "uploads", "limit")}
     return Target(repo, **chosen) if repo else None
 
 

@@ -48,6 +48,9 @@ def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Pat
 @memory_option
 @tools_option
 @target_options
+@click.option(
+    "--as-ready", is_flag=True, help="With --repo: send each variant as soon as it talks, unseen until the end."
+)
 @click.option("--sign", "key", type=FILE, metavar="KEY", help="Sign the release with this key: see `quant sign`.")
 @click.option("--dry-run", is_flag=True, help="With --repo: say what would change there, and publish nothing.")
 def build(
