@@ -262,8 +262,8 @@ def _expect(change: Change) -> None:
     """Stop when the repo is not at the commit that this publication began with, in this run or in an earlier one."""
     record = _record(change)
     begun: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        begun = json.loads(record.read_text())
+    with suppress(OSError, ValueError, TypeError):
+        begun = dict(json.loads(record.read_text()))
     same = begun.get("repo") == change.target.repo and begun.get("release") == change.release.digest
     expected = change.target.parent or (begun.get("parent") if same else None) or str(change.head)
     if expected != change.head:

@@ -367,3 +367,9 @@ def test_a_publication_that_is_done_leaves_no_record_beside_the_release(the_hub:
     assert sorted(p.name for p in folder.parent.iterdir()) == ["tiny", "tiny.digests.json"]
     assert TOKEN not in (folder.parent / "tiny.digests.json").read_text()
     assert json.loads((folder.parent / "tiny.digests.json").read_text())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "7", "null"])
+def test_a_record_of_an_earlier_publication_that_cannot_be_read_is_none(the_hub: Hub, folder: Path, text: str) -> None:
+    folder.with_name("tiny.publishing.json").write_text(text)
+    assert put(folder).fresh
