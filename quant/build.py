@@ -164,7 +164,7 @@ def prepare(
     if signing:
         signer_problems(signing)
     if target:
-        welcome(target, recipe.card.license)
+        welcome(target, recipe.card, f"{path}: card")
     settings = settings or Settings()
     return Job(
         recipe, path, loaded, out, Store(store.root / recipe.name), tools, locked, settings, target, dry_run, as_ready,

@@ -33,11 +33,9 @@ def card(model: Model, manifest: Mapping[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
-        base_model=model.card.base_model,
-        base_model_relation="quantized" if model.card.base_model else None,
-        language=list(model.card.languages),
+        **model.card.front_matter,
+        base_model_relation="quantized" if model.card.base else None,
         library_name="gguf",
-        license=model.card.license,
         pipeline_tag=task(model),
         quantized_by=model.publish.by,
         tags=tags(model),
@@ -109,7 +107,7 @@ def _values(model: Model, manifest: Mapping[str, Any]) -> dict[str, Any]:
     columns = _columns(variants, kv * context, tested)
     return {
         "title": model.title,
-        "description": model.card.description or f"Quantisations of {model.card.base_model or model.title} for llama.cpp.",
+        "description": model.card.description or f"Quantisations of {model.card.base or model.title} for llama.cpp.",
         "turns": len(model.smoke),
         "waived": _waived(variants, template),
         "measured": manifest.get("evaluation"),

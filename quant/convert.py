@@ -72,10 +72,7 @@ def words(model: Model) -> Words:
             "general.repo_url": f"https://huggingface.co/{model.publish.repo}" if model.publish.repo else None,
         }
     )
-    data = ModelCardData(
-        license=card.license, language=list(card.languages), base_model=card.base_model, tags=tags(model),
-        pipeline_tag=task(model),
-    )  # fmt: skip
+    data = ModelCardData(**card.front_matter, tags=tags(model), pipeline_tag=task(model))
     return Words(model.title, metadata, data.to_yaml(), model.pre_tokenizer)
 
 

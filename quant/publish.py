@@ -8,7 +8,7 @@ once: a hub that holds the release already is recognised, and a commit by somebo
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from quant import files, hub
 from quant.errors import CheckFailed, InputError, Unreachable, refuse
 from quant.files import Receipt, git_digest
+from quant.licence import card_problems
 from quant.package import CHECKSUMS, MANIFEST
-from quant.recipe import COMMIT, REPO
+from quant.recipe import COMMIT, REPO, Card
 from quant.release import SIGNATURE, Found, find, parse_checksums
 from quant.send import additions, store
 
@@ -115,12 +116,12 @@ class Published:
         return self.pull_request or f"{self.hub}/{self.repo}/tree/{self.tag}"
 
 
-def welcome(target: Target, licence: str) -> None:
-    """Ask before hours of work what publishing will need at their end: the token, the repo, a licence.
+def welcome(target: Target, card: Card, where: str) -> None:
+    """Ask before hours of work what publishing will need at their end: the token, the repo, a licence that allows it.
 
     Raises InputError with everything that forbids it, Unreachable when the hub does not answer.
     """
-    refuse([*_target_problems(target), *_licence_problems(licence, "card.license")])
+    refuse([*_target_problems(target), *card_problems(asdict(card), where)])
     with hub.errors(target.repo):
         api = hub.client()
         hub.patiently(api.whoami)
@@ -134,8 +135,7 @@ def change(folder: Path, target: Target) -> Change:
     """
     refuse(_target_problems(target))
     release = find(folder)
-    licence = str(release.manifest["recipe"]["card"].get("license", ""))
-    refuse(_licence_problems(licence, f"{folder / MANIFEST}: recipe.card.license"))
+    refuse(card_problems(release.manifest["recipe"]["card"], f"{folder / MANIFEST}: recipe.card"))
     with hub.errors(target.repo):
         api = hub.client()
         head = _head(api, target)
@@ -180,12 +180,6 @@ def _target_problems(target: Target) -> Iterator[str]:
         yield f"tag: expected a name that git takes, found {target.tag!r}"
     if hub.token() is None:
         yield f"{hub.TOKEN}: not set; publishing needs a token that may write to {target.repo}"
-
-
-def _licence_problems(licence: str, where: str) -> Iterator[str]:
-    """A release without a licence may not be passed on."""
-    if not licence.strip() or licence.strip().lower() in ("other", "unknown"):
-        yield f"{where}: expected a licence, found {licence.strip() or 'none'!r}; say it in the recipe"
 
 
 def _head(api: "HfApi", target: Target) -> str | None:

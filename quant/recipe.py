@@ -112,10 +112,27 @@ class Card(Strict):
     """What the model card says and no number tells."""
 
     license: str
+    """The hub's word for it; ``other`` with a name and a link."""
     languages: tuple[str, ...]
     base_model: str | None = None
-    """The hub repo that this is a quantisation of."""
+    """The hub repo that this is a quantisation of; ``none`` for weights that are on no hub."""
     description: str = ""
+    license_name: str | None = None
+    license_link: str | None = None
+    """The address of its text."""
+
+    @property
+    def base(self) -> str | None:
+        """The hub repo that this is a quantisation of, if there is one."""
+        return None if self.base_model == "none" else self.base_model
+
+    @property
+    def front_matter(self) -> dict[str, Any]:
+        """What the hub and the GGUF's own metadata are told, by the hub's names."""
+        return {
+            "license": self.license, "license_name": self.license_name, "license_link": self.license_link,
+            "language": list(self.languages), "base_model": self.base,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -357,6 +374,8 @@ def _model_problems(model: Model, path: Path) -> typing.Iterator[str]:
         yield f"{path}: source.repo: expected OWNER/NAME, found {source.repo!r}"
     if model.publish.repo and not REPO.fullmatch(model.publish.repo):
         yield f"{path}: publish.repo: expected OWNER/NAME, found {model.publish.repo!r}"
+    if model.card.base and not REPO.fullmatch(model.card.base):
+        yield f"{path}: card.base_model: expected OWNER/NAME or none, found {model.card.base!r}"
     yield from _name_problems(model.name, f"{path}: name")
     yield from _name_problems(model.title, f"{path}: title")
     if not model.variants:

@@ -61,7 +61,7 @@ PURE = {
     "quant/card_body.py", "quant/provenance.py", "quant/contract.py", "quant/battery.py", "quant/verdict.py", "quant/report.py",
     "quant/modelfile.py", "quant/anchors.py", "quant/coverage.py", "calibration/packing.py", "calibration/alike.py",
     "calibration/forms.py",
-    "quant/engine/chunks.py", "quant/engine/layout.py",
+    "quant/engine/chunks.py", "quant/engine/layout.py", "quant/licence.py",
 }  # fmt: skip
 EFFECTS = {
     "os", "io", "shutil", "subprocess", "tempfile", "socket", "time", "random", "ctypes", "httpx", "quant.store", "quant.files",
