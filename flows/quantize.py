@@ -18,7 +18,7 @@ from prefect.flow_runs import pause_flow_run
 
 from flows.artifacts import tell, tell_release
 from quant import build as builds
-from quant.errors import CheckFailed, Unreachable
+from quant.errors import CheckFailed, InputError, Unreachable
 from quant.hub import TOKEN
 from quant.publish import Change
 from quant.smoke import SmokeFailed
@@ -122,7 +122,15 @@ def as_task(stage: str, subject: str, work: Callable[[], T], approve: bool = Fal
 
 @contextmanager
 def shown_token(secret: str | None) -> Iterator[None]:
-    """Let the hub's client find the token of a secret block where it looks for one, as long as the run lasts."""
+    """Let the hub's client find the token of a secret block where it looks for one, as long as the run lasts.
+
+    Raises InputError for what is a token itself, without telling it.
+    """
+    if secret and "hf_" in secret:  # the name of a block has no underscore
+        raise InputError(
+            "token_secret: expected the name of a secret block, found a token; Prefect has written it down with this run's"
+            " parameters: revoke it, and save a new one in a block"
+        )
     before = os.environ.get(TOKEN)
     if secret:
         os.environ[TOKEN] = Secret.load(secret).get()  # type: ignore[union-attr]  # load is a coroutine only in async code

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TOKEN = "HF_TOKEN"
+LIKE_A_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 TRIES = 4
 LONGEST_WAIT_SECONDS = 300
 """A limit of the hub is counted over five minutes."""
@@ -53,7 +54,7 @@ def without_token(text: str) -> str:
     """A text without the token, and without anything that looks like one."""
     if secret := os.environ.get(TOKEN, "").strip():
         text = text.replace(secret, "…")
-    return re.sub(r"hf_[A-Za-z0-9]{16,}", "hf_…", text)
+    return LIKE_A_TOKEN.sub("hf_…", text)
 
 
 def hidden(text: str) -> str:

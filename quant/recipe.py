@@ -13,7 +13,7 @@ from typing import Any
 
 from quant.errors import InputError, nearest, refuse
 from quant.ggml_types import FILE_TYPES, TYPES
-from quant.toml import Strict, read, text_of
+from quant.toml import Strict, read, recipe_text
 
 _HERE = Path(__file__).parent
 RECIPES = next(p for p in (_HERE / "recipes", _HERE.parent / "recipes") if (p / "models").is_dir())
@@ -330,7 +330,7 @@ def load_template_patch(name: str) -> TemplatePatch:
 def variant_of_types(path: Path) -> Variant:
     """A variant from lines ``REGEX=type``, each for whole names, the first that matches deciding. Raises InputError."""
     rules = []
-    for number, line in enumerate(text_of(path).splitlines(), 1):
+    for number, line in enumerate(recipe_text(path).splitlines(), 1):
         if text := line.split("#")[0].strip():
             pattern, _, ggml_type = text.rpartition("=")
             rules.append(

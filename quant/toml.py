@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from quant.errors import InputError, nearest
+from quant.errors import InputError, nearest, refuse
+from quant.hub import LIKE_A_TOKEN, TOKEN
 
 T = TypeVar("T")
 
@@ -23,7 +24,7 @@ class Strict:
 def read(path: Path, noun: type[T]) -> T:
     """The file as the noun that it describes. Raises InputError with every problem in it."""
     try:
-        data = tomllib.loads(text_of(path))
+        data = tomllib.loads(recipe_text(path))
     except tomllib.TOMLDecodeError as e:
         raise InputError(f"{path}: not TOML: {e}") from e
     return of_json(data, noun, str(path))
@@ -36,6 +37,18 @@ def of_json(data: Any, noun: type[T], where: str) -> T:
         return TypeAdapter(noun).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as e:
         raise InputError(*(f"{where}: {_say(error, noun)}" for error in e.errors())) from e
+
+
+def recipe_text(path: Path) -> str:
+    """The text of what a person wrote. Raises InputError as :func:`text_of`, and for a token in it, without telling it."""
+    text = text_of(path)
+    refuse(
+        f"{path}: line {n}: expected no token of the hub, found one; take it out, revoke it if anybody has seen this file,"
+        f" and set {TOKEN}"
+        for n, line in enumerate(text.splitlines(), 1)
+        if LIKE_A_TOKEN.search(line)
+    )
+    return text
 
 
 def text_of(path: Path) -> str:

@@ -166,3 +166,26 @@ def test_a_recipe_can_be_published_as_json() -> None:
 )
 def test_a_files_name_tells_its_model_and_its_variant(file: str, model: str | None, variant: str | None) -> None:
     assert (recipe.model_of_file(file), recipe.variant_of_file(file)) == (model, variant)
+
+
+TOKEN = "hf_PlantedTokenOfTheRecipe"
+
+
+@pytest.mark.parametrize("line", [f'summary = "{TOKEN}"', f"# {TOKEN}", f'token = "{TOKEN}"', f"= {TOKEN}"])
+@pytest.mark.parametrize("load", [load_model, load_variant, load_template_patch])
+def test_a_token_in_a_recipe_is_refused_and_not_repeated(load: Callable[[str], Any], line: str, tmp_path: Path) -> None:
+    path = tmp_path / "v.toml"
+    path.write_text(f'name = "V"\n{line}\n')
+    with pytest.raises(InputError) as caught:
+        load(str(path))
+    [problem] = caught.value.problems
+    assert problem.startswith(f"{path}: line 2: expected no token of the hub, found one; ")
+    assert TOKEN not in problem
+
+
+def test_a_token_in_a_list_of_types_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "types.txt"
+    path.write_text(f"{TOKEN}=Q4_K\n")
+    with pytest.raises(InputError, match="line 1: expected no token of the hub") as caught:
+        variant_of_types(path)
+    assert TOKEN not in str(caught.value)
