@@ -222,7 +222,18 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
         if model.evaluation.chunks:
             figures = do("evaluate", f"{len(made)} files", partial(measured, made, base, text, model, tools, store))
         whole = Ingredients(
-            model, checkpoint, template, base, vision, text, matrix, tuple(heard), str(tools.version), tried, figures
+            model,
+            checkpoint,
+            template,
+            base,
+            vision,
+            text,
+            matrix,
+            tuple(heard),
+            str(tools.version),
+            tools.built,
+            tried,
+            figures,
         )
         release = do("package", model.title, partial(package, whole, store))
         delivered = do("deliver", model.title, partial(deliver, release, job.out))

@@ -51,6 +51,8 @@ class Ingredients:
     matrix: ImportanceMatrix
     variants: tuple[tuple[Sharded, Verdict], ...]
     llama_cpp: str
+    tools: Mapping[str, Any]
+    """How llama.cpp was built."""
     scenarios: Scenarios
     """What the smoke tests tried beside the model's own conversation."""
     figures: Measured | None = None
@@ -73,7 +75,7 @@ def package(made: Ingredients, store: Store) -> Release:
     modelfile(made.model, made.model.title)  # refused now, if it cannot be written
     manifest = _manifest(made)
     versions = packages()
-    inputs = {**manifest, "packages": versions}
+    inputs = {**manifest, "packages": versions, "tools": dict(made.tools)}
     done = store.once("package", inputs, lambda partial: _lay_out(made, manifest, versions, partial))
     return Release(done.folder, made.model.title, manifest, done.receipts)
 
@@ -120,7 +122,7 @@ def _lay_out(
         files.write_text(partial / "template", go)
     if single := single_file(manifest["variants"]):
         files.write_text(partial / "Modelfile", modelfile(made.model, single["files"][0]["path"]))
-    _write_lists(partial, manifest, versions)
+    _write_lists(partial, manifest, versions, made.tools)
     return {"variants": len(made.variants)}
 
 
@@ -129,7 +131,9 @@ def packages() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("gguf-foundry", *SHAPING)}
 
 
-def _write_lists(partial: Path, manifest: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+def _write_lists(
+    partial: Path, manifest: Mapping[str, Any], versions: Mapping[str, str], tools: Mapping[str, Any]
+) -> None:
     """Provenance and SHA256SUMS of everything before them, then the manifest, whose presence means that all is there."""
     known = {f["path"]: f["sha256"] for v in manifest["variants"] for f in v["files"]}
     paths = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
@@ -137,7 +141,7 @@ def _write_lists(partial: Path, manifest: Mapping[str, Any], versions: Mapping[s
     text = files.pretty(manifest)
     others = {name: version for name, version in versions.items() if name != "gguf-foundry"}
     subjects = {**sums, MANIFEST: files.text_digest(text)}
-    said = files.pretty(statement(manifest, subjects, others, versions["gguf-foundry"]))
+    said = files.pretty(statement(manifest, subjects, others, versions["gguf-foundry"], tools))
     files.write_text(partial / PROVENANCE, said)
     sums = dict(sorted({**sums, PROVENANCE: files.text_digest(said)}.items()))
     files.write_text(partial / CHECKSUMS, "".join(f"{sha}  {name}\n" for name, sha in sums.items()))

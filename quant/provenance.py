@@ -20,9 +20,13 @@ SHAPING = (
 
 
 def statement(
-    manifest: Mapping[str, Any], subjects: Mapping[str, str], packages: Mapping[str, str], version: str
-) -> dict[str, Any]:
-    """The statement about files with these digests, made by this version of the project with these packages."""
+    manifest: Mapping[str, Any], subjects: Mapping[str, str], packages: Mapping[str, str], version: str,
+    tools: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The statement about files with these digests, made by this version of the project with these packages.
+
+    ``tools`` is how llama.cpp was built, as :attr:`quant.toolchain.Toolchain.built` tells it.
+    """
     model = manifest["recipe"]
     return {
         "_type": STATEMENT,
@@ -30,7 +34,7 @@ def statement(
         "predicateType": PREDICATE,
         "predicate": {
             "buildDefinition": {
-                "buildType": f"{BUILDER}:release:3",
+                "buildType": f"{BUILDER}:release:4",
                 "externalParameters": {
                     "model": manifest["model"],
                     "variants": [v["name"] for v in manifest["variants"]],
@@ -38,7 +42,7 @@ def statement(
                 },
                 "internalParameters": {
                     "imatrix": model["imatrix"], "max_shard_size": model["max_shard_size"],
-                    "pre_tokenizer": model["pre_tokenizer"], "llama.cpp": manifest["llama.cpp"],
+                    "pre_tokenizer": model["pre_tokenizer"], "llama.cpp": {"version": manifest["llama.cpp"], **tools},
                 },
                 "resolvedDependencies": [*_dependencies(manifest, packages)],
             },
@@ -54,7 +58,7 @@ def digest_of(value: Any) -> str:
 
 
 def _dependencies(manifest: Mapping[str, Any], packages: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """The source's commit and every file of it, corpus, recipes, template patch, and packages."""
+    """The source's commit and every file of it, corpus, importance matrix, recipes, template patch, and packages."""
     source = manifest["source"]
     if "repo" in source:
         commit = source["revision"]
@@ -62,6 +66,7 @@ def _dependencies(manifest: Mapping[str, Any], packages: Mapping[str, str]) -> I
     where = f"{source['repo']}@{source['revision']}" if "repo" in source else source["folder"]
     yield from (_named(f"{where}/{f['path']}", f["sha256"]) for f in source["files"])
     yield _named(f"calibration/{manifest['calibration']['set']}", manifest["calibration"]["sha256"])
+    yield _named(manifest["imatrix"]["path"], manifest["imatrix"]["sha256"])
     yield _named(f"recipes/models/{manifest['model']}", digest_of(manifest["recipe"]))
     yield from (_named(f"recipes/variants/{v['name']}", digest_of(v["recipe"])) for v in manifest["variants"])
     template = manifest["chat_template"]

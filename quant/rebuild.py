@@ -162,7 +162,7 @@ def _known_digests(old: Path, known: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _package_changes(old: Path, new: Path) -> Iterator[str]:
-    """Packages that are not the same here as they were when the release was made."""
+    """Packages, and settings of llama.cpp's build, that are not the same here as they were when the release was made."""
     before, now = _packages(old / PROVENANCE), _packages(new / PROVENANCE)
     if before:
         yield from (
@@ -172,12 +172,14 @@ def _package_changes(old: Path, new: Path) -> Iterator[str]:
         )
 
 
-def _packages(path: Path) -> dict[str, str]:
-    """Version by package, from a statement."""
+def _packages(path: Path) -> dict[str, Any]:
+    """Version by package, from a statement, and how llama.cpp was built."""
     try:
         predicate = json.loads(path.read_text())["predicate"]
     except (OSError, ValueError, KeyError):
         return {}
     uris = [d.get("uri", "") for d in predicate["buildDefinition"]["resolvedDependencies"]]
     found = [uri.removeprefix("pkg:pypi/").partition("@") for uri in uris if uri.startswith("pkg:pypi/")]
-    return {name: version for name, _, version in found} | dict(predicate["runDetails"]["builder"]["version"])
+    tools = predicate["buildDefinition"]["internalParameters"]["llama.cpp"]
+    built = {f"llama.cpp's {k}": v for k, v in (tools.items() if isinstance(tools, dict) else ()) if k != "version"}
+    return {name: version for name, _, version in found} | dict(predicate["runDetails"]["builder"]["version"]) | built

@@ -5,6 +5,7 @@ nobody writing behind its back.
 """
 
 import ctypes
+import json
 import os
 import re
 import resource
@@ -18,7 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from quant.errors import InputError, ToolError
 
@@ -32,6 +35,9 @@ SETTING = "QUANT_LLAMA_CPP"
 BRING_TOOLS = "run `uv sync` in the project's folder, or name your own with --llama-cpp DIR"
 LAST_WORDS = 12
 """Lines of a failed tool's log that the error quotes."""
+
+DEFINE = "cmake.define."
+"""Begins a setting of CMake, as a build of a package is told it."""
 
 LITTLE_BYTES = 4 * 2**20
 """A disk with less than this is full: tools write in pieces of about this size."""
@@ -69,7 +75,7 @@ class Toolchain:
     @cached_property
     def version(self) -> Version:
         """Version of the whole folder, as its server tells it; raises ToolError when it cannot be read or is too old."""
-        said = _ask_version(self.path("llama-server"))
+        said = self._said
         match = re.search(r"version: (\d+)\.(\d+)\.(\d+)\S* \(.*?commit (\w+)\)", said)
         if not match:
             first = (said.strip().splitlines() or ["nothing"])[0]
@@ -78,6 +84,17 @@ class Toolchain:
         if version.number < OLDEST:
             raise ToolError(f"{self.bin}: llama.cpp: expected version {_dots(OLDEST)} or later, found {version}")
         return version
+
+    @property
+    def built(self) -> dict[str, Any]:
+        """How the tools were built, as plain JSON: their compiler, and CMake's settings where the installer wrote them down."""
+        compiler = re.search(r"^built with (.+?)\s*$", self._said, re.MULTILINE)
+        ours = self.bin.resolve() == (Path(sys.prefix) / "bin").resolve()
+        return {"compiler": compiler[1] if compiler else None, "settings": _settings() if ours else None}
+
+    @cached_property
+    def _said(self) -> str:
+        return _ask_version(self.path("llama-server"))
 
     def require(self, *tools: str) -> None:
         """Raise one ToolError that names every tool that is missing, or says that all are too old."""
@@ -252,6 +269,16 @@ def _ask_version(tool: Path) -> str:
     except (OSError, subprocess.TimeoutExpired) as e:
         raise ToolError(f"{tool}: cannot be started ({e})") from e
     return asked.stderr + asked.stdout
+
+
+def _settings() -> dict[str, str] | None:
+    """What uv told CMake when it built this environment's tools."""
+    try:
+        told = metadata.distribution("llama-cpp-python").read_text("uv_build.json")
+        found = json.loads(told or "null")["config_settings"]
+        return {k.removeprefix(DEFINE): v for k, v in sorted(found.items()) if k.startswith(DEFINE)}
+    except (metadata.PackageNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _dots(number: tuple[int, ...]) -> str:

@@ -97,6 +97,15 @@ def test_digests_of_the_calibration_text_and_the_importance_matrix_stand_in_the_
     assert {s["licence"] for s in text["sources"]} == {"Apache-2.0"}
 
 
+def test_the_statement_of_origin_names_text_matrix_and_how_llama_cpp_was_built(ladder: Path) -> None:
+    manifest = json.loads((ladder / "manifest.json").read_text())
+    origin = json.loads((ladder / "provenance.json").read_text())["predicate"]["buildDefinition"]
+    digests = {d["name"]: d["digest"]["sha256"] for d in origin["resolvedDependencies"] if "name" in d}
+    assert digests["calibration/embedded"] == manifest["calibration"]["sha256"]
+    assert digests[manifest["imatrix"]["path"]] == digest(ladder / manifest["imatrix"]["path"])
+    assert origin["internalParameters"]["llama.cpp"] == {"version": manifest["llama.cpp"], **find().built}
+
+
 def test_shards_merge_back_into_a_file_with_the_digests_of_the_unsplit_one(ladder: Path, tmp_path: Path) -> None:
     manifest = json.loads((ladder / "manifest.json").read_text())
     sharded = [v for v in manifest["variants"] if len(v["files"]) > 1]

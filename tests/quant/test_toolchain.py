@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from quant import toolchain
 from quant.errors import InputError, ToolError
-from quant.toolchain import BRING_TOOLS, LAST_WORDS, OLDEST, TOOLS, Toolchain, find, free_port, last_words, run
+from quant.toolchain import BRING_TOOLS, DEFINE, LAST_WORDS, OLDEST, TOOLS, Toolchain, find, free_port, last_words, run
 from tests.processes import lives, wait_for, written_pid
 
 Fake = Callable[..., Toolchain]
@@ -283,3 +284,17 @@ def test_a_tool_is_ended_when_the_run_is_interrupted(fake_tools: Fake, tmp_path:
 @pytest.mark.tools
 def test_this_environments_tools_are_all_there_and_new_enough() -> None:
     find().require(*TOOLS)
+
+
+def test_the_settings_of_this_environments_tools_are_those_of_the_project() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    told = project["tool"]["uv"]["config-settings-package"]["llama-cpp-python"]
+    built = Toolchain(Path(sys.prefix) / "bin").built
+    assert built["settings"] == {k.removeprefix(DEFINE): v for k, v in told.items() if k.startswith(DEFINE)}
+    assert built["compiler"] and "built with" not in built["compiler"]
+
+
+def test_tools_of_somebody_elses_say_their_compiler_and_nothing_is_said_of_their_settings(fake_tools: Fake) -> None:
+    tools = fake_tools(llama_server="echo 'version: 0.5.0 (build 1, commit abc)'; echo 'built with Clang 19 for Linux'")
+    assert tools.built == {"compiler": "Clang 19 for Linux", "settings": None}
+    assert fake_tools(llama_server="echo 'version: 0.5.0 (commit abc)'").built["compiler"] is None

@@ -29,7 +29,7 @@ def manifest_of(release: Path) -> dict[str, Any]:
     return {
         "format": FORMAT, "model": "a", "source": {"folder": "a", "files": []}, "llama.cpp": "0.5.0",
         "recipe": {"card": {"license": "mit"}, "imatrix": {}, "max_shard_size": "50G", "pre_tokenizer": None},
-        "calibration": {"set": "embedded", "sha256": "0"},
+        "calibration": {"set": "embedded", "sha256": "0"}, "imatrix": {"path": "imatrix.gguf", "sha256": "0"},
         "chat_template": {"sha256": text_digest(text), "patch": None} if isinstance(text, str) else None,
         "variants": [{"name": "A", "files": listed, "tensors": tensors, "recipe": RECIPE}],
     }  # fmt: skip
@@ -40,7 +40,7 @@ def lists(release: Path, **changes: Any) -> None:
     manifest = manifest_of(release) | changes
     (release / MANIFEST).write_text(json.dumps(manifest))
     named = {p.name: digest(p) for p in release.iterdir() if p.name not in (CHECKSUMS, PROVENANCE)}
-    (release / PROVENANCE).write_text(json.dumps(statement(manifest, named, {}, "0")))
+    (release / PROVENANCE).write_text(json.dumps(statement(manifest, named, {}, "0", {})))
     sums(release)
 
 
