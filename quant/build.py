@@ -39,6 +39,7 @@ from quant.recipe import (
     shard_bytes,
 )
 from quant.rendering import Tokens
+from quant.room import room_problems
 from quant.scenarios import Scenarios, all_of, load_scenarios
 from quant.send import send
 from quant.shard import Sharded, shard
@@ -178,6 +179,7 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
     Raises InputError before anything that cannot be done, CheckFailed after anything that came out wrong.
     """
     model, store, tools = job.model, job.store, job.tools
+    refuse(room_problems(model, job.variants, store.root, job.out))
     began = time.time()
     with store.alone():
         checkpoint = do("source", model.name, partial(pull, model, job.recipe, job.lock, store))

@@ -1,13 +1,13 @@
 """What a planned variant will weigh: by class of tensor, in shards, and in the memory of who runs it. Pure."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from quant.header import Header, TensorSpec, padded
 from quant.plan import Plan
-from quant.recipe import shard_bytes
+from quant.recipe import Model, shard_bytes
 
 EXPERTS = re.compile(r".*_exps\.weight")
 """What `-ot ".ffn_.*_exps.=CPU"` leaves in main memory."""
@@ -58,6 +58,19 @@ def classes(plan: Plan) -> tuple[ClassShare, ...]:
     for t in plan.tensors:
         found.setdefault((class_of(t.tensor.name), t.type.name), []).append(t.bytes)
     return tuple(ClassShare(name, kind, len(sizes), sum(sizes)) for (name, kind), sizes in found.items())
+
+
+def disk_bytes(tensors: Sequence[TensorSpec], plans: Sequence[Plan], model: Model) -> int:
+    """What a build takes: weights that are fetched, the BF16 file, its Q8_0 for the imatrix, every variant.
+
+    The release's files are second names of these where one disk has both.
+    """
+    base = sum(t.bytes for t in tensors)
+    fetched = base if model.source.repo else 0
+    small = base * 17 // 32 if model.imatrix.base == "Q8_0" else 0
+    limit = shard_bytes(model.max_shard_size)
+    written = sum(p.bytes for p in plans if not p.is_base or (p.variant.split and p.bytes > limit))
+    return fetched + base + small + written
 
 
 def class_of(name: str) -> str:

@@ -12,7 +12,7 @@ from quant.card import human_bytes
 from quant.cli import tables
 from quant.cli.options import FILE, json_option, quant, variants_option
 from quant.errors import InputError, nearest, refuse
-from quant.footprint import GIB, class_of, classes, forecast_bytes, memory, oversized, shard_bytes_of
+from quant.footprint import GIB, class_of, classes, disk_bytes, forecast_bytes, memory, oversized, shard_bytes_of
 from quant.header import Header, TensorSpec
 from quant.plan import Plan, decisions, depths, type_of
 from quant.recipe import Model, Variant, load_model, load_variant, shard_bytes
@@ -50,11 +50,10 @@ def plan(
     if len(plans) == 1:
         _show_classes(plans[0])
     _show_variants(recipe, plans, weights, context or recipe.ollama.num_ctx)
-    base = sum(t.bytes for t in weights.tensors)
-    needed = 2 * base + sum(p.bytes for p in plans if not p.is_base)
+    needed = disk_bytes(weights.tensors, plans, recipe)
     click.echo(
         f"{len(weights.tensors):,} tensors, {sum(t.elements for t in weights.tensors):,} weights. A build of these takes"
-        f" about {human_bytes(needed)} of disk: weights, BF16 file, every variant whole and in shards."
+        f" about {human_bytes(needed)} of disk: weights that are fetched, BF16 file, every variant."
     )
     return None
 
