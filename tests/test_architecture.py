@@ -59,7 +59,8 @@ PURE = {
     "quant/allocate.py", "quant/folding.py", "quant/ladder.py", "quant/search.py",
     "quant/plan.py", "quant/template.py", "quant/card.py", "quant/ggml_types.py", "quant/errors.py", "quant/footprint.py",
     "quant/card_body.py", "quant/provenance.py", "quant/contract.py", "quant/battery.py", "quant/verdict.py", "quant/report.py",
-    "quant/modelfile.py", "quant/anchors.py", "quant/coverage.py", "calibration/packing.py", "calibration/alike.py",
+    "quant/modelfile.py", "quant/anchors.py", "quant/coverage.py", "quant/frontier.py", "quant/pictures.py", "quant/page.py",
+    "calibration/packing.py", "calibration/alike.py",
     "calibration/forms.py",
     "quant/engine/chunks.py", "quant/engine/layout.py", "quant/licence.py",
 }  # fmt: skip
