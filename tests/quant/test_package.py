@@ -66,5 +66,9 @@ def test_a_verdict_in_a_few_words() -> None:
 
 
 def test_a_release_at_a_glance() -> None:
-    entry = {"name": "Q4", "bytes": 1234567, "bpw": 4.567, "files": [{}, {}], "smoke": []}
-    assert variants_table({"variants": [entry]}) == [("Q4", "1,234,567", "4.57", "2", "passed")]
+    entry = {"name": "Q4", "bytes": 1234567, "bpw": 4.567, "files": [{}, {}], "smoke": [], "evaluation": None}
+    told = {"ppl": 9.0, "kld_mean": 0.0123, "kld_mean_low": 0.0113, "kld_mean_high": 0.0133, "top1": 0.931}
+    assert variants_table({"variants": [entry, entry | {"evaluation": told}]}) == [
+        ("Q4", "1,234,567", "4.57", "2", "-", "-", "passed"),
+        ("Q4", "1,234,567", "4.57", "2", "0.0123 ± 0.0010", "93.1 %", "passed"),
+    ]
