@@ -44,6 +44,9 @@ Sizes are in units of 10⁹ or 10⁶ bytes. Of a file in several shards, fetch a
 Measured on text that neither the importance matrix nor the recipes saw ({{ domains | join(', ') }}): PPL is the perplexity
 (BF16: {{ "%.4g" | format(measured.base.ppl) }}), KLD how far the file's probabilities are from BF16's (mean
 divergence in nats, ± half of the 95 % interval; less is better), top-1 how often both hold the same word for the likeliest.
+{% if measured.too_short %}
+Not measured, too little held-out text: {{ measured.too_short | join(', ') }}.
+{% endif %}
 {% if pictures %}
 
 {% for name, about in pictures -%}

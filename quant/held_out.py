@@ -1,6 +1,7 @@
 """The part of a calibration set that no importance matrix saw, as a text for each domain that files are measured on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,22 @@ from quant.tokens import Tokenizer
 
 STAGE = "held-out"
 OTHER, ALL = "other", "all"
-HOW = "by kind 1"
+HOW = "by kind 2"
 """Names the way in which the texts are put together; another way is another text."""
 
 
-def texts(text: CalibrationText, context: int, tokenizer: Tokenizer, store: Store) -> dict[str, Path]:
+@dataclass(frozen=True)
+class Texts:
+    """What files are measured on."""
+
+    paths: Mapping[str, Path]
     """A text for each domain, in the order of their names; none where too little was held out to mean anything."""
+    too_short: tuple[str, ...]
+    """Kinds of documents of which too little was held out, alone and together."""
+
+
+def texts(text: CalibrationText, context: int, tokenizer: Tokenizer, store: Store) -> Texts:
+    """The part of a set that was held out, by domain."""
     assert text.held_out
     inputs = {
         "held_out": text.facts["held_out_sha256"], "tokenizer": tokenizer.digest, "context": context,
@@ -29,10 +40,20 @@ def texts(text: CalibrationText, context: int, tokenizer: Tokenizer, store: Stor
         found = by_domain(documents, lambda part: tokenizer.count(part) // context)
         for name, part in found.items():
             files.write_text(partial / f"{name}.txt", part)
-        return {"domains": sorted(found)}
+        return {"domains": sorted(found), "too_short": too_short(documents, found)}
 
     done = store.once(STAGE, inputs, make)
-    return {name: done.path(f"{name}.txt") for name in done.facts["domains"]}
+    return Texts({n: done.path(f"{n}.txt") for n in done.facts["domains"]}, tuple(done.facts["too_short"]))
+
+
+def left_out(too_short: Sequence[str]) -> str:
+    """In words, which kinds are not measured; nothing when all are."""
+    return f"not measured, too little held-out text: {', '.join(too_short)}" if too_short else ""
+
+
+def too_short(documents: tuple[HeldOut, ...], found: Mapping[str, str]) -> list[str]:
+    """Kinds of documents that are in none of the texts."""
+    return [] if {OTHER, ALL} & found.keys() else sorted({d.kind for d in documents} - found.keys())
 
 
 def by_domain(documents: tuple[HeldOut, ...], chunks: Callable[[str], int]) -> Mapping[str, str]:

@@ -46,6 +46,8 @@ class Measured:
     files: Mapping[str, Mapping[str, Any]]
     """By variant, the figures."""
     beaten: tuple[Beaten, ...]
+    too_short: tuple[str, ...] = ()
+    """Domains of which too little text was held out to measure them."""
 
     def json(self) -> dict[str, Any]:
         """As a manifest tells what all files share."""
@@ -54,7 +56,13 @@ class Measured:
              "kld_mean_low": rounded(b.gap.low), "kld_mean_high": rounded(b.gap.high), "said": str(b)}
             for b in self.beaten
         ]  # fmt: skip
-        return {**self.settings, "texts": dict(self.texts), "base": self.base, "beaten": told}
+        return {
+            **self.settings,
+            "texts": dict(self.texts),
+            "too_short": list(self.too_short),
+            "base": self.base,
+            "beaten": told,
+        }
 
 
 def measured(
@@ -65,10 +73,12 @@ def measured(
     Raises CheckFailed for files that are further from the base than the recipe allows.
     """
     told = model.evaluation
-    texts = held_out.texts(text, told.context, Tokenizer(base.path, tools), store)
-    if not texts:
+    held = held_out.texts(text, told.context, Tokenizer(base.path, tools), store)
+    if not (texts := held.paths):
         log.warning("evaluate: nothing is measured: %s holds too little text out to mean anything", text.name)
         return None
+    if held.too_short:
+        log.warning("evaluate: %s", held_out.left_out(held.too_short))
     paths = {v.paths[0]: base.receipt.sha256 if v.plan.is_base else _digest(v.receipts) for v in made}
     log.info("evaluate: %s", forecast([base.receipt.bytes, *(v.bytes for v in made)], len(texts), model))
     settings = Settings(told.context, told.chunks, _threads(base.receipt.bytes), told.top)
@@ -84,6 +94,7 @@ def measured(
         {"ppl": rounded(perplexity(whole.whole), 4), "domains": domains},
         {name: stable(e.figures()) for name, e in named.items()},
         beaten({n: e.bytes for n, e in named.items()}, lambda a, b: _gap(named[a], named[b])),
+        held.too_short,
     )
 
 

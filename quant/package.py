@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quant import card, files, inventory, page
+from quant import card, files, held_out, inventory, page
 from quant import modelfile as modelfiles
 from quant.calibrate import CalibrationText
 from quant.card import figure_words, single_file, smoke_words
@@ -111,7 +111,9 @@ def _lay_out(
         for name, (_, svg) in pictures.items():
             files.write_text(partial / page.FOLDER / name, svg)
         ppl = manifest["evaluation"]["base"]["ppl"]
-        told = page.page(measured, made.model.title, ppl, warnings(manifest))
+        left_out = held_out.left_out(manifest["evaluation"]["too_short"])
+        notes = [*warnings(manifest), *([left_out] if left_out else [])]
+        told = page.page(measured, made.model.title, ppl, notes)
         files.write_text(partial / page.REPORT, told)
     files.write_text(partial / "params", files.pretty(ollama_params(made.model)))
     if made.model.ollama.system:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quant.card import human_bytes
-from quant.cli import tables
+from quant.cli import progress, tables
 from quant.cli.options import FILE, FOLDER, json_option, quant, tools_option
 from quant.errors import InputError
 
@@ -64,17 +64,21 @@ def evaluate(
 
     with tempfile.TemporaryDirectory(prefix="quant-evaluate-") as passing:
         store = Store((work or Path(passing)).resolve())
-        by_domain = _named(texts)
+        by_domain, left_out = _named(texts), ""
         if not texts:
             tools = toolchain.find(llama_cpp)
             text = set_of(calibration, base, context, tools, store)
-            if not (by_domain := held_out.texts(text, context, Tokenizer(base, tools), store)):
+            held = held_out.texts(text, context, Tokenizer(base, tools), store)
+            by_domain, left_out = dict(held.paths), held_out.left_out(held.too_short)
+            if not by_domain:
                 raise InputError(
                     f"{calibration}: the set holds too little text out to mean anything; name one with --text"
                 )
+        if left_out:
+            progress.say(left_out)
         found = measure(base, [*paths, *peers], by_domain, store, Settings(context, chunks, threads))
     if html:
-        _write_page(html, base, found, peers)
+        _write_page(html, base, found, peers, left_out)
     gap = difference(found[0].whole, found[1].whole) if len(found) == 2 else None
     if as_json:
         told: dict[str, Any] = {"base": base.name, "files": [e.json() for e in found]}
@@ -108,7 +112,9 @@ def set_of(name: str, base: Path, context: int, tools: "Toolchain", store: "Stor
     return calibrate.of_set(Imatrix(name, context), template, base_of(base), tools, store)
 
 
-def _write_page(html: Path, base: Path, found: "tuple[Evaluation, ...]", peers: tuple[Path, ...]) -> None:
+def _write_page(
+    html: Path, base: Path, found: "tuple[Evaluation, ...]", peers: tuple[Path, ...], left_out: str
+) -> None:
     from quant import files, page
     from quant.header import read_headers
     from quant.measured import stable
@@ -121,7 +127,7 @@ def _write_page(html: Path, base: Path, found: "tuple[Evaluation, ...]", peers: 
         )
         for name, e in zip(names, found, strict=True)
     ]  # fmt: skip
-    files.write_text(html, page.page(shown, base.stem, found[0].figures()["ppl_base"]))
+    files.write_text(html, page.page(shown, base.stem, found[0].figures()["ppl_base"], [left_out] if left_out else []))
 
 
 def _show(found: "tuple[Evaluation, ...]") -> None:

@@ -103,7 +103,10 @@ def test_a_rule_with_a_bar_stays_in_its_cell() -> None:
 
 def test_figures_have_columns_and_pictures_only_where_they_were_measured() -> None:
     told = {"ppl": 12.34, "kld_mean": 0.0123, "kld_mean_low": 0.0113, "kld_mean_high": 0.0133, "top1": 0.931}
-    shared = {"texts": {"code": "0"}, "base": {"ppl": 11.0}, "beaten": [{"said": "Q is dominated: so it is"}]}
+    shared = {
+        "texts": {"code": "0"}, "too_short": ["maths", "json"], "base": {"ppl": 11.0},
+        "beaten": [{"said": "Q is dominated: so it is"}],
+    }  # fmt: skip
     measured = variant("Q", *SHARDS, evaluation={**told, "domains": {"code": told}})
     text = made(variants=[measured], evaluation=shared)
     head, _, row = table(text)
@@ -111,6 +114,7 @@ def test_figures_have_columns_and_pictures_only_where_they_were_measured() -> No
         zip(head, row, strict=True)
     )
     assert "](pictures/kld-by-size.svg)" in text and "- Note: Q is dominated: so it is." in text
+    assert "Not measured, too little held-out text: maths, json." in text
     assert not {"KLD", "PPL"} & set(table(made())[0]) and "pictures/" not in made()
 
 

@@ -1,7 +1,7 @@
 """Held-out text by domain: what is long enough stands alone, the rest together."""
 
 from quant.calibrate import HeldOut
-from quant.held_out import by_domain
+from quant.held_out import by_domain, left_out, too_short
 
 
 def documents(**sizes: int) -> tuple[HeldOut, ...]:
@@ -19,6 +19,14 @@ def test_kinds_that_are_too_short_make_one_domain_together() -> None:
 
 def test_what_is_too_short_even_together_is_left_out_beside_longer_ones() -> None:
     assert list(by_domain(documents(chat=45, maths=20), chunks)) == ["chat"]
+
+
+def test_kinds_that_are_in_no_text_are_named() -> None:
+    told = documents(chat=45, maths=12, json=12)
+    assert too_short(told, by_domain(told, chunks)) == ["json", "maths"]
+    assert left_out(["json", "maths"]) == "not measured, too little held-out text: json, maths"
+    pooled = documents(chat=45, maths=20, json=25)
+    assert too_short(pooled, by_domain(pooled, chunks)) == [] and left_out([]) == ""
 
 
 def test_of_a_small_set_all_is_one_domain_or_there_is_none() -> None:
