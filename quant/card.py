@@ -18,6 +18,7 @@ UNITS = (("kB", 10**3), ("MB", 10**6), ("GB", 10**9))
 PICTURES = (
     ("pictures/kld-by-size.svg", "KLD against size, with the lower hull"),
     ("pictures/bits.svg", "Bits per weight by class and layer"),
+    ("pictures/error-by-class.svg", "Error by class"),
     ("pictures/kld-by-domain.svg", "KLD by domain"),
 )
 """Of a release that was measured: see :mod:`quant.page`."""

@@ -21,6 +21,7 @@ from quant.errors import CheckFailed
 from quant.evaluate import SMALL_BYTES, Evaluation, Settings, difference, measure, perplexity, scorer_version
 from quant.files import Receipt
 from quant.frontier import Beaten, Gap, beaten
+from quant.pictures import class_of, is_matrix
 from quant.recipe import Model
 from quant.shard import Sharded
 from quant.store import Store
@@ -92,10 +93,19 @@ def measured(
         {"context": told.context, "top": told.top, "llama.cpp": scorer_version()},
         {name: files.digest(path) for name, path in texts.items()},
         {"ppl": rounded(perplexity(whole.whole), 4), "domains": domains},
-        {name: stable(e.figures()) for name, e in named.items()},
+        {v.name: stable(e.figures() | {"errors": by_class(v.errors)}) for v, e in zip(made, rest, strict=True)},
         beaten({n: e.bytes for n, e in named.items()}, lambda a, b: _gap(named[a], named[b])),
         held.too_short,
     )
+
+
+def by_class(errors: Mapping[str, float]) -> dict[str, float]:
+    """Mean error of the matrices of each class, in the order of the file; norms and biases are kept as they are."""
+    found: dict[str, list[float]] = {}
+    for name, error in errors.items():
+        if is_matrix(name):
+            found.setdefault(class_of(name), []).append(error)
+    return {kind: sum(values) / len(values) for kind, values in found.items()}
 
 
 def forecast(sizes: Sequence[int], domains: int, model: Model) -> str:

@@ -34,6 +34,7 @@ svg { max-width: 100%; height: auto; margin: 1rem 0; }
 ABOUT = """<p>Every file against BF16 on text that was held out. KLD: mean divergence of the probabilities, in nats, ± half of
 its 95 % interval; less is better. Top-1: how often both hold the same word for the likeliest. Perplexity of BF16: {ppl:.4g}.
 A click on a head sorts; a file's name tells more when the pointer rests on it.</p>"""
+TAIL = "</tbody></table></div>"
 SORT = """<script>
 for (const head of document.querySelectorAll("th")) head.onclick = () => {
   const table = head.closest("table"), n = head.cellIndex, up = head.dataset.up = head.dataset.up === "1" ? "0" : "1";
@@ -96,6 +97,13 @@ def drawn(files: Sequence[Shown], title: str) -> dict[str, tuple[str, str]]:
                 {f.name: f.tensors for f in files}, f"{title}: bits per weight, by class, layers left to right"
             ),
         ),
+        "error-by-class.svg": (
+            f"{title}: error by class",
+            pictures.errors(
+                {f.name: f.figures["errors"] for f in others if f.figures.get("errors")},
+                f"{title}: squares lost over squares, weighted by the imatrix, by class of tensor",
+            ),
+        ),
         "kld-by-domain.svg": (
             f"{title}: KLD by domain",
             pictures.by_domain(
@@ -115,19 +123,15 @@ def page(files: Sequence[Shown], title: str, base_ppl: float, notes: Sequence[st
         f"<title>{escape(title)}</title></head><body>\n<h1>{escape(title)}</h1>",
         ABOUT.format(ppl=base_ppl),
         *(f"<p>Note: {escape(note)}.</p>" for note in notes),
-        *_table(files, domains),
+        *_table(files),
+        *(_domains(files, domains) if len(domains) > 1 else ()),
     ]
     parts += (svg for _, svg in drawn(files, title).values())
     return "\n".join([*parts, SORT + "</body></html>"]) + "\n"
 
 
-def _table(files: Sequence[Shown], domains: Sequence[str]) -> Iterator[str]:
-    heads = ("file", "size", "PPL", "KLD", "median", "99 %", "99.9 %", "max", "top-1", *(f"KLD, {d}" for d in domains))
-    yield (
-        '<div class="wide"><table><thead><tr>'
-        + "".join(f"<th>{escape(h)}</th>" for h in heads)
-        + "</tr></thead><tbody>"
-    )
+def _table(files: Sequence[Shown]) -> Iterator[str]:
+    yield _head(("file", "size", "PPL", "KLD", "median", "99 %", "99.9 %", "max", "top-1"))
     for f in files:
         told, words = f.figures, figure_words(f.figures)
         low, high = told["kld_mean_low"], told["kld_mean_high"]
@@ -135,11 +139,25 @@ def _table(files: Sequence[Shown], domains: Sequence[str]) -> Iterator[str]:
         cells = [(told["ppl"], words[0]), (told["kld_mean"], words[1])]
         cells += [(told[k], f"{told[k]:.3g}") for k in ("kld_median", "kld_p99", "kld_p999", "kld_max")]
         cells += [(told["top1"], words[2])]
-        cells += [(told["domains"][d]["kld_mean"], f"{told['domains'][d]['kld_mean']:.3g}") for d in domains]
-        row = "".join(f'<td data-v="{value:.6g}">{escape(said)}</td>' for value, said in cells)
-        kind = ' class="peer"' if f.peer else ""
-        yield (
-            f'<tr{kind}><td title="{escape(about)}">{escape(f.name)}</td>'
-            f'<td data-v="{f.bytes}">{human_bytes(f.bytes)}</td>{row}</tr>'
-        )
-    yield "</tbody></table></div>"
+        yield _row(f, [(f.bytes, human_bytes(f.bytes)), *cells], about)
+    yield TAIL
+
+
+def _domains(files: Sequence[Shown], domains: Sequence[str]) -> Iterator[str]:
+    """A table of its own, so that the first one fits a screen."""
+    yield "<h2>KLD by domain</h2>"
+    yield _head(("file", *domains))
+    for f in files:
+        told = [f.figures["domains"][d] for d in domains]
+        yield _row(f, [(t["kld_mean"], figure_words(t)[1]) for t in told])
+    yield TAIL
+
+
+def _head(words: Sequence[str]) -> str:
+    return f'<div class="wide"><table><thead><tr>{"".join(f"<th>{escape(w)}</th>" for w in words)}</tr></thead><tbody>'
+
+
+def _row(file: Shown, cells: Sequence[tuple[float, str]], about: str = "") -> str:
+    kind, tip = ' class="peer"' if file.peer else "", f' title="{escape(about)}"' if about else ""
+    told = "".join(f'<td data-v="{value:.10g}">{escape(said)}</td>' for value, said in cells)
+    return f"<tr{kind}><td{tip}>{escape(file.name)}</td>{told}</tr>"

@@ -1,7 +1,7 @@
-"""Pictures of a release in SVG: KLD against size, bits by layer and class, KLD by domain. Pure: what a manifest says in.
+"""Pictures of a release in SVG: KLD against size, bits by layer and class, error by class, KLD by domain.
 
-Drawn here and not by a plotting library, whose fonts and versions would change the bytes. They follow the reader's colours:
-light or dark, as the browser says.
+Pure: what a manifest says in. Drawn here and not by a plotting library, whose fonts and versions would change the bytes. They
+follow the reader's colours: light or dark, as the browser says.
 """
 
 import re
@@ -106,7 +106,9 @@ def bits(variants: Mapping[str, Mapping[str, str]], title: str) -> str:
 
     ``variants`` has the type of every tensor.
     """
-    classes = list(dict.fromkeys(class_of(name) for tensors in variants.values() for name in tensors if _matrix(name)))
+    classes = list(
+        dict.fromkeys(class_of(name) for tensors in variants.values() for name in tensors if is_matrix(name))
+    )
     wide = max(CELL * 3, 12 + ceil(6.6 * max(map(len, variants))))
     top = 74
     width, height = GUTTER + wide * len(variants) + 20, top + CELL * len(classes) + 56
@@ -117,12 +119,45 @@ def bits(variants: Mapping[str, Mapping[str, str]], title: str) -> str:
             f'<text class="small" x="{left + wide / 2 - 2}" y="{top - 8}" text-anchor="middle">{escape(variant)}</text>'
         )
         for row, kind in enumerate(classes):
-            held = [(n, t) for n, t in tensors.items() if class_of(n) == kind and _matrix(n)]
+            held = [(n, t) for n, t in tensors.items() if class_of(n) == kind and is_matrix(n)]
             parts += _cells(held, variant, left, top + row * CELL, wide - 4)
     for row, kind in enumerate(classes):
         parts.append(f'<text x="{GUTTER - 8}" y="{top + row * CELL + 17}" text-anchor="end">{escape(kind)}</text>')
     parts += _legend(top + CELL * len(classes) + 18)
     return _svg(max(width, GUTTER + 90 * len(SCALE)), height, parts)
+
+
+def errors(variants: Mapping[str, Mapping[str, float]], title: str) -> str:
+    """What each class of tensors lost in each variant, as a number on a ground that is the stronger the more it is.
+
+    ``variants`` has the relative error of every class; a class that no variant changed is left out.
+    """
+    losses = [e for told in variants.values() for e in told.values() if e > 0]
+    if not losses:
+        return ""
+    least, most = log10(min(losses)), log10(max(losses))
+    classes = [
+        kind
+        for kind in dict.fromkeys(k for told in variants.values() for k in told)
+        if any(told.get(kind) for told in variants.values())
+    ]
+    wide, top = max(CELL * 3, 12 + ceil(6.6 * max(map(len, variants)))), 74
+    parts = [f'<text class="title" x="12" y="24">{escape(title)}</text>']
+    for row, kind in enumerate(classes):
+        parts.append(f'<text x="{GUTTER - 8}" y="{top + row * CELL + 17}" text-anchor="end">{escape(kind)}</text>')
+    for column, (variant, told) in enumerate(variants.items()):
+        left = GUTTER + column * wide
+        middle = left + wide / 2 - 2
+        parts.append(f'<text class="small" x="{middle}" y="{top - 8}" text-anchor="middle">{escape(variant)}</text>')
+        for row, kind in enumerate(classes):
+            error, y = told.get(kind, 0.0), top + row * CELL
+            strength = 0.08 + 0.52 * (log10(error) - least) / max(most - least, 1e-9) if error > 0 else 0
+            parts.append(
+                f'<rect class="peer" x="{left}" y="{y}" width="{wide - 4}" height="{CELL - 3}" fill-opacity="{strength:.2f}">'
+                f"<title>{escape(f'{variant}, {kind}: {error:.3g}')}</title></rect>"
+            )
+            parts.append(f'<text class="small" x="{middle}" y="{y + 16}" text-anchor="middle">{error:.3g}</text>')
+    return _svg(GUTTER + wide * len(variants) + 20, top + CELL * len(classes) + 16, parts)
 
 
 def by_domain(figures: Mapping[str, Mapping[str, float]], title: str) -> str:
@@ -169,6 +204,11 @@ def class_of(name: str) -> str:
     return re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
 
 
+def is_matrix(name: str) -> bool:
+    """Whether a tensor is one that is quantised: a weight that is no norm."""
+    return name.endswith(".weight") and "norm" not in name
+
+
 def _cells(held: Sequence[tuple[str, str]], variant: str, left: float, y: float, wide: float) -> Iterator[str]:
     step = wide / max(len(held), 1)
     for n, (name, kind) in enumerate(held):
@@ -190,10 +230,6 @@ def _legend(y: float) -> Iterator[str]:
 
 def _colour(bits_per_weight: float) -> str:
     return next(colour for most, colour in SCALE if bits_per_weight <= most)
-
-
-def _matrix(name: str) -> bool:
-    return name.endswith(".weight") and "norm" not in name
 
 
 def _free(x: float, y: float, width: float, taken: list[tuple[float, float, float]]) -> float:

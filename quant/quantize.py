@@ -152,4 +152,5 @@ def _finished(shared: Mapping[str, Any], store: Store) -> Iterator[Finished]:
 def _found(plan: Plan, inputs: Mapping[str, Any], store: Store) -> Sharded:
     done = store.find(STAGE, inputs)
     assert done, inputs["name"]
-    return sharded(plan, done, {name: made["sha256"] for name, made in done.facts["tensors"].items()})
+    told = done.facts["tensors"]
+    return sharded(plan, done, {n: t["sha256"] for n, t in told.items()}, {n: t["error"] for n, t in told.items()})

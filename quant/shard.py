@@ -6,7 +6,7 @@ is compared with the one after.
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Sharded:
     paths: tuple[Path, ...]
     receipts: tuple[Receipt, ...]
     tensor_digests: Mapping[str, str]
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """What each tensor lost when it was quantised, relative and weighted by the imatrix; nothing of what was only cut."""
 
     @property
     def name(self) -> str:
@@ -61,10 +63,12 @@ def shard(base: Base, plan: Plan, title: str, max_size: str, tools: Toolchain, s
     return sharded(plan, done, done.facts["tensors"])
 
 
-def sharded(plan: Plan, done: Done, tensor_digests: Mapping[str, str]) -> Sharded:
+def sharded(
+    plan: Plan, done: Done, tensor_digests: Mapping[str, str], errors: Mapping[str, float] | None = None
+) -> Sharded:
     """What a finished folder of the store holds of a variant."""
     receipts = tuple(r for r in done.receipts if r.path.endswith(".gguf"))
-    return Sharded(plan, tuple(done.path(r.path) for r in receipts), receipts, tensor_digests)
+    return Sharded(plan, tuple(done.path(r.path) for r in receipts), receipts, tensor_digests, errors or {})
 
 
 def split(path: Path, max_size: str | None, tools: Toolchain, stem: Path) -> dict[str, Any]:

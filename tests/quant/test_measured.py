@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from quant.evaluate import Evaluation, Reading
-from quant.measured import _nonsense, close, forecast, rounded, stable
+from quant.measured import _nonsense, by_class, close, forecast, rounded, stable
 from quant.rebuild import measured_otherwise
 from quant.recipe import load_model
 
@@ -56,6 +56,16 @@ def test_a_rebuild_allows_for_figures_and_for_nothing_else() -> None:
     assert measured_otherwise(manifest(0.1), manifest(0.1)) == ()
     assert measured_otherwise(manifest(0.1), manifest(0.2)) == ()
     assert measured_otherwise(manifest(0.1), manifest(0.101, "P")) == ()
+
+
+def test_the_error_of_a_class_is_the_mean_of_its_matrices() -> None:
+    told = {
+        "output_norm.weight": 0.0,
+        "blk.0.attn_q.bias": 0.0,
+        "blk.0.attn_q.weight": 0.01,
+        "blk.1.attn_q.weight": 0.03,
+    }
+    assert by_class(told) == {"attn_q": pytest.approx(0.02)}
 
 
 def test_only_what_is_further_off_than_the_recipe_allows_is_nonsense() -> None:
