@@ -63,6 +63,12 @@ class Shown:
     is_base: bool = False
 
     @property
+    def errors(self) -> dict[str, float]:
+        """By class, in the order in which the picture of bits has them."""
+        told, classes = self.figures.get("errors", {}), dict.fromkeys(map(pictures.class_of, self.tensors))
+        return {kind: told[kind] for kind in classes if kind in told}
+
+    @property
     def point(self) -> pictures.Point:
         """In the picture of KLD against size."""
         f = self.figures
@@ -100,7 +106,7 @@ def drawn(files: Sequence[Shown], title: str) -> dict[str, tuple[str, str]]:
         "error-by-class.svg": (
             f"{title}: error by class",
             pictures.errors(
-                {f.name: f.figures["errors"] for f in others if f.figures.get("errors")},
+                {f.name: f.errors for f in others if f.errors},
                 f"{title}: squares lost over squares, weighted by the imatrix, by class of tensor",
             ),
         ),

@@ -9,12 +9,13 @@ from quant.page import Shown, drawn, page
 FIGURES = {
     "ppl": 10.0, "kld_mean": 0.1, "kld_mean_low": 0.05, "kld_mean_high": 0.2, "kld_median": 0.1, "kld_p99": 0.5,
     "kld_p999": 1.0, "kld_max": 2.0, "top1": 0.9,
-    "errors": {"token_embd": 0.0021, "attn_q": 0.0834567, "ffn_gate_inp": 0.0},
+    "errors": {"ffn_gate_inp": 0.0, "attn_q": 0.0834567, "token_embd": 0.0021},
 }  # fmt: skip
 TENSORS = {
     "token_embd.weight": "Q4_K",
     "blk.0.attn_q.weight": "Q2_K",
     "blk.1.attn_q.weight": "Q6_K",
+    "blk.1.ffn_gate_inp.weight": "F32",
     "output_norm.weight": "F32",
 }
 
@@ -40,7 +41,7 @@ def test_a_peer_has_a_mark_of_its_own_and_every_tensor_a_cell() -> None:
     found = drawn(FILES, "GLM")
     size, bits = found["kld-by-size.svg"][1], found["bits.svg"][1]
     assert size.count('<circle class="dot"') == 2 and size.count('<path class="peer"') == 1
-    assert bits.count("<title>") == 3 * len(FILES)  # a norm is no matrix
+    assert bits.count("<title>") == 4 * len(FILES)  # a norm is no matrix
     assert "blk.0.attn_q.weight: Q2_K, 2.625 bits" in bits
 
 
@@ -49,6 +50,7 @@ def test_what_a_class_lost_is_told_in_three_digits_and_what_none_lost_is_left_ou
     words = [e.text for e in ElementTree.fromstring(svg).iter()]
     assert words.count("0.0835") == words.count("0.0021") == len(FILES)
     assert "UD-A, attn_q: 0.0835" in words and "ffn_gate_inp" not in words
+    assert words.index("token_embd") < words.index("attn_q")  # as in the picture of bits
 
 
 def test_a_base_alone_has_no_picture_of_divergence() -> None:
