@@ -1,8 +1,9 @@
-"""The model cards of two models before anything is made: planned sizes, nothing measured. Whoever changes a word sees it.
+"""The model cards of two models before anything is made, and of one that was measured. Whoever changes a word sees it.
 
 ``pytest --update-golden`` writes the cards anew.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,20 @@ def files(model: Model, p: Plan) -> list[dict[str, Any]]:
 def test_a_card_is_as_it_was(name: str, pytestconfig: pytest.Config) -> None:
     model = load_model(name)[0]
     model = replace(model, publish=Publish("somebody/GLM-4.6-GGUF")) if name == "glm-4.6" else model
-    found = card(model, planned(model))
-    path = FOLDER / f"{name}.md"
+    held(card(model, planned(model)), FOLDER / f"{name}.md", pytestconfig)
+
+
+def test_a_card_with_figures_is_as_it_was(pytestconfig: pytest.Config) -> None:
+    model = load_model("tiny-glm")[0]
+    manifest, told = planned(model), json.loads((FOLDER / "tiny-glm-figures.json").read_text())
+    heard = [{"name": "4 turns", "kind": "protocol", "passed": True}]
+    variants = [v | {"smoke": heard, "evaluation": told["variants"][v["name"]]} for v in manifest["variants"]]
+    found = card(model, manifest | {"evaluation": told["evaluation"], "variants": variants})
+    held(found, FOLDER / "tiny-glm-measured.md", pytestconfig)
+
+
+def held(found: str, path: Path, pytestconfig: pytest.Config) -> None:
+    """Compare a card with the one that is kept, or keep it."""
     if pytestconfig.getoption("update_golden"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(found)
