@@ -7,6 +7,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from quant import coverage
 from quant.build import Built
+from quant.held_out import left_out
 from quant.imatrix import ImportanceMatrix
 from quant.measured import Measured
 from quant.package import variants_table, warnings
@@ -59,15 +60,16 @@ def tell_conversation(key: str, verdict: Verdict) -> None:
 
 def tell_figures(key: str, found: Measured) -> None:
     """How far each file is from BF16, as a whole and by domain."""
+    told = [f"BF16: PPL {found.base['ppl']}", left_out(found.too_short), *map(str, found.beaten)]
     create_table_artifact(
         key=_key(key),
         table=[
             {"variant": name, "domain": domain, "PPL": f["ppl"], "KLD": f["kld_mean"],
              "95 %": f"{f['kld_mean_low']} to {f['kld_mean_high']}", "KLD 99.9 %": f["kld_p999"], "top-1": f["top1"]}
-            for name, told in found.files.items()
-            for domain, f in {"all": told, **told["domains"]}.items()
+            for name, whole in found.files.items()
+            for domain, f in {"all": whole, **whole["domains"]}.items()
         ],
-        description="\n\n".join([f"BF16: PPL {found.base['ppl']}", *map(str, found.beaten)]),
+        description="\n\n".join(filter(None, told)),
     )  # fmt: skip
 
 
