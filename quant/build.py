@@ -222,7 +222,8 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
                 do("send", v.name, partial(send, place(v), v.receipts, job.target))
         figures = None
         if model.evaluation.chunks:
-            figures = do("evaluate", f"{len(made)} files", partial(measured, made, base, text, model, tools, store))
+            subject = made[0].name if len(made) == 1 else f"{len(made)} files"
+            figures = do("evaluate", subject, partial(measured, made, base, text, model, tools, store))
         whole = Ingredients(
             model,
             checkpoint,

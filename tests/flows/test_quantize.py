@@ -88,6 +88,7 @@ def test_every_stage_is_a_task_that_says_what_it_works_on(prefect: Prefect, rele
         f"plan {VARIANT}",
         f"quantize {VARIANT}",
         f"smoke {VARIANT}",
+        f"evaluate {VARIANT}",
         "package tiny-glm",
         "deliver tiny-glm",
     ]
@@ -118,6 +119,19 @@ def test_the_conversation_is_there_to_read(prefect: Prefect, released: str) -> N
     assert ": passed\n" in text.splitlines(keepends=True)[0]
     assert "**Hello! My name is Eve.**" in text
     assert "Paris" in text
+
+
+def test_figures_are_a_table_of_the_whole_and_of_every_domain(prefect: Prefect, out: Path, released: str) -> None:
+    artifact = artifacts(prefect, released)["evaluate-ud-q2-k-xl"]
+    manifest = json.loads((out / "tiny-glm" / "manifest.json").read_text())
+    told = manifest["variants"][0]["evaluation"]
+    rows = {row["domain"]: row for row in json.loads(artifact["data"])}
+    assert {name: row["KLD"] for name, row in rows.items()} == {
+        name: f["kld_mean"] for name, f in {"all": told, **told["domains"]}.items()
+    }
+    assert rows["all"]["95 %"] == f"{told['kld_mean_low']} to {told['kld_mean_high']}"
+    short = ", ".join(manifest["evaluation"]["too_short"])
+    assert f"not measured, too little held-out text: {short}" in artifact["description"]
 
 
 def test_a_file_that_does_not_pass_stops_the_run_and_its_conversation_is_there_to_read(
