@@ -155,3 +155,21 @@ def test_the_command_tells_one_document(
     assert {"file", "bytes", "ppl", "kld_mean", "kld_p999", "top1"} <= told["files"][0].keys()
     assert told["files"][0]["bytes"] == quantised.stat().st_size
     assert told["difference"]["high"] < 0  # the base is better than the file
+
+
+@pytest.mark.tools
+def test_a_page_shows_files_and_peers_by_marks_of_their_own(
+    tiny: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, quantised, text = tiny
+    tools = toolchain.find()
+    tools.run("llama-quantize", [base, tmp_path / "peer.gguf", "Q8_0", "1"], cwd=tmp_path, log=tmp_path / "log")
+    options = ["--text", text, "--chunks", "4", "--threads", "1", "--peer", tmp_path / "peer.gguf"]
+    command = ["quant", "evaluate", base, quantised, *options, "--html", tmp_path / "page.html"]
+    monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    assert cli._run() == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<circle class="dot"') == page.count('<path class="peer"') == 1
+    assert re.search(r'<tr class="peer"><td title="[\d,]+ bytes; KLD .*">peer</td>', page)
+    assert re.search(r'<tr><td title="[\d,]+ bytes; KLD .*">q</td>', page)
+    assert "error-by-class" not in page and "squares lost" not in page  # nobody knows what these files lost
