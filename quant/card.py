@@ -15,9 +15,10 @@ USABLE = 0.95
 """What the system and the buffers of computation leave of it."""
 UNITS = (("kB", 10**3), ("MB", 10**6), ("GB", 10**9))
 
+BITS = "pictures/bits.svg"
 PICTURES = (
     ("pictures/kld-by-size.svg", "KLD against size, with the lower hull"),
-    ("pictures/bits.svg", "Bits per weight by class and layer"),
+    (BITS, "Bits per weight by class and layer"),
     ("pictures/error-by-class.svg", "Error by class"),
     ("pictures/kld-by-domain.svg", "KLD by domain"),
 )
@@ -112,7 +113,7 @@ def _values(model: Model, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "turns": len(model.smoke),
         "waived": _waived(variants, template),
         "measured": manifest.get("evaluation"),
-        "pictures": PICTURES if manifest.get("evaluation") else (),
+        "pictures": _pictures(variants),
         "domains": list((manifest.get("evaluation") or {}).get("texts", ())),
         "by_domain": [
             (v["name"], [figure_words(f)[1] for f in v["evaluation"]["domains"].values()])
@@ -149,6 +150,13 @@ def _values(model: Model, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "matrix": (manifest.get("imatrix") or {}).get("path"),
         "size": human_bytes, "types": _types, "rules_of": _rules,
     }  # fmt: skip
+
+
+def _pictures(variants: Variants) -> list[tuple[str, str]]:
+    """Those that a release has: without a quantised file, only that of the types."""
+    measured = [v for v in variants if v.get("evaluation")]
+    lost = any(v["recipe"]["rules"] for v in measured)
+    return [(path, about) for path, about in PICTURES if lost or (measured and path == BITS)]
 
 
 def _columns(variants: Variants, cache: int, tested: bool) -> list[tuple[str, str, Callable[[Mapping[str, Any]], str]]]:

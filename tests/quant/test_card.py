@@ -118,6 +118,13 @@ def test_figures_have_columns_and_pictures_only_where_they_were_measured() -> No
     assert not {"KLD", "PPL"} & set(table(made())[0]) and "pictures/" not in made()
 
 
+def test_a_release_of_nothing_but_the_base_has_no_picture_of_what_was_lost() -> None:
+    told = {"ppl": 11.0, "kld_mean": 0.0, "kld_mean_low": 0.0, "kld_mean_high": 0.0, "top1": 1.0, "domains": {}}
+    base = variant("BF16", *SHARDS, rules=(), evaluation=told)
+    text = made(variants=[base], evaluation={"texts": {}, "too_short": [], "base": {"ppl": 11.0}, "beaten": []})
+    assert re.findall(r"pictures/[a-z-]+\.svg", text) == ["pictures/bits.svg"]
+
+
 def test_a_plan_claims_no_measurement() -> None:
     text = made(variants=[variant("Q", *SHARDS, smoke=[])])
     assert "the files were not made yet, and nothing was measured" in text
