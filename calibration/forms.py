@@ -4,6 +4,7 @@ Datasets hold conversations in a handful of ways. A row that makes no conversati
 follow each other) is left out; a column that is not there is an error, because then the whole source is another.
 """
 
+import ast
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,7 +29,7 @@ ROLES = {
     "system": "system", "tool": "tool", "function": "tool", "function_response": "tool",
 }  # fmt: skip
 CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-RESPONSE = re.compile(r"</?tool_response>")
+RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 THOUGHT = re.compile(r"^\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*", re.DOTALL)
 
 
@@ -129,14 +130,36 @@ def _sharegpt(column: Callable[[str], Any]) -> tuple[list[dict[str, Any]], list[
         if role == "system" and tools and "<tools>" in value:
             continue
         if role == "tool":
-            content = RESPONSE.sub("", value).strip()
-            messages.append({"role": "tool", "content": content, "name": names.pop(0) if names else ""})
+            messages += [_result(told, names) for told in RESPONSE.findall(value) or [value.strip()]]
             continue
-        calls = [json.loads(found) for found in CALL.findall(value)] if role == "assistant" else []
+        calls = [_literal(found) for found in CALL.findall(value)] if role == "assistant" else []
         names = [c["name"] for c in calls]
         functions = [{"function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
         messages.append(_message(role, CALL.sub("", value).strip(), [{"type": "function", **f} for f in functions]))
     return messages, tools
+
+
+def _result(told: str, waiting: list[str]) -> dict[str, Any]:
+    """What a tool answered, with the name of its call, which then waits no more: the one it names, else the first."""
+    try:
+        named = _literal(told)["name"]
+    except (ValueError, TypeError, KeyError, IndexError):
+        named = None
+    if not waiting:
+        raise ValueError("a result that nobody called for")
+    return {"role": "tool", "content": told, "name": waiting.pop(waiting.index(named) if named in waiting else 0)}
+
+
+def _literal(told: str) -> Any:
+    """JSON, or what people write who print a dictionary of Python instead. Raises ValueError for anything else."""
+    try:
+        return json.loads(told)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return json.loads(json.dumps(ast.literal_eval(told)))  # by way of JSON, so that no set or bytes come out
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as e:
+        raise ValueError("neither JSON nor a literal of Python") from e
 
 
 READ = {"messages": _messages, "sharegpt": _sharegpt, "pairs": _pairs}
@@ -153,7 +176,7 @@ def _message(role: str, content: Any, calls: Any = None) -> dict[str, Any]:
 
 
 def _decoded(tools: Any) -> list[dict[str, Any]]:
-    found = json.loads(tools) if isinstance(tools, str) else tools
+    found = _literal(tools) if isinstance(tools, str) else tools
     if not isinstance(found, list):
         raise ValueError("tools")
     return found

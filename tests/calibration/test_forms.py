@@ -109,9 +109,54 @@ def test_a_system_message_without_tools_stays() -> None:
     assert said(made("sharegpt", {"conversations": plain})[0])[0] == ("system", "Be short.")
 
 
-def test_a_call_that_is_no_json_makes_no_document() -> None:
-    broken = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "<tool_call>{</tool_call>"}]
-    assert made("sharegpt", {"conversations": broken}, {"conversations": HERMES["conversations"], "tools": "{"}) == []
+def calling(call: str, *results: str) -> dict[str, Any]:
+    """A row in which somebody asks, the assistant calls, and the results come in one turn."""
+    said = [("human", "Weather?"), ("gpt", call), ("tool", "\n".join(results)), ("gpt", "Sun.")]
+    return {"conversations": [{"from": who, "value": what} for who, what in said if what]}
+
+
+def call_of(name: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {{}}}}\n</tool_call>'
+
+
+def result_of(text: str) -> str:
+    return f"<tool_response>\n{text}\n</tool_response>"
+
+
+def test_several_results_in_one_turn_are_a_message_each_with_the_name_of_its_call() -> None:
+    [found] = made("sharegpt", calling(call_of("sky") + call_of("wind"), result_of("blue"), result_of("none")))
+    assert [(m["name"], m["content"]) for m in found.messages[2:4]] == [("sky", "blue"), ("wind", "none")]
+    assert [m["role"] for m in found.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+
+
+def test_a_result_that_names_its_call_is_of_that_call() -> None:
+    turned = [result_of(json.dumps({"name": n, "content": 1})) for n in ("wind", "sky")]
+    [found] = made("sharegpt", calling(call_of("sky") + call_of("wind"), *turned))
+    assert [m["name"] for m in found.messages[2:4]] == ["wind", "sky"]
+    assert json.loads(found.messages[2]["content"])["name"] == "wind"
+
+
+def test_a_result_that_nobody_called_for_makes_no_document() -> None:
+    assert made("sharegpt", calling(call_of("sky"), result_of("blue"), result_of("none"))) == []
+
+
+def test_calls_that_are_written_as_in_python_are_read() -> None:
+    call = "<tool_call>\n{'name': 'sky', 'arguments': {'day': \"Eve's\", 'exact': True, 'at': None}}\n</tool_call>"
+    [found] = made("sharegpt", calling(call, result_of("blue")))
+    [told] = found.messages[1]["tool_calls"]
+    assert told["function"] == {"name": "sky", "arguments": {"day": "Eve's", "exact": True, "at": None}}
+    assert found.messages[2]["name"] == "sky"
+
+
+@pytest.mark.parametrize(
+    "call", ["{", "{'name': 'f', 'arguments': {1, 2}}", "f(x)", "{'name': print}", "7", "[" * 9999]
+)
+def test_a_call_that_is_neither_json_nor_python_makes_no_document(call: str) -> None:
+    assert made("sharegpt", calling(f"<tool_call>{call}</tool_call>", result_of("blue"))) == []
+
+
+def test_tools_that_cannot_be_read_make_no_document() -> None:
+    assert made("sharegpt", {"conversations": HERMES["conversations"], "tools": "{"}) == []
 
 
 def oasst(id_: str, parent: str | None, role: str, text: str, rank: Any = None, lang: str = "en") -> dict[str, Any]:
