@@ -247,8 +247,10 @@ def test_the_release_set_is_read_from_files_with_the_columns_of_its_datasets(hub
     hub.add(
         "nvidia/OpenCodeInstruct", {f"data/{part}": parquet(code), "data/train-00001-of-00002.parquet": b"not read"}
     )
-    names = ("func-calling.json", "func-calling-singleturn.json", "glaive-function-calling-5k.json")
-    hub.add("NousResearch/hermes-function-calling-v1", {n: json.dumps([hermes]).encode() for n in names})
+    names = ("func-calling.json", "glaive-function-calling-5k.json")
+    tools = {n: json.dumps([hermes]).encode() for n in names}
+    tools["func-calling-singleturn.json"] = b"not read: it repeats the first turns of func-calling.json"
+    hub.add("NousResearch/hermes-function-calling-v1", tools)
     shutil.copy(SETS / "glm.toml", tmp_path)
     shutil.copytree(SETS / "embedded", tmp_path / "embedded")
     told, folder = sets.find(str(tmp_path / "glm.toml"))
@@ -258,7 +260,7 @@ def test_the_release_set_is_read_from_files_with_the_columns_of_its_datasets(hub
         found[document.source].append(document)
     assert {name: len(d) for name, d in found.items() if name != "embedded-coding"} == {
         "oasst2-en": 1, "smoltalk-everyday": 1, "smoltalk-systems": 1, "opencodeinstruct": 1, "smoltalk-oss-instruct": 1,
-        "hermes-tools": 3, "oasst2-languages": 2, "smoltalk-mathematics": 1,
+        "hermes-tools": 2, "oasst2-languages": 2, "smoltalk-mathematics": 1,
     }  # fmt: skip
     assert {d.language for d in found["oasst2-languages"]} == {"de", "zh"}
     assert found["oasst2-en"][0].messages[-1]["content"] == "assistant ena"
