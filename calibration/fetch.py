@@ -5,8 +5,9 @@ documents, and the digest of those documents. What is built from a lock is what 
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,8 @@ class Locked:
     """Documents that were made of its rows."""
     sha256: str
     """Of those documents."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Rows that made none, by the reason."""
 
 
 Lock = Mapping[str, Locked]
@@ -42,7 +45,8 @@ Lock = Mapping[str, Locked]
 def lock(told: CalibrationSet, folder: Path) -> Lock:
     """Ask the hub what the datasets of a set are now, fetch what is read of them, and write the lock beside the set.
 
-    Raises InputError for what the hub does not have, and for files that are not what the set says.
+    Raises InputError for what the hub does not have, for files that are not what the set says, and for a source of which
+    more than half would be left out: its rows are of another form than they were.
     """
     wanted = [s for s in told.source if s.repo]
     if not wanted:
@@ -137,17 +141,17 @@ def digest(found: tuple[Document, ...]) -> str:
     return files.digest_of([files.canonical(d.json()) for d in found])
 
 
-def _read(source: Source, paths: list[Path]) -> Iterator[Document]:
-    return islice(_all(source, paths), source.rows)
+def _read(source: Source, paths: list[Path], left_out: Counter[str] | None = None) -> Iterator[Document]:
+    return islice(_all(source, paths, left_out), source.rows)
 
 
-def _all(source: Source, paths: list[Path]) -> Iterator[Document]:
+def _all(source: Source, paths: list[Path], left_out: Counter[str] | None) -> Iterator[Document]:
     if source.form == "documents":
         for path in paths:
             for d in read_lines(path):
                 yield Document(d.id, d.language, d.thinking, d.messages, d.tools, d.text, source.name, source.kind)
     else:
-        yield from forms.documents((row for path in paths for row in rows(path)), source)
+        yield from forms.documents((row for path in paths for row in rows(path)), source, left_out)
 
 
 def _lock_one(source: Source) -> Locked:
@@ -162,10 +166,21 @@ def _lock_one(source: Source) -> Locked:
         raise InputError(f"{repo}@{commit}: source {source.name}: expected {', '.join(source.files)}, found {some}")
     paths = [_fetch(source, commit, name) for name in names]
     receipts = tuple(Receipt(n, files.digest(p), p.stat().st_size) for n, p in zip(names, paths, strict=True))
-    read = tuple(_read(source, paths))
-    if not read:
-        raise InputError(f"{repo}@{commit}: source {source.name}: expected documents, found none in {', '.join(names)}")
-    return Locked(repo, commit, receipts, len(read), digest(read))
+    left_out: Counter[str] = Counter()
+    read = tuple(_read(source, paths, left_out))
+    missed = left_out.total()
+    if not read or missed > len(read):
+        raise InputError(
+            f"{repo}@{commit}: source {source.name}: expected most rows of {', '.join(names)} to make documents, found"
+            f" {len(read):,} that do and {missed:,} that do not{f' ({reasons(left_out)})' if missed else ''}; the set asks for"
+            f" form {source.form}: mend that, or give a `revision` that has it"
+        )
+    return Locked(repo, commit, receipts, len(read), digest(read), dict(left_out))
+
+
+def reasons(left_out: Mapping[str, int]) -> str:
+    """Reasons and how often each was met, the most frequent first."""
+    return ", ".join(f"{reason}: {n:,}" for reason, n in sorted(left_out.items(), key=lambda kv: (-kv[1], kv[0])))
 
 
 def _fetch(source: Source, commit: str, name: str) -> Path:

@@ -1,14 +1,17 @@
 """Bring a row of any source to one form: messages (with tools and thinking), or plain text.
 
 Datasets hold conversations in a handful of ways. A row that makes no conversation (an empty answer, roles that do not
-follow each other) is left out; a column that is not there is an error, because then the whole source is another.
+follow each other) is left out, and counted by its reason; a column that is not there is an error, because then the whole
+source is another.
 """
 
 import ast
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from calibration.documents import Document, role_problems
@@ -42,8 +45,15 @@ class Numbered:
     id: str
 
 
-def documents(rows: Iterable[Numbered], source: Source) -> Iterator[Document]:
-    """The documents in the rows of a source. Raises InputError for a column that is missing."""
+class LeftOut(ValueError):  # noqa: N818 - it reads as what happened
+    """A row makes no document; why, in words that many rows share."""
+
+
+def documents(rows: Iterable[Numbered], source: Source, left_out: Counter[str] | None = None) -> Iterator[Document]:
+    """The documents in the rows of a source; ``left_out`` counts what makes none (of trees: conversations) by the reason.
+
+    Rows that the source does not ask for are not counted. Raises InputError for a column that is missing.
+    """
     known = False
     kept = []
     for numbered in rows:
@@ -53,9 +63,17 @@ def documents(rows: Iterable[Numbered], source: Source) -> Iterator[Document]:
         if _wanted(numbered.row, source):
             kept.append(numbered)
             if source.form != "tree":
-                yield from _one(kept.pop(), source)
-    if source.form == "tree":
-        yield from _trees(kept, source)
+                yield from _made(partial(_one, kept.pop(), source), left_out)
+    for make in _trees(kept, source) if source.form == "tree" else ():
+        yield from _made(make, left_out)
+
+
+def _made(make: Callable[[], Document], left_out: Counter[str] | None) -> Iterator[Document]:
+    try:
+        yield make()
+    except LeftOut as e:
+        if left_out is not None:
+            left_out[str(e)] += 1
 
 
 def _column_problems(numbered: Numbered, source: Source) -> Iterator[str]:
@@ -72,30 +90,36 @@ def _wanted(row: Row, source: Source) -> bool:
     )
 
 
-def _one(numbered: Numbered, source: Source) -> Iterator[Document]:
+def _one(numbered: Numbered, source: Source) -> Document:
     def column(name: str) -> Any:
         return numbered.row.get(source.columns.get(name, name))
 
     if source.form == "text":
-        if isinstance(text := column("text"), str) and text.strip():
-            yield _document(numbered.id, source, text=text)
-        return
+        if not isinstance(text := column("text"), str) or not text.strip():
+            raise LeftOut("no text")
+        return _document(numbered.id, source, text=text)
     try:
         messages, tools = READ[source.form](column)
-    except (KeyError, TypeError, AttributeError, ValueError):
-        return  # no conversation
-    yield from _conversation(numbered.id, source, messages, tools)
+    except LeftOut:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise LeftOut(f"not of the form {source.form}") from e
+    return _conversation(numbered.id, source, messages, tools)
 
 
 def _conversation(
     id_: str, source: Source, messages: list[dict[str, Any]], tools: list[dict[str, Any]], language: str | None = None
-) -> Iterator[Document]:
+) -> Document:
     """A document, if the messages make one: somebody asks, and the assistant has the last word."""
     while messages and messages[-1]["role"] != "assistant":
         messages = messages[:-1]
-    said = all(str(m["content"]).strip() or m.get("tool_calls") for m in messages)
-    if messages and said and not list(role_problems(messages, id_)):
-        yield _document(id_, source, tuple(messages), tuple(tools), language=language)
+    if not messages:
+        raise LeftOut("no answer")
+    if not all(str(m["content"]).strip() or m.get("tool_calls") for m in messages):
+        raise LeftOut("an empty message")
+    if list(role_problems(messages, id_)):
+        raise LeftOut("roles out of order")
+    return _document(id_, source, tuple(messages), tuple(tools), language=language)
 
 
 def _document(
@@ -126,7 +150,7 @@ def _sharegpt(column: Callable[[str], Any]) -> tuple[list[dict[str, Any]], list[
     messages: list[dict[str, Any]] = []
     names: list[str] = []
     for turn in column("conversations"):
-        role, value = ROLES[turn["from"]], str(turn["value"])
+        role, value = _role(turn["from"]), str(turn["value"])
         if role == "system" and tools and "<tools>" in value:
             continue
         if role == "tool":
@@ -146,12 +170,12 @@ def _result(told: str, waiting: list[str]) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, IndexError):
         named = None
     if not waiting:
-        raise ValueError("a result that nobody called for")
+        raise LeftOut("a result that nobody called for")
     return {"role": "tool", "content": told, "name": waiting.pop(waiting.index(named) if named in waiting else 0)}
 
 
 def _literal(told: str) -> Any:
-    """JSON, or what people write who print a dictionary of Python instead. Raises ValueError for anything else."""
+    """JSON, or what people write who print a dictionary of Python instead. Raises LeftOut for anything else."""
     try:
         return json.loads(told)
     except (ValueError, RecursionError):
@@ -159,15 +183,21 @@ def _literal(told: str) -> Any:
     try:
         return json.loads(json.dumps(ast.literal_eval(told)))  # by way of JSON, so that no set or bytes come out
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as e:
-        raise ValueError("neither JSON nor a literal of Python") from e
+        raise LeftOut("calls or tools that are neither JSON nor a literal of Python") from e
 
 
 READ = {"messages": _messages, "sharegpt": _sharegpt, "pairs": _pairs}
 
 
+def _role(told: str) -> str:
+    if told not in ROLES:
+        raise LeftOut("a role that is not known")
+    return ROLES[told]
+
+
 def _message(role: str, content: Any, calls: Any = None) -> dict[str, Any]:
     """One message; what an assistant thought is told apart from what it said."""
-    message: dict[str, Any] = {"role": ROLES[role], "content": str(content)}
+    message: dict[str, Any] = {"role": _role(role), "content": str(content)}
     if message["role"] == "assistant" and (thought := THOUGHT.match(message["content"])):
         message |= {"content": message["content"][thought.end() :], "reasoning_content": thought[1].strip()}
     if calls:
@@ -178,11 +208,11 @@ def _message(role: str, content: Any, calls: Any = None) -> dict[str, Any]:
 def _decoded(tools: Any) -> list[dict[str, Any]]:
     found = _literal(tools) if isinstance(tools, str) else tools
     if not isinstance(found, list):
-        raise ValueError("tools")
+        raise LeftOut("tools that are no list")
     return found
 
 
-def _trees(rows: Iterable[Numbered], source: Source) -> Iterator[Document]:
+def _trees(rows: Iterable[Numbered], source: Source) -> Iterator[Callable[[], Document]]:
     """One conversation of each tree: at every turn the reply that people ranked best (oasst)."""
 
     def column(numbered: Numbered, name: str) -> Any:
@@ -193,16 +223,17 @@ def _trees(rows: Iterable[Numbered], source: Source) -> Iterator[Document]:
     for numbered in rows:
         parent = column(numbered, "parent_id")
         (replies.setdefault(str(parent), []) if parent else roots).append(numbered)
-    for root in roots:
+
+    def conversation(root: Numbered) -> Document:
         path = [root]
         while below := replies.get(str(column(path[-1], "message_id"))):
             path.append(min(below, key=lambda n: (_rank(column(n, "rank")), str(column(n, "message_id")))))
-        try:
-            messages = [_message(str(column(n, "role")), column(n, "text")) for n in path]
-        except KeyError:
-            continue
+        messages = [_message(str(column(n, "role")), column(n, "text")) for n in path]
         language = str(column(root, "lang") or source.language)
-        yield from _conversation(str(column(root, "message_id")), source, messages, [], language)
+        return _conversation(str(column(root, "message_id")), source, messages, [], language)
+
+    for root in roots:
+        yield partial(conversation, root)
 
 
 def _rank(told: Any) -> float:

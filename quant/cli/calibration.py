@@ -24,6 +24,8 @@ def lock(name: str) -> None:
     locked = fetch.lock(told, folder)
     for source, one in locked.items():
         progress.say(f"{source}: {one.repo}@{one.revision}, {len(one.files)} files, {one.rows:,} documents")
+        if one.left_out:
+            progress.say(f"{source}: {sum(one.left_out.values()):,} left out ({fetch.reasons(one.left_out)})")
     click.echo(fetch.lock_path(told, folder))
 
 

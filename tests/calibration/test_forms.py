@@ -1,6 +1,7 @@
 """Rows of the datasets that people have become documents; what is no conversation is left out, a missing column is told."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ from quant.errors import InputError
 def made(form: str, *rows: dict[str, Any], **more: Any) -> list[Document]:
     source = Source("s", "conversation", "MIT", form, path="x", **more)  # type: ignore[arg-type]
     return list(documents((Numbered(row, f"f.json:{n}", f"f-{n}") for n, row in enumerate(rows, 1)), source))
+
+
+def left(form: str, *rows: dict[str, Any], **more: Any) -> dict[str, int]:
+    """What was left out, by the reason."""
+    source, found = Source("s", "conversation", "MIT", form, path="x", **more), Counter[str]()  # type: ignore[arg-type]
+    assert not list(documents((Numbered(row, f"f.json:{n}", f"f-{n}") for n, row in enumerate(rows)), source, found))
+    return dict(found)
 
 
 def said(document: Document) -> list[tuple[str, str]]:
@@ -176,6 +184,29 @@ def test_of_a_tree_the_best_ranked_replies_make_a_conversation() -> None:
     [found] = made("tree", *rows)
     assert said(found) == [("user", "Frage?"), ("assistant", "besser"), ("user", "Anders?"), ("assistant", "So.")]
     assert (found.id, found.language) == ("q", "de")
+
+
+def test_what_is_left_out_is_counted_by_the_reason_and_what_is_not_asked_for_is_not() -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": turns("Hi")},
+        {"messages": turns("Hi", "")},
+        {"messages": [{"role": "narrator", "content": "Hi"}]},
+        {"messages": turns("Hi", "Hello")[::-1]},
+        {"messages": [*turns("Hi"), *turns("Hi", "Hello")]},
+        {"messages": 7},
+    ]
+    assert left("messages", *({**r, "lang": "en"} for r in rows), {"lang": "de", "messages": []}, only={"lang": ("en",)}) == {
+        "no answer": 1, "an empty message": 1, "a role that is not known": 1, "roles out of order": 2,
+        "not of the form messages": 1,
+    }  # fmt: skip
+    assert left("text", {"text": " "}) == {"no text": 1}
+    assert left("tree", oasst("q", None, "prompter", "?"), oasst("x", "gone", "assistant", "!")) == {"no answer": 1}
+    unread = "calls or tools that are neither JSON nor a literal of Python"
+    late = calling(call_of("sky"), result_of("blue"), result_of("none"))
+    no_list = {"conversations": HERMES["conversations"], "tools": "{}"}
+    assert left("sharegpt", calling("<tool_call>f(x)</tool_call>"), late, {"conversations": [], "tools": "[]"}, no_list) == {
+        unread: 1, "a result that nobody called for": 1, "tools that are no list": 1, "no answer": 1,
+    }  # fmt: skip
 
 
 def test_a_text_is_a_document() -> None:

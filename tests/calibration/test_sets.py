@@ -11,6 +11,7 @@ import pytest
 
 from calibration import fetch, sets
 from calibration.documents import SETS
+from quant.cli.options import quant
 from quant.errors import CheckFailed, InputError
 from tests.hub import Hub, running
 
@@ -210,6 +211,33 @@ def test_a_set_that_asks_for_other_rows_than_were_locked_is_refused(hub: Hub, tm
 def test_what_cannot_be_locked_is_told(hub: Hub, tmp_path: Path, source: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         locked(a_set(tmp_path, source))
+    assert not (tmp_path / "mine.lock.json").exists()
+
+
+def rows_of(*answers: str | None) -> dict[str, bytes]:
+    """A file of conversations with those answers."""
+    said = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": a}] for a in answers]
+    return {"data/x.json": json.dumps([{"messages": m} for m in said]).encode()}
+
+
+FORMED = 'repo = "org/chat"\nfiles = ["data/x.json"]\nform = "messages"'
+
+
+def test_a_lock_counts_what_is_left_out_by_the_reason(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.add("org/chat", rows_of("Hello", "", "Hello again", None))
+    quant.main(["calibration", "lock", a_set(tmp_path, FORMED)], standalone_mode=False)
+    assert "a: 2 left out (an empty message: 2)" in capsys.readouterr().err
+    lock = json.loads((tmp_path / "mine.lock.json").read_text())["a"]
+    assert (lock["rows"], lock["left_out"]) == (2, {"an empty message": 2})
+    assert len(read(str(tmp_path / "mine.toml"))) == 2
+
+
+def test_a_source_of_which_most_is_left_out_is_not_locked(hub: Hub, tmp_path: Path) -> None:
+    hub.add("org/chat", rows_of("Hello", "", ""))
+    with pytest.raises(InputError, match=r"source a: .* found 1 that do and 2 that do not \(an empty message: 2\)"):
+        locked(a_set(tmp_path, FORMED))
     assert not (tmp_path / "mine.lock.json").exists()
 
 
