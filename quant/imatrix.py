@@ -6,7 +6,9 @@ tokens, more of the text is drawn, until all did or the budget ends.
 """
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+import re
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from quant.toolchain import Toolchain
 
 log = logging.getLogger(__name__)
 SMALL_BASE = "Q8_0"
+CHUNKS = re.compile(r"computing over (\d+) chunks, .*n_seq=(\d+)")
+FIRST_PASS = re.compile(r"([\d.]+) seconds per pass")
 
 
 @dataclass(frozen=True)
@@ -144,10 +148,33 @@ def check_span(span: Span, text: CalibrationText, settings: Imatrix) -> None:
         )
 
 
-def compute(base: Path, text: Path, settings: Imatrix, tools: Toolchain, out: Path, span: Span | None = None) -> None:
+@dataclass
+class Pace:
+    """How far llama-imatrix is, by its own words: it tells how long its first pass took, and then nothing until its end."""
+
+    log: Path
+    since: float | None = None
+    """When that pass was over."""
+
+    def share(self) -> float:
+        """Of the range; what follows the first pass is reckoned, so it is never all of it."""
+        said = self.log.read_text(errors="replace")
+        if not ((chunks := CHUNKS.search(said)) and (first := FIRST_PASS.search(said))):
+            return 0.0
+        if self.since is None:
+            self.since = time.monotonic()
+        passes = -(-int(chunks[1]) // max(int(chunks[2]), 1))
+        done = 1 + (time.monotonic() - self.since) / max(float(first[1]), 0.01)
+        return min(done / max(passes, 1), 0.99)
+
+
+def compute(
+    base: Path, text: Path, settings: Imatrix, tools: Toolchain, out: Path, span: Span | None = None,
+    tell: Callable[[float], None] = ongoing.tell,
+) -> None:  # fmt: skip
     """Write the importance matrix of a GGUF over a text, or over a range of its chunks, at ``out``.
 
-    The folder of ``out`` belongs to this work.
+    The folder of ``out`` belongs to this work. ``tell`` hears the share that is done while it runs.
     """
     # The name of the text is written into the file, so it is called by a name that may be published.
     files.share(text, out.parent / TEXT_NAME)
@@ -155,11 +182,12 @@ def compute(base: Path, text: Path, settings: Imatrix, tools: Toolchain, out: Pa
     chunks = ["--chunks", str(count)] if count else []
     begin = ["--chunk", str(span.first)] if span else []
     together = settings.context * min(settings.pass_chunks, count or settings.pass_chunks)
+    pace = Pace(out.parent / "log")
     tools.run(
         "llama-imatrix",
         ["-m", base, "-f", TEXT_NAME, "-o", out.name, "--parse-special", "--no-ppl", "-c", str(settings.context),
          "-b", str(together), "-ub", str(together), *begin, *chunks],
-        cwd=out.parent, log=out.parent / "log",
+        cwd=out.parent, log=pace.log, meanwhile=lambda: tell(pace.share()),
     )  # fmt: skip
     files.remove(out.parent / TEXT_NAME)
     if not out.exists():
@@ -203,13 +231,16 @@ def _range(
 ) -> Done:  # fmt: skip
     """One range, computed now or found; tells how far the work is."""
 
+    def tell(share: float) -> None:
+        ongoing.tell((span.first + share * span.count) / goal)
+
     def make(partial: Path) -> dict[str, Any]:
-        compute(base.path, text.path, settings, tools, partial / PART, span)
+        compute(base.path, text.path, settings, tools, partial / PART, span, tell)
         found = importance.load(partial / PART)  # a tool on a full disk writes half a file and says nothing
         return {"matrices": len(found.entries), "tokens": max(max(c) for c in found.counts().values())}
 
     done = store.once("imatrix-range", dict(origin) | {"first": span.first, "count": span.count}, make)
-    ongoing.tell((span.first + span.count) / goal)
+    tell(1)
     return done
 
 

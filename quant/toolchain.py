@@ -105,9 +105,20 @@ class Toolchain:
             raise ToolError(*missing)
         _ = self.version
 
-    def run(self, tool: str, args: Sequence[str | Path], *, cwd: Path, log: Path) -> None:
-        """Run one tool to its end; what it says goes to ``log``. Raises ToolError with its last words."""
-        run([self.path(tool), *args], cwd=cwd, log=log)
+    def run(
+        self,
+        tool: str,
+        args: Sequence[str | Path],
+        *,
+        cwd: Path,
+        log: Path,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
+        """Run one tool to its end; what it says goes to ``log``. Raises ToolError with its last words.
+
+        ``meanwhile`` is called every second while it runs.
+        """
+        run([self.path(tool), *args], cwd=cwd, log=log, meanwhile=meanwhile)
 
     @contextmanager
     def serve(

@@ -137,11 +137,37 @@ def test_a_run_killed_between_ranges_continues_and_ends_in_the_bytes_of_one_that
 
 
 @pytest.mark.tools
-def test_the_share_that_is_done_is_told_after_every_range(tiny: Base, text: CalibrationText, tmp_path: Path) -> None:
+def test_the_share_that_is_done_is_told_within_ranges_and_after_each(
+    tiny: Base, text: CalibrationText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toolchain, "LOOK_SECONDS", 0.002)
     shares: list[float] = []
     with ongoing.heard(shares.append):
-        made(tiny, text, tmp_path)
-    assert shares == [4 / 12, 8 / 12, 1]
+        made(tiny, text, tmp_path, replace(SETTINGS, pass_chunks=1))
+    assert shares == sorted(shares)
+    assert [s for s in shares if s in (4 / 12, 8 / 12, 1)] == [4 / 12, 8 / 12, 1]
+    assert [s for s in shares if 4 / 12 < s < 8 / 12]
+
+
+SAID = """$ llama-imatrix -m base.gguf
+0.00.223.656 I compute_imatrix: computing over 41 chunks, n_ctx=512, batch_size=2048, n_seq=4
+"""
+"""As llama-imatrix says it of 11 passes."""
+
+
+def test_within_a_range_the_share_goes_by_the_time_of_the_first_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, pace = 100.0, imatrix.Pace(tmp_path / "log")
+    monkeypatch.setattr("quant.imatrix.time.monotonic", lambda: now)
+    pace.log.write_text(SAID)
+    assert pace.share() == 0
+    pace.log.write_text(SAID + "0.01.873.329 I compute_imatrix: 1.50 seconds per pass - ETA 0.27 minutes\n")
+    assert pace.share() == 1 / 11
+    now += 6
+    assert pace.share() == 5 / 11
+    now += 600
+    assert pace.share() == 0.99
 
 
 @pytest.fixture(scope="module")
