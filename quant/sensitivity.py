@@ -22,6 +22,7 @@ from quant.distortion import Distortions, Error
 from quant.engine.job import Settings as Engine
 from quant.errors import InputError
 from quant.footprint import class_of
+from quant.ggml_types import TYPES
 from quant.header import Header, TensorSpec, read_header
 from quant.plan import Plan, depths, plan, quantizable
 from quant.quantize import Target, write
@@ -379,7 +380,10 @@ def _groups(tensors: Sequence[TensorSpec], bands: int, *, singles: bool) -> dict
 
 
 def _nearest(level: str, possible: Mapping[str, Error]) -> str:
-    return level if level in possible else NEAREST.get(level, "Q8_0")
+    """The type to probe with: that one, else the one that stands for it, else the nearest in bits of those in the database."""
+    near = next((name for name in (level, NEAREST.get(level)) if name in possible), None)
+    bits = TYPES[level].bits_per_weight
+    return near or min(sorted(possible), key=lambda name: abs(TYPES[name].bits_per_weight - bits))
 
 
 def _power(measured: Sequence[Measured], errors: Distortions) -> float:

@@ -120,7 +120,7 @@ def test_whole_files_mend_a_single_tensor_and_the_near_ones_count_more() -> None
     assert refit(wrong, seen, ERRORS).scales[name] > 1.2 * wrong.scales[name]
     low = [(dict.fromkeys(ERRORS.errors, "Q6_K"), 9.0)]
     near, anywhere = (refit(TRUTH, [*seen, *low], ERRORS, near=near) for near in (seen[0][1], None))
-    off_near, off = (abs(math.log(s.predicted(plain, ERRORS) / seen[0][1])) for s in (near, anywhere))
+    off_near, off = (abs(math.log(s.predicted(whole[0], ERRORS) / seen[0][1])) for s in (near, anywhere))
     assert off_near < off
 
 
