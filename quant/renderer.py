@@ -59,7 +59,9 @@ def confine(limits: Limits) -> None:
         (resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_FSIZE, RESULT_BYTES),
         (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NPROC, 0),
     ):  # fmt: skip
-        resource.setrlimit(what, (most, most))
+        hard = resource.getrlimit(what)[1]
+        least = most if hard == resource.RLIM_INFINITY else min(most, hard)  # nobody may raise what is lower already
+        resource.setrlimit(what, (least, least))
     signal.signal(signal.SIGVTALRM, _too_long)
 
 
