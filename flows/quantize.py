@@ -77,8 +77,7 @@ def quantize(
         limit: Bytes a second that sending may take, like 50M; as many as there are room for when not given.
     """
     with shown_token(token_secret):
-        sending = {"private": private, "pull_request": pull_request, "uploads": uploads, "limit": limit}
-        target = builds.target(model, repo, **sending) if publish else None  # type: ignore[arg-type]
+        target = builds.target(model, repo, private, pull_request, uploads, limit) if publish else None
         if publish and target is None:
             get_run_logger().warning("Nothing will be published: no repo is named, here or in the recipe.")
         job = builds.prepare(
