@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from quant.arrangement import BLOCK
 from quant.footprint import class_of
 from quant.header import TensorSpec
-from quant.plan import BLOCK
 from quant.recipe import Rule, Variant
 
 FILE_TYPES = {

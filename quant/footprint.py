@@ -1,10 +1,11 @@
 """What a planned variant will weigh: by class of tensor, in shards, and in the memory of who runs it. Pure."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quant.arrangement import MAX_STRING, runs, stored_shape
 from quant.header import Header, TensorSpec, padded
 from quant.plan import Plan
 from quant.recipe import Model, shard_bytes
@@ -15,8 +16,6 @@ GIB = 2**30
 
 MATRIX_NAME, TEXT_NAME = "imatrix.gguf", "calibration.txt"
 """What llama-quantize and llama-imatrix are shown, and write into their files: names that may be published."""
-MAX_STRING = 127
-"""Bytes of a string that llama-quantize writes (struct llama_model_kv_override)."""
 U32_BYTES, STRING_BYTES = 4, 8
 
 
@@ -100,12 +99,6 @@ def forecast_bytes(plan: Plan, base: Header, matrix: Header | None = None) -> in
     return padded(head) + plan.bytes
 
 
-def stored_shape(tensor: TensorSpec) -> tuple[int, ...]:
-    """A shape as ggml writes it: without the ones at its end."""
-    length = max((n for n, size in enumerate(tensor.shape, 1) if size > 1), default=1)
-    return tensor.shape[:length]
-
-
 def _about(matrix: Header | None) -> dict[str, str | int]:
     """What llama-quantize writes of the imatrix (tools/quantize/quantize.cpp)."""
     known: dict[str, Any] = matrix.metadata if matrix else {"imatrix.datasets": [TEXT_NAME], "imatrix.chunk_count": 1}
@@ -140,17 +133,6 @@ def oversized(plan: Plan, max_size: str) -> Iterator[str]:
             for t in plan.tensors
             if t.bytes > limit
         )
-
-
-def runs(sizes: Iterable[int], max_bytes: int) -> Iterator[list[int]]:
-    """Padded sizes of tensors, shard by shard."""
-    run: list[int] = []
-    for size in sizes:
-        if run and sum(run) + size > max_bytes:
-            yield run
-            run = []
-        run.append(size)
-    yield run
 
 
 def cache_bytes(header: Header, context: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from quant.arrangement import BLOCK, file_order
 from quant.errors import refuse
 from quant.ggml_types import TYPES, GGMLType
 from quant.header import TensorSpec, padded
@@ -24,8 +25,6 @@ KEPT = re.compile(
 
 From llama.cpp's ``tensor_allows_quantization`` (src/llama-quant.cpp); a test asks llama-quantize itself.
 """
-
-BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -135,11 +134,6 @@ def plan(
         return Plan(variant, tuple(Planned(t, t.type, None) for t in tensors))
     deciding = decisions(variant, tensors)
     return Plan(variant, tuple(_planned(variant, t, deciding.get(t.name), doubt) for t in file_order(tensors)))
-
-
-def file_order(tensors: Collection[TensorSpec]) -> list[TensorSpec]:
-    """As llama-quantize writes them (weight_name_comparer in src/llama-model-loader.h): block by block, each by name."""
-    return sorted(tensors, key=lambda t: (int(m[1]) if (m := BLOCK.match(t.name)) else -1, t.name))
 
 
 def problems(

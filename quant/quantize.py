@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from quant import files, ggml
+from quant.arrangement import stored_shape
 from quant.convert import Base
 from quant.engine.job import Job, Settings, Wanted
 from quant.engine.output import Made, finished
 from quant.engine.reuse import Finished
 from quant.engine.run import run
 from quant.errors import CheckFailed, refuse
-from quant.footprint import MATRIX_NAME, forecast_bytes, oversized, stored_shape
+from quant.footprint import MATRIX_NAME, forecast_bytes, oversized
 from quant.header import Header, read_header, read_headers
 from quant.imatrix import ImportanceMatrix
 from quant.plan import Plan

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +283,8 @@ def _ask_version(tool: Path) -> str:
 
 def _settings() -> dict[str, str] | None:
     """What uv told CMake when it built this environment's tools."""
+    from importlib import metadata  # the engine's process, which starts often, has no use for it
+
     try:
         told = metadata.distribution("llama-cpp-python").read_text("uv_build.json")
         found = json.loads(told or "null")["config_settings"]

@@ -62,7 +62,7 @@ PURE = {
     "quant/modelfile.py", "quant/anchors.py", "quant/coverage.py", "quant/frontier.py", "quant/pictures.py", "quant/page.py",
     "calibration/packing.py", "calibration/alike.py",
     "calibration/forms.py",
-    "quant/engine/chunks.py", "quant/engine/layout.py", "quant/licence.py",
+    "quant/engine/chunks.py", "quant/engine/layout.py", "quant/licence.py", "quant/arrangement.py",
 }  # fmt: skip
 EFFECTS = {
     "os", "io", "shutil", "subprocess", "tempfile", "socket", "time", "random", "ctypes", "httpx", "quant.store", "quant.files",

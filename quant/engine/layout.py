@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from quant.footprint import MAX_STRING, runs, stored_shape
+from quant.arrangement import MAX_STRING, file_order, runs, stored_shape
 from quant.ggml_types import FILE_TYPES, TYPES, GGMLType
 from quant.header import (
     ALIGNMENT,
@@ -31,7 +31,6 @@ from quant.header import (
     TensorSpec,
     padded,
 )
-from quant.plan import file_order
 
 QUANTIZATION_VERSION = 2
 """GGML_QNT_VERSION."""

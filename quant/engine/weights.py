@@ -48,6 +48,10 @@ class File:
             done += n
         return buffer
 
+    def expect(self, offset: int, size: int) -> None:
+        """Ask for bytes that will be read soon; nobody waits for them here."""
+        os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)
+
     def check_unchanged(self) -> None:
         """Raise InputError when someone wrote to it since it was opened, or put another in its place."""
         now = self._state()
@@ -74,9 +78,16 @@ class Source:
 
     def raw(self, tensor: TensorSpec, chunk: Chunk) -> Bytes:
         """The bytes of some rows, as they are stored."""
+        return self.file.read(*self._place(tensor, chunk), f"tensor {tensor.name}")
+
+    def expect(self, tensor: TensorSpec, chunk: Chunk) -> None:
+        """These rows will be read soon."""
+        self.file.expect(*self._place(tensor, chunk))
+
+    def _place(self, tensor: TensorSpec, chunk: Chunk) -> tuple[int, int]:
+        """From which byte, and how many."""
         row = tensor.type.bytes(tensor.shape[0])
-        start = self.header.data_start + tensor.offset + chunk.first_row * row
-        return self.file.read(start, chunk.rows * row, f"tensor {tensor.name}")
+        return self.header.data_start + tensor.offset + chunk.first_row * row, chunk.rows * row
 
     def non_finite(self, tensor: TensorSpec, library: Library) -> str:
         """How many weights of a tensor are no numbers, and where the first is."""

@@ -1,7 +1,7 @@
 """The threads of a run: each takes a piece, reads its rows once, and writes them in every type to every file.
 
-``jobs`` kernels run at the same time. There are two threads more than that, so that some read and write while the
-others compute; a thread holds one piece and nothing else, which bounds the memory.
+There is one thread more than cores are to be kept busy, so that one computes where another waits for the disk or wakes;
+a thread holds one piece and nothing else, which bounds the memory. What comes soon is asked for before it is its turn.
 """
 
 import threading
@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from math import fsum
 from pathlib import Path
 
-import numpy as np
-
 from quant import files, ggml
 from quant.engine import job as jobs
 from quant.engine import slots
@@ -23,6 +21,7 @@ from quant.engine.journal import Sums
 from quant.engine.layout import HEAD, Layout, about_matrix, lay_out
 from quant.engine.output import Made, Output
 from quant.engine.reuse import Shelf
+from quant.engine.sample import Sample
 from quant.engine.weights import FLOATS, Matrix, Source, finite
 from quant.errors import CheckFailed, InputError, refuse
 from quant.ggml import Bytes, Kernel, Library, Rows
@@ -31,11 +30,11 @@ from quant.kernels import Kernels
 
 KERNELS = "kernels.json"
 """By what each type was quantised, and in which tensors a fault of ggml's was met; beside the job."""
-READERS = 2
-"""Threads beside those that compute."""
+SPARE = 1
+"""Threads beside one for each core."""
+AHEAD = 16
+"""So many pieces before its turn, the disk is asked for the rows of one."""
 FLUSH_SECONDS = 1.0
-SAMPLED_ROWS = 8
-"""Rows of a chunk whose loss is measured."""
 FIXED_BYTES = 96 * 2**20
 """Interpreter, numpy and the tables of the kernels: twice what the whole ladder was seen to take."""
 WEIGHT_BYTES = 12
@@ -110,12 +109,11 @@ class Run:
             self.kernels[ggml_type.name] = self.fastest.kernel(ggml_type)
         here = costs({name for name in self.kernels if self.fastest.served(TYPES[name]).by == "ggml"})
         pieces = longest_first([replace(p, costs=here) for p in pieces])
-        self.compute = threading.Semaphore(jobs)
         self.left = Counter(self.index[p.tensor.name] for p in pieces)
         self.queue = deque(pieces)
         self.all_cost, self.done_cost = sum(p.cost for p in pieces), 0.0
-        self.to_digest = deque(i for i in range(len(self.tensors)) if not self.left[i])
-        n = min(jobs + READERS, affordable(pieces, memory))
+        self.to_digest = deque(d for i in range(len(self.tensors)) if not self.left[i] for d in self.distinct(i))
+        n = min(jobs + SPARE, affordable(pieces, memory))
         threads = [threading.Thread(target=self.thread, args=(i,)) for i in range(n)]
         flusher = threading.Thread(target=self.flush)
         for thread in (*threads, flusher):
@@ -142,11 +140,14 @@ class Run:
         try:
             while not self.over.is_set():
                 with self.lock:
-                    tensor = self.to_digest.popleft() if self.to_digest else None
-                    piece = self.queue.popleft() if tensor is None and self.queue else None
-                if tensor is not None:
-                    self.digest(tensor)
-                elif piece is not None:
+                    complete = self.to_digest.popleft() if self.to_digest else None
+                    piece = self.queue.popleft() if complete is None and self.queue else None
+                    later = self.queue[AHEAD] if piece and len(self.queue) > AHEAD else None
+                if later:
+                    self.source.expect(later.tensor, later.chunk)
+                if complete:
+                    self.digest(*complete)
+                elif piece:
                     self.do(piece, no)
                 else:
                     return
@@ -160,24 +161,24 @@ class Run:
         tensor, chunk = piece.tensor, piece.chunk
         index = self.index[tensor.name]
         raw = self.source.raw(tensor, chunk)
-        rows, columns = None, None
+        rows, columns, sample = None, None, None
         if tensor.type.name in FLOATS:
-            with self.compute:
-                rows = self.library.to_float(tensor.type, raw, tensor.shape[0])
-                if not finite(rows):
-                    raise InputError(self.source.non_finite(tensor, self.library))
+            rows = self.library.to_float(tensor.type, raw, tensor.shape[0])
+            if not finite(rows):
+                raise InputError(self.source.non_finite(tensor, self.library))
             columns = self.matrix.columns(tensor, chunk.expert) if self.matrix else None
+            sample = Sample.of(rows, columns)
         for ggml_type in piece.types:
             if self.over.is_set():
                 return
             if ggml_type == tensor.type:
                 data, sums = raw, Sums(0.0, 0.0)
             else:
-                assert rows is not None
+                assert rows is not None and sample is not None
                 working = self.slots.working(no, f"{tensor.name} as {ggml_type.name}")
-                with self.compute, working, self.fastest.at(tensor.name):
+                with working, self.fastest.at(tensor.name):
                     data = self.quantized(piece, ggml_type, rows, columns)
-                    sums = self.loss(ggml_type, rows, columns, data)
+                sums = sample.loss(self.library, ggml_type, data)
             self.check(piece, ggml_type, data)
             for output in self.outputs:
                 if output.layout.tensors[index].type == ggml_type and (index, chunk.no) not in output.done:
@@ -186,7 +187,7 @@ class Run:
             self.done_cost += piece.cost
             self.left[index] -= 1
             if not self.left[index]:
-                self.to_digest.append(index)
+                self.to_digest.extend(self.distinct(index))
 
     def quantized(self, piece: Piece, ggml_type: GGMLType, rows: Rows, columns: Rows | None) -> Bytes:
         """The stored rows of a piece. Raises InputError for rows on which ggml would end the process."""
@@ -206,21 +207,13 @@ class Run:
         rows = f"rows {first} to {first + piece.chunk.rows - 1}"
         return f"{self.source.file.path}: tensor {piece.tensor.name}: {rows}"
 
-    def loss(self, ggml_type: GGMLType, rows: Rows, columns: Rows | None, data: Bytes) -> Sums:
-        """What some of the rows lost, weighted as the kernel weighted them."""
-        step = -(-len(rows) // SAMPLED_ROWS)
-        some = rows[::step].astype(np.float64)
-        stored = np.ascontiguousarray(data.reshape(len(rows), -1)[::step]).reshape(-1)
-        lost = self.library.to_float(ggml_type, stored, rows.shape[1]) - some
-        weights = 1.0 if columns is None else columns.astype(np.float64)
-        return Sums(float((lost * lost * weights).sum()), float((some * some * weights).sum()))
+    def distinct(self, tensor: int) -> Iterator[tuple[int, Output]]:
+        """One file for every type that the files have a tensor in."""
+        yield from {o.layout.tensors[tensor].type.name: (tensor, o) for o in reversed(self.outputs)}.values()
 
-    def digest(self, tensor: int) -> None:
-        """The digests of a tensor that is complete, one for every type; what lies on the disk is what is read."""
-        for output in self.outputs:
-            key = tensor, output.layout.tensors[tensor].type.name
-            if key not in self.digests:
-                self.digests[key] = output.digest(tensor)
+    def digest(self, tensor: int, output: Output) -> None:
+        """The digest of a tensor that is complete; what lies on the disk is what is read."""
+        self.digests[tensor, output.layout.tensors[tensor].type.name] = output.digest(tensor)
 
     def flush(self) -> None:
         """Every second, put what is written on the disk and mark it, and say how much is done."""

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from quant.arrangement import BLOCK
 from quant.footprint import class_of, shard_bytes_of
 from quant.inventory import inventory
-from quant.plan import BLOCK, Plan, plan
+from quant.plan import Plan, plan
 from quant.recipe import known, load_model, load_variant, shard_bytes
 
 FOLDER = Path(__file__).parent / "plans"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.footprint import class_of, classes, forecast_bytes, memory, oversized, shard_bytes_of, stored_shape
+from quant.footprint import class_of, classes, forecast_bytes, memory, oversized, shard_bytes_of
 from quant.ggml_types import TYPES
 from quant.header import Header, TensorSpec, read_header
 from quant.inventory import inventory
@@ -69,14 +69,6 @@ def test_without_an_imatrix_one_of_this_projects_is_meant(tmp_path: Path) -> Non
 def test_the_converted_file_is_what_it_is(tmp_path: Path) -> None:
     base = file(tmp_path / "base.gguf", BASE)
     assert forecast_bytes(plan(load_variant("BF16"), base.tensors), base) == base.path.stat().st_size
-
-
-@pytest.mark.parametrize(
-    ("shape", "stored"),
-    [((7,), (7,)), ((7, 1), (7,)), ((7, 2, 1, 1), (7, 2)), ((1, 1), (1,)), ((7, 1, 3), (7, 1, 3)), ((1,), (1,))],
-)
-def test_ones_at_the_end_of_a_shape_are_not_written(shape: tuple[int, ...], stored: tuple[int, ...]) -> None:
-    assert stored_shape(TensorSpec("a.weight", shape, TYPES["F32"])) == stored
 
 
 def test_a_shape_that_ends_in_ones_makes_a_shorter_head(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from quant.ggml_types import TYPES
 from quant.header import TensorSpec
 from quant.inventory import inventory
-from quant.plan import coverable, decisions, depths, file_order, is_moe, plan, problems, quantizable
+from quant.plan import coverable, decisions, depths, is_moe, plan, problems, quantizable
 from quant.recipe import Rule, Variant, known, load_model, load_variant
 
 MODELS = {name: inventory(load_model(name)[0].architecture) for name in known("models")}
@@ -155,13 +155,6 @@ def test_the_order_in_which_tensors_are_given_does_not_matter(model: str) -> Non
     random.Random(model).shuffle(shuffled)
     chosen = VARIANTS["UD-Q2_K_XL"]
     assert plan(chosen, shuffled).json() == plan(chosen, MODELS[model]).json()
-
-
-def test_a_file_is_in_order_of_blocks_as_numbers_and_of_names() -> None:
-    names = [t.name for t in file_order(MODELS["glm-4.6"])]
-    assert names[:4] == ["output.weight", "output_norm.weight", "token_embd.weight", "blk.0.attn_k.bias"]
-    blocks = [int(name.split(".")[1]) for name in names[3:]]
-    assert blocks == sorted(blocks)
 
 
 @pytest.mark.parametrize("model", MODELS)

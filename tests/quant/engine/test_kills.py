@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from quant.arrangement import file_order
 from quant.engine import chunks, journal
 from quant.engine import job as jobs
 from quant.engine.job import Job
 from quant.engine.output import finished, record_path
-from quant.engine.work import READERS, Run, work
+from quant.engine.work import SPARE, Run, work
 from quant.header import read_header
-from quant.plan import file_order
 from tests.quant.engine.models import MATRIX_NAME, job, types, write_base, write_matrix
 
 pytestmark = pytest.mark.tools
@@ -132,7 +132,7 @@ def test_at_most_the_chunks_in_work_are_done_again(
     kept = {(t, c, w.types[names[t]]) for w in doing.wanted for t, c in _records(journal.path_of(w.path))}
     again(doing)
     whole, rest = todo
-    threads = 2 + READERS
+    threads = 2 + SPARE
     # A thread that was killed may have written a chunk to some of the files that want its type, and not to all.
     assert len(kept) > whole // 3
     assert 0 < rest <= whole - len(kept) + threads
