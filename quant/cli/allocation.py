@@ -16,7 +16,7 @@ from quant.cli.options import FILE, FOLDER, json_option, quant, tools_option
 if TYPE_CHECKING:
     from quant.allocate import Constraints
     from quant.ladder import Allocation, Maker, Material, Target
-    from quant.sensitivity import Setting
+    from quant.probe import Setting
     from quant.store import Store
     from quant.toolchain import Toolchain
 
@@ -188,7 +188,7 @@ def _setting(
     tools: "Toolchain",
 ) -> "Setting":  # fmt: skip
     from quant.evaluate import Settings
-    from quant.sensitivity import Setting
+    from quant.probe import Setting
 
     text = texts[0] if texts else set_of("embedded", base, CONTEXT, tools, store).path
     reading = Settings(CONTEXT, chunks, threads)
@@ -197,18 +197,19 @@ def _setting(
 
 def _probed(unprobed: "Material", path: Path, reading: "Callable[[], Setting]") -> "Material":
     """With the sensitivities of a file, which is written from probes if it is not there."""
-    from quant import sensitivity
+    from quant import probe, sensitivity
     from quant.cli.probing import measure
 
     if not path.exists():
-        measure(path, unprobed.errors, reading(), sensitivity.probes(unprobed.tensors, unprobed.errors))
+        measure(path, unprobed.errors, reading(), probe.probes(unprobed.tensors, unprobed.errors))
     return replace(unprobed, sensitivities=sensitivity.read_file(path, unprobed.errors.base))
 
 
 def _searching(setting: "Setting", count: int) -> "Maker":
     """Makes an allocation by building and reading so many files."""
+    from quant.probe import measure
     from quant.search import search
-    from quant.sensitivity import Probe, measure
+    from quant.sensitivity import Probe
 
     def read(some: Sequence[Mapping[str, str]]) -> list[float]:
         with setting.store.alone():

@@ -11,7 +11,8 @@ from quant.errors import InputError
 
 if TYPE_CHECKING:
     from quant.distortion import Distortions
-    from quant.sensitivity import Measured, Probe, Setting
+    from quant.probe import Setting
+    from quant.sensitivity import Measured, Probe
 
 CONTEXT = 512
 """Tokens in a chunk of a probe."""
@@ -40,7 +41,7 @@ def probe(
     Several machines share the probes: each with --part, and one of them, or a last one, with --merge of what the others
     wrote.
     """
-    from quant import distortion, files, sensitivity, toolchain
+    from quant import distortion, files, probe, toolchain
     from quant.evaluate import Settings
     from quant.header import read_header
     from quant.store import Store
@@ -51,11 +52,11 @@ def probe(
     if not errors.exists():
         distortion.write(errors, distortion.measure(base, matrix, tools))
     found = distortion.read(errors, files.digest(base))
-    setting = sensitivity.Setting(
+    setting = probe.Setting(
         base.resolve(), matrix and matrix.resolve(), text.resolve(), tools, store, Settings(CONTEXT, chunks, threads)
     )
-    wanted = sensitivity.probes(read_header(base).tensors, found, cheap=cheap)
-    here = sensitivity.share(wanted, part) if part else wanted
+    wanted = probe.probes(read_header(base).tensors, found, cheap=cheap)
+    here = probe.share(wanted, part) if part else wanted
     measure(out, found, setting, here, parts=parts, whole=not part, only_told=only_told)
 
 
@@ -64,17 +65,17 @@ def measure(
     whole: bool = True, only_told: bool = False,
 ) -> None:  # fmt: skip
     """Measure probes, put those of other machines to them, and write what they say of each tensor if that is all."""
-    from quant import sensitivity
+    from quant import probe, sensitivity
 
-    told = sensitivity.told(setting)
+    told = probe.told(setting)
     elsewhere = [m for path in parts for m in _elsewhere(path, errors.base, told)]
     have = {frozenset(m.probe.types.items()) for m in elsewhere}
     here = [p for p in wanted if frozenset(p.types.items()) not in have]
-    progress.say(sensitivity.forecast(here, setting))
+    progress.say(probe.forecast(here, setting))
     if only_told:
         return
     with setting.store.alone():
-        measured = sensitivity.measure(here, setting, lambda done, of: progress.say(f"probes: {done} of {of}"))
+        measured = probe.measure(here, setting, lambda done, of: progress.say(f"probes: {done} of {of}"))
     every = (*measured, *elsewhere)
     source = f"{len(every)} probes on {told}"
     found = (

@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from calibration.documents import Document
-from quant import distortion, evaluate, files, search, sensitivity, toolchain
+from quant import distortion, evaluate, files, probe, search, sensitivity, toolchain
 from quant.allocate import Constraints
 from quant.build import patched_template, pinned_model, pull
 from quant.calibrate import as_read
@@ -63,7 +63,7 @@ def main(out: Path, base: Path | None, threads: int, chunks: int, held_chunks: i
     presets = {p: _preset(out, base, matrix, p, tools) for p in PRESETS}
     errors = _errors(out, base, matrix, tools)
     header = read_header(base)
-    setting = sensitivity.Setting(
+    setting = probe.Setting(
         base,
         matrix,
         calibration,
@@ -73,10 +73,10 @@ def main(out: Path, base: Path | None, threads: int, chunks: int, held_chunks: i
         engine=Engine(threads),
     )
     with store.alone():
-        probes = sensitivity.probes(header.tensors, errors)
-        coarse = sensitivity.probes(header.tensors, errors, ("Q2_K",))
-        print(sensitivity.forecast((*probes, *coarse), setting))
-        measured = sensitivity.measure(
+        probes = probe.probes(header.tensors, errors)
+        coarse = probe.probes(header.tensors, errors, ("Q2_K",))
+        print(probe.forecast((*probes, *coarse), setting))
+        measured = probe.measure(
             (*probes, *coarse), setting, lambda done, of: print(f"probes: {done} of {of}", flush=True)
         )
         ours = sensitivity.fit(measured[: len(probes)], errors, "probes of every tensor at four types")
@@ -224,14 +224,14 @@ def _simple(known: Material, coarse: Sequence[sensitivity.Measured], size: int) 
 def _searched(
     known: Material,
     size: int,
-    setting: sensitivity.Setting,
+    setting: probe.Setting,
     count: int,
     whole: Sequence[tuple[Mapping[str, str], float]],
 ) -> search.Found:
     """Ours, and as many files more that were measured on the calibration side."""
 
     def read(some: Sequence[Mapping[str, str]]) -> list[float]:
-        return [m.kld for m in sensitivity.measure([sensitivity.Probe("whole", types) for types in some], setting)]
+        return [m.kld for m in probe.measure([sensitivity.Probe("whole", types) for types in some], setting)]
 
     return search.search(known, Target(size), "x", "x", _free(), read, count, whole)
 
