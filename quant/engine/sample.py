@@ -38,5 +38,6 @@ class Sample:
     def loss(self, library: Library, ggml_type: GGMLType, data: Bytes) -> Sums:
         """What these rows lost in a type, ``data`` being the stored rows of the whole piece."""
         stored = np.ascontiguousarray(data.reshape(self.rows, -1)[:: self.step]).reshape(-1)
-        lost = library.to_float(ggml_type, stored, self.values.shape[1]) - self.values
-        return Sums(float((lost * lost * self.weights).sum()), self.whole)
+        lost = np.subtract(library.to_float(ggml_type, stored, self.values.shape[1]), self.values)
+        np.multiply(lost, lost, out=lost)
+        return Sums(float((lost.sum(0) * self.weights).sum()), self.whole)
