@@ -165,7 +165,7 @@ def costs(types: Sequence[str], kernels: str) -> dict[str, float]:
 def main() -> None:
     """Measure what is asked for, and print tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["ladder", "resume", "growth"], help="ladder resume growth")
+    parser.add_argument("what", nargs="*", default=["ladder", "alone", "resume", "growth"], help="all of them")
     parser.add_argument("--folder", type=Path, required=True, help="where files are made; some 30 GB for all of it")
     parser.add_argument("--gigabytes", type=float, default=1.1)
     asked = parser.parse_args()
@@ -173,11 +173,11 @@ def main() -> None:
     bench = Bench(asked.folder, asked.gigabytes)
     print(f"source: {bench.base.stat().st_size / 1e9:.2f} GB, {bench.weights / 1e6:.0f} million weights\n")
     for what in asked.what:
-        {"ladder": ladder, "resume": resume, "growth": growth}[what](bench)
+        {"ladder": ladder, "alone": alone, "resume": resume, "growth": growth}[what](bench)
 
 
 def ladder(bench: Bench) -> None:
-    """Twelve variants in one pass against twelve runs of llama-quantize, and three of them alone."""
+    """Twelve variants in one pass against twelve runs of llama-quantize."""
     theirs = {name: bench.theirs(name) for name in LADDER}
     alone_s = sum(m.wall_s for m in theirs.values())
     print("| | wall s | CPU s | cores busy | peak memory |\n|---|---:|---:|---:|---:|")
@@ -197,15 +197,21 @@ def ladder(bench: Bench) -> None:
         bound = distinct / CORES
         shares = f"{m.wall_s / alone_s:.3f} | {distinct / every:.3f}"
         print(f"| {kernels} | {shares} | {bound:.1f} | {m.wall_s:.1f} | {m.wall_s / bound:.3f} |")
-    print(
-        "\n| one variant | kernels | ours s | theirs s | ratio | cores busy | peak memory |\n|---|---|---:|---:|---:|---:|---:|"
-    )
+    print()
+
+
+def alone(bench: Bench) -> None:
+    """Three variants, each alone."""
+    print("| one variant | kernels | ours s | theirs s | ratio | cores busy | theirs | peak memory |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
     for name in ALONE:
+        theirs = bench.theirs(name)
         for kernels in SERVING:
             m = bench.ours([name], kernels)
-            ratio, peak = f"{m.wall_s / theirs[name].wall_s:.3f}", f"{m.peak_bytes / 1e6:.0f} MB"
-            seconds = f"{m.wall_s:.1f} | {theirs[name].wall_s:.1f}"
-            print(f"| {name} | {kernels} | {seconds} | {ratio} | {m.busy(CORES):.1%} | {peak} |")
+            ratio, peak = f"{m.wall_s / theirs.wall_s:.3f}", f"{m.peak_bytes / 1e6:.0f} MB"
+            seconds = f"{m.wall_s:.1f} | {theirs.wall_s:.1f}"
+            busy = f"{m.busy(CORES):.1%} | {theirs.busy(CORES):.1%}"
+            print(f"| {name} | {kernels} | {seconds} | {ratio} | {busy} | {peak} |", flush=True)
     print()
 
 
