@@ -6,6 +6,7 @@ STAGES = (
     "convert",
     "calibrate",
     "imatrix",
+    "moments",
     "plan",
     "quantize",
     "shard",

@@ -23,6 +23,7 @@ from quant.errors import InputError, refuse
 from quant.imatrix import SMALL_BASE, imatrix
 from quant.lock import Lock, check, pinned, read_lock
 from quant.measured import measured
+from quant.moments import moments
 from quant.package import Ingredients, Release, package, place
 from quant.plan import Plan, plan
 from quant.publish import Change, Published, Target, change, publish, welcome
@@ -194,6 +195,9 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
             )
         text = do("calibrate", model.imatrix.calibration, partial(calibrate, model, template, base, tools, store))
         matrix = do("imatrix", model.title, partial(imatrix, base, text, model, tools, store))
+        seen = None
+        if model.imatrix.feedback:
+            seen = do("moments", model.title, partial(moments, base, text, model, store))
         tensors = base.header.tensors
         doubt = matrix.doubt(tensors, model.imatrix.coverage)
         plans = [do("plan", v.name, partial(plan, v, tensors, matrix.covered, doubt)) for v in job.variants]
@@ -204,7 +208,7 @@ def build(job: Job, do: Do = lambda stage, subject, work: work()) -> Built:
             made += do(
                 "quantize",
                 subject,
-                partial(quantize, base, matrix, todo, model.title, size, tools, store, job.settings),
+                partial(quantize, base, matrix, todo, model.title, size, tools, store, job.settings, seen),
             )
         for p in plans:
             if p.is_base:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,10 @@ from quant.header import TensorSpec
 from quant.kernels import Kernels
 from quant.plan import quantizable
 from quant.toolchain import Toolchain
+
+if TYPE_CHECKING:
+    from quant.feedback.descent import Metric
+    from quant.feedback.refiner import Refiner
 
 FORM = "quant-distortion-1"
 """First thing in such a file."""
@@ -84,9 +88,9 @@ class Distortions:
 
 def measure(
     base: Path, matrix: Path | None, tools: Toolchain, *, types: Iterable[str] = CANDIDATES, rows: int = ROWS,
-    jobs: int | None = None,
+    jobs: int | None = None, moments: Path | None = None,
 ) -> Distortions:  # fmt: skip
-    """The error of every type on every tensor that may have it.
+    """The error of every type on every tensor that may have it; with moments, that which is left when rounding is fed back.
 
     Raises InputError for weights that are no numbers, and for an imatrix of another model.
     """
@@ -95,9 +99,14 @@ def measure(
         refuse(importance.problems(source.header.tensors))
     library = ggml.load(ggml.find(tools.bin))
     kernels = Kernels(library)
+    from quant.feedback.refiner import Refiner
+
+    refiner = Refiner.open(moments) if moments else None
     tensors = [t for t in source.header.tensors if quantizable(t)]
     with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
-        found = list(pool.map(lambda t: _errors(t, source, importance, library, kernels, tuple(types), rows), tensors))
+        found = list(
+            pool.map(lambda t: _errors(t, source, importance, library, kernels, tuple(types), rows, refiner), tensors)
+        )
     errors = {t.name: by_type for t, (by_type, _) in zip(tensors, found, strict=True)}
     squares = {t.name: whole for t, (_, whole) in zip(tensors, found, strict=True)}
     return Distortions(files.digest(base), files.digest(matrix) if matrix else None, errors, squares)
@@ -133,7 +142,7 @@ def read(path: Path, base: str | None = None) -> Distortions:
 
 def _errors(
     tensor: TensorSpec, source: Source, matrix: Matrix | None, library: Library, kernels: Kernels,
-    types: Sequence[str], rows: int,
+    types: Sequence[str], rows: int, refiner: "Refiner | None",
 ) -> tuple[dict[str, Error], float]:  # fmt: skip
     """By type, and the weighted squares of the whole tensor."""
     covered = matrix is not None and matrix.columns(tensor, 0) is not None
@@ -144,12 +153,21 @@ def _errors(
     for expert, parts in _sample(tensor, rows):
         data = _rows(tensor, source, library, parts)
         columns = matrix.columns(tensor, expert) if matrix else None
-        weights = (1.0 if columns is None else columns.astype(np.float64)) * visits[expert]
-        there.append((data.astype(np.float64) ** 2 * weights).sum(1))
+        metric = refiner.metric(tensor, expert) if refiner else None
+        weights = 1.0 if columns is None else columns.astype(np.float64)
+
+        def lengths(
+            error: Rows, metric: "Metric | None" = metric, weights: Any = weights, often: float = float(visits[expert])
+        ) -> NDArray[np.float64]:
+            found = metric.loss(error.T) if metric else (error.astype(np.float64) ** 2 * weights).sum(1)
+            return np.asarray(found * often, np.float64)
+
+        there.append(lengths(data))
         for name in wanted:
             stored = kernels.kernel(TYPES[name])(data, columns)
-            back = library.to_float(TYPES[name], stored, tensor.shape[0])
-            lost[name].append(((back - data).astype(np.float64) ** 2 * weights).sum(1))
+            if refiner and metric:
+                stored = refiner.refine(TYPES[name], data, stored, metric)
+            lost[name].append(lengths(library.to_float(TYPES[name], stored, tensor.shape[0]) - data))
     whole = np.concatenate(there)
     every = math.prod(tensor.shape[1:])
     squares = float(f"{whole.sum() * every / len(whole):.6g}")

@@ -59,6 +59,8 @@ class Setting:
     blanket: str = "BF16"
     """Type of everything that is not probed; Q8_0 for models whose BF16 file is too large to be read so often."""
     engine: Engine = field(default_factory=Engine)
+    moments: Path | None = None
+    """With which rounding is fed back."""
 
 
 def probes(
@@ -136,13 +138,21 @@ def share(wanted: Sequence[Probe], part: str) -> tuple[Probe, ...]:
 def told(setting: Setting) -> str:
     """On what probes were measured, in words that are equal only where they may be put together."""
     text, how = files.digest(setting.text)[:12], setting.reading
-    return f"{setting.text.name} ({text}, {how.chunks or 'all'} chunks of {how.context}), the rest in {setting.blanket}"
+    fed_back = "".join(f", fed back by {digest[:12]}" for digest in _fed_by(setting).values())
+    chunks = f"{how.chunks or 'all'} chunks of {how.context}"
+    return f"{setting.text.name} ({text}, {chunks}), the rest in {setting.blanket}{fed_back}"
 
 
 def variant_of(name: str, types: Mapping[str, str], file_type: str = "Q8_0") -> Variant:
     """A variant that says the type of every tensor by its name."""
     rules = tuple(Rule(re.escape(tensor), kind, "One tensor of a probe.") for tensor, kind in types.items())
     return Variant(name=name, summary="A probe.", file_type=file_type, rules=rules)
+
+
+@cache
+def _fed_by(setting: Setting) -> Mapping[str, str]:
+    """The digest of the moments, where there are any."""
+    return {"moments": files.digest(setting.moments)} if setting.moments else {}
 
 
 def _key(probe: Probe, setting: Setting) -> dict[str, Any]:
@@ -156,6 +166,7 @@ def _shared(setting: Setting) -> Mapping[str, Any]:
         "base": files.digest(setting.base), "imatrix": files.digest(setting.matrix) if setting.matrix else None,
         "text": files.digest(setting.text), "blanket": setting.blanket, **asdict(setting.reading),
         "llama.cpp": str(setting.tools.version), "reader": evaluate.scorer_version(),
+        **_fed_by(setting),
     }  # fmt: skip
 
 
@@ -165,9 +176,18 @@ def _read(some: Sequence[Probe], setting: Setting, base_digest: str) -> list[eva
     files.remove(folder)
     targets = [Target(_plan(f"p{n}", p, header, setting.blanket), folder / f"p{n}.gguf") for n, p in enumerate(some)]
     try:
-        write(setting.base, setting.matrix, targets, base_digest, setting.tools, folder / "work", setting.engine)
+        write(
+            setting.base,
+            setting.matrix,
+            targets,
+            base_digest,
+            setting.tools,
+            folder / "work",
+            setting.engine,
+            moments=setting.moments,
+        )
         digests = {
-            t.path: files.canonical([base_digest, setting.blanket, dict(p.types)])
+            t.path: files.canonical([base_digest, setting.blanket, dict(p.types), *_fed_by(setting).values()])
             for t, p in zip(targets, some, strict=True)
         }
         found = evaluate.read(setting.base, base_digest, digests, setting.text, setting.store, setting.reading)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quant import files, ggml
 from quant.arrangement import stored_shape
@@ -25,6 +25,9 @@ from quant.recipe import shard_bytes
 from quant.shard import Sharded, sharded
 from quant.store import Store
 from quant.toolchain import Toolchain
+
+if TYPE_CHECKING:
+    from quant.moments import Observed
 
 STAGE = "quantize"
 
@@ -48,9 +51,11 @@ class Target:
 
 def quantize(
     base: Base, matrix: ImportanceMatrix, plans: Sequence[Plan], title: str, max_size: str, tools: Toolchain, store: Store,
-    settings: Settings | None = None,
+    settings: Settings | None = None, moments: "Observed | None" = None,
 ) -> tuple[Sharded, ...]:  # fmt: skip
     """The variants that plans describe, those that stand already included; a plan of the BF16 file itself is left out.
+
+    With moments, rounding is fed back.
 
     Raises InputError for a shard that cannot hold a tensor, weights that are no numbers, and a full disk; ToolError
     when ggml ends its process; CheckFailed for a wrong result.
@@ -58,6 +63,8 @@ def quantize(
     plans = [p for p in plans if not p.is_base]
     refuse(line for p in plans for line in oversized(p, max_size))
     shared = {"base": base.receipt.sha256, "imatrix": matrix.receipt.sha256, "llama.cpp": str(tools.version)}
+    if moments:
+        shared["moments"] = moments.receipt.sha256
     inputs = {p.variant.name: _inputs(shared, p, title, _limit(p, max_size, base, matrix)) for p in plans}
     todo = [p for p in plans if not store.find(STAGE, inputs[p.variant.name])]
     targets = []
@@ -68,8 +75,9 @@ def quantize(
     if targets:
         before = tuple(_finished(shared, store))
         facts = write(
-            base.path, matrix.path, targets, files.canonical(shared), tools, store.scratch(STAGE), settings, before
-        )
+            base.path, matrix.path, targets, files.canonical(shared), tools, store.scratch(STAGE), settings, before,
+            moments.path if moments else None,
+        )  # fmt: skip
         for p, said in zip(todo, facts, strict=True):
             store.settle(STAGE, inputs[p.variant.name], said)
     return tuple(_found(p, inputs[p.variant.name], store) for p in plans)
@@ -77,16 +85,16 @@ def quantize(
 
 def write(
     base: Path, matrix: Path | None, targets: Sequence[Target], identity: str, tools: Toolchain, folder: Path,
-    settings: Settings | None = None, before: Sequence[Finished] = (),
+    settings: Settings | None = None, before: Sequence[Finished] = (), moments: Path | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Write the targets' files, and say of each which type, digest and loss its tensors have.
 
-    ``identity`` names the weights and the imatrix, ``folder`` is for what is in work, ``before`` has tensors that need
-    not be quantised again. Raises as :func:`quantize`.
+    ``identity`` names the weights, the imatrix and the moments, with which rounding is fed back; ``folder`` is for what is
+    in work, ``before`` has tensors that need not be quantised again. Raises as :func:`quantize`.
     """
     job = Job(
         ggml.find(tools.bin), base, identity, matrix, MATRIX_NAME, tuple(t.wanted for t in targets), tuple(before),
-        settings or Settings(),
+        settings or Settings(), moments,
     )  # fmt: skip
     records = run(job, folder)
     header = read_header(base)
@@ -145,7 +153,7 @@ def _inputs(shared: Mapping[str, Any], plan: Plan, title: str, max_size: str | N
 def _finished(shared: Mapping[str, Any], store: Store) -> Iterator[Finished]:
     """Every file that was made of the same weights and imatrix by the same tools."""
     for inputs, done in store.all(STAGE):
-        if shared.items() <= inputs.items():
+        if shared.items() <= inputs.items() and inputs.get("moments") == shared.get("moments"):
             tensors = {name: Made(**made) for name, made in done.facts["tensors"].items()}
             yield from (Finished(done.path(name), tensors) for name in done.facts["files"])
 

@@ -199,6 +199,8 @@ class Imatrix(Strict):
     """One piece of work: what a run that was killed may lose, and what one of several machines takes."""
     base: typing.Literal["BF16", "Q8_0"] = "BF16"
     """The file that reads: Q8_0 is half as large, and its activations differ little."""
+    feedback: bool = False
+    """Gather second moments too, and feed rounding back: nearer files of the same types, not with llama-quantize's bytes."""
     coverage: CoverageRule = field(default_factory=CoverageRule)
 
 

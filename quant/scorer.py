@@ -9,10 +9,11 @@ it is predicted, as llama-perplexity has it. Of the base the likeliest words are
 import json
 import os
 import sys
+from collections.abc import Callable
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +25,14 @@ QUIET = 1e-12
 ABOUT = "about.json"
 """What is told of a base: how many chunks it read, and how many words it knows."""
 Numbers = NDArray[np.float32]
+Watch: TypeAlias = Callable[[int, bool, Any], bool]
+"""Is asked of every tensor that is computed, by its address, whether it wants it, and called again when it is there."""
 
 
 class Scorer:
     """One loaded model."""
 
-    def __init__(self, path: str, context: int, threads: int) -> None:
+    def __init__(self, path: str, context: int, threads: int, watch: Watch | None = None) -> None:
         os.environ.setdefault(LIBRARY, str(Path(sys.prefix) / "lib"))
         import llama_cpp
 
@@ -44,6 +47,8 @@ class Scorer:
         settings = self.c.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = context
         settings.n_threads = settings.n_threads_batch = threads
+        if watch:  # which llama.cpp calls as long as the context lives
+            settings.cb_eval = self.watch = self.c.ggml_backend_sched_eval_callback(watch)
         self.ctx = self.c.llama_init_from_model(self.model, settings)
         if not self.ctx:
             raise SystemExit(f"{path}: llama.cpp makes no context of {context} tokens for it")
@@ -65,18 +70,22 @@ class Scorer:
             rows[:, 0] = self.c.llama_vocab_bos(self.vocab)
         return rows
 
-    def log_probabilities(self, row: NDArray[np.int32]) -> Numbers:
-        """For each token that is predicted, a row: how likely each word was, as a logarithm."""
-        first = self.context // 2
+    def read(self, row: NDArray[np.int32], told: range) -> None:
+        """Read a chunk with an empty memory, and reckon what follows those of its tokens that are in the range."""
         self.c.llama_memory_clear(self.c.llama_get_memory(self.ctx), True)
         self.batch.n_tokens = self.context
         for i, token in enumerate(row):
             self.batch.token[i], self.batch.pos[i] = int(token), i
             self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
-            self.batch.logits[i] = first <= i < self.context - 1
+            self.batch.logits[i] = i in told
         if code := self.c.llama_decode(self.ctx, self.batch):
             raise SystemExit(f"llama.cpp cannot read the text: llama_decode says {code}")
+
+    def log_probabilities(self, row: NDArray[np.int32]) -> Numbers:
+        """For each token that is predicted, a row: how likely each word was, as a logarithm."""
+        first = self.context // 2
         count = self.context - 1 - first
+        self.read(row, range(first, self.context - 1))
         logits = np.ctypeslib.as_array(self.c.llama_get_logits(self.ctx), (count, self.words))
         shifted = logits - logits.max(1, keepdims=True)
         sums = np.log(np.exp(shifted).sum(1, dtype=np.float64, keepdims=True)).astype(np.float32)

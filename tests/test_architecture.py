@@ -17,10 +17,11 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 PROCESSES = {
     "quant/fetcher.py", "quant/converter.py", "quant/renderer.py", "quant/engine/worker.py", "quant/scorer.py",
+    "quant/observer.py",
 }  # fmt: skip
 """Programs of their own (``python -m``): they end themselves, and bring what nobody else may."""
 DOORS = {  # who imports it, or a part of it   who may (a name that ends in / is a folder)
-    "ctypes": {"quant/toolchain.py", "quant/ggml.py", "quant/kernels/library.py"},
+    "ctypes": {"quant/toolchain.py", "quant/ggml.py", "quant/kernels/library.py", "quant/observer.py"},
     "prefect": {"flows/"},
     "multiprocessing": set(),
     "concurrent.futures.process": set(),
@@ -63,6 +64,7 @@ PURE = {
     "calibration/packing.py", "calibration/alike.py",
     "calibration/forms.py",
     "quant/engine/chunks.py", "quant/engine/layout.py", "quant/licence.py", "quant/arrangement.py",
+    "quant/feedback/layouts.py", "quant/feedback/formats.py", "quant/feedback/rounding.py", "quant/feedback/descent.py",
 }  # fmt: skip
 EFFECTS = {
     "os", "io", "shutil", "subprocess", "tempfile", "socket", "time", "random", "ctypes", "httpx", "quant.store", "quant.files",

@@ -13,6 +13,7 @@ from quant.cli import (
     evaluation,
     imatrix,
     look,
+    moments,
     ollama,
     planning,
     probing,
@@ -28,8 +29,8 @@ from quant.errors import QuantError
 from quant.hub import without_token
 
 __all__ = [
-    "allocation", "calibration", "evaluation", "imatrix", "look", "main", "ollama", "planning", "probing", "publishing",
-    "release", "stages", "talking", "template",
+    "allocation", "calibration", "evaluation", "imatrix", "look", "main", "moments", "ollama", "planning", "probing",
+    "publishing", "release", "stages", "talking", "template",
 ]  # fmt: skip
 """Importing the modules of commands is what makes the commands known."""
 

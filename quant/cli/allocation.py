@@ -11,7 +11,7 @@ import click
 
 from quant.cli import progress, tables
 from quant.cli.evaluation import CONTEXT, chunks_option, set_of, text_option, threads_option
-from quant.cli.options import FILE, FOLDER, json_option, quant, tools_option
+from quant.cli.options import FILE, FOLDER, json_option, moments_option, quant, tools_option
 
 if TYPE_CHECKING:
     from quant.allocate import Constraints
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.option(
     "--sensitivity", type=FILE, help="Sensitivities; measured and written there if it is not there.  [in --work]"
 )
+@moments_option
 @text_option
 @chunks_option
 @threads_option
@@ -76,8 +77,9 @@ if TYPE_CHECKING:
 @json_option
 def allocate(
     what: str, matrix: Path | None, sizes: tuple[str, ...], bpw: float | None, memory: str | None, as_ladder: bool,
-    errors: Path | None, sensitivity: Path | None, texts: tuple[Path, ...], chunks: int | None, threads: int,
-    measured: int | None, types: tuple[str, ...], exclude: tuple[str, ...], pins: tuple[str, ...], most_types: int | None,
+    errors: Path | None, sensitivity: Path | None, moments: Path | None, texts: tuple[Path, ...], chunks: int | None,
+    threads: int, measured: int | None, types: tuple[str, ...], exclude: tuple[str, ...], pins: tuple[str, ...],
+    most_types: int | None,
     gate_up_alike: bool, mtp_pinned: bool, coverage: bool, monotone: bool, friendly: tuple[str, ...], name: str,
     out: Path, work: Path | None, llama_cpp: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
@@ -112,9 +114,9 @@ def allocate(
     maker: Maker = ladder.make
     if Path(what).suffix == ".gguf":
         tools = toolchain.find(llama_cpp)
-        unprobed = _unprobed(Path(what), matrix, types or CANDIDATES, errors, store, tools, coverage=coverage)
+        unprobed = _unprobed(Path(what), matrix, types or CANDIDATES, errors, moments, store, tools, coverage=coverage)
         targets_of(unprobed)
-        reading = partial(_setting, Path(what), matrix, texts, chunks, threads, store, tools)
+        reading = partial(_setting, Path(what), matrix, moments, texts, chunks, threads, store, tools)
         material = _probed(unprobed, sensitivity or store.root / "sensitivity.json", reading)
         maker = _searching(reading(), measured) if measured else maker
     elif measured:
@@ -157,8 +159,8 @@ def _known(model: str, types: tuple[str, ...]) -> "Material":
 
 
 def _unprobed(
-    base: Path, matrix: Path | None, types: tuple[str, ...], errors: Path | None, store: "Store", tools: "Toolchain", *,
-    coverage: bool,
+    base: Path, matrix: Path | None, types: tuple[str, ...], errors: Path | None, moments: Path | None, store: "Store",
+    tools: "Toolchain", *, coverage: bool,
 ) -> "Material":  # fmt: skip
     """What is known of a file before anything was probed: enough to refuse a size."""
     from quant import distortion, files
@@ -172,7 +174,7 @@ def _unprobed(
     errors = errors or store.root / "errors.json"
     if not errors.exists():
         progress.say(f"{errors}: measuring what {len(types)} types do to each tensor")
-        distortion.write(errors, distortion.measure(base, matrix, tools, types=types))
+        distortion.write(errors, distortion.measure(base, matrix, tools, types=types, moments=moments))
     found = distortion.read(errors, digest).only(types)
     known = matrices.read(matrix, header.tensors) if matrix else None
     return Material(
@@ -184,15 +186,23 @@ def _unprobed(
 
 
 def _setting(
-    base: Path, matrix: Path | None, texts: tuple[Path, ...], chunks: int | None, threads: int, store: "Store",
-    tools: "Toolchain",
+    base: Path, matrix: Path | None, moments: Path | None, texts: tuple[Path, ...], chunks: int | None, threads: int,
+    store: "Store", tools: "Toolchain",
 ) -> "Setting":  # fmt: skip
     from quant.evaluate import Settings
     from quant.probe import Setting
 
     text = texts[0] if texts else set_of("embedded", base, CONTEXT, tools, store).path
     reading = Settings(CONTEXT, chunks, threads)
-    return Setting(base.resolve(), matrix and matrix.resolve(), text.resolve(), tools, store, reading)
+    return Setting(
+        base.resolve(),
+        matrix and matrix.resolve(),
+        text.resolve(),
+        tools,
+        store,
+        reading,
+        moments=moments and moments.resolve(),
+    )
 
 
 def _probed(unprobed: "Material", path: Path, reading: "Callable[[], Setting]") -> "Material":

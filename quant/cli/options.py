@@ -17,6 +17,9 @@ variants_option = click.option(
 work_option = click.option(
     "--work", type=FOLDER, envvar="QUANT_WORK", help="Where finished stages are kept.  [OUT/.work]"
 )
+moments_option = click.option(
+    "--moments", type=FILE, help="Second moments of BASE, from `quant moments`: rounding is fed back.  [ggml's bytes]"
+)
 tools_option = click.option("--llama-cpp", type=FOLDER, help="A llama.cpp of your own.  [$QUANT_LLAMA_CPP]")
 jobs_option = click.option("--jobs", type=click.IntRange(1), help="Threads that quantise.  [one a core]")
 memory_option = click.option(

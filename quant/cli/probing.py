@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quant.cli import progress
-from quant.cli.options import FILE, FOLDER, quant, tools_option
+from quant.cli.options import FILE, FOLDER, moments_option, quant, tools_option
 from quant.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ CONTEXT = 512
 @click.argument("base", type=FILE)
 @click.option("--imatrix", "matrix", type=FILE, help="The importance matrix of BASE.")
 @click.option("--errors", type=FILE, help="An error database; written there if it is not there.  [in --work]")
+@moments_option
 @click.option("--text", type=FILE, required=True, help="Calibration-side: never what files are judged by.")
 @click.option("--chunks", type=click.IntRange(1), help="Of the text at most.  [all]")
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
@@ -33,8 +34,9 @@ CONTEXT = 512
 @click.option("--work", type=FOLDER, envvar="QUANT_WORK", help="Where probes are kept, to go on with.  [OUT.work]")
 @tools_option
 def probe(
-    base: Path, matrix: Path | None, errors: Path | None, text: Path, chunks: int | None, threads: int, cheap: bool,
-    part: str | None, parts: tuple[Path, ...], only_told: bool, out: Path, work: Path | None, llama_cpp: Path | None,
+    base: Path, matrix: Path | None, errors: Path | None, moments: Path | None, text: Path, chunks: int | None,
+    threads: int, cheap: bool, part: str | None, parts: tuple[Path, ...], only_told: bool, out: Path, work: Path | None,
+    llama_cpp: Path | None,
 ) -> None:  # fmt: skip
     """Measure the sensitivities of BASE, for `quant allocate --sensitivity`. A run that was ended continues.
 
@@ -50,11 +52,12 @@ def probe(
     store = Store((work or out.with_name(out.name + ".work")).resolve())
     errors = errors or store.root / "errors.json"
     if not errors.exists():
-        distortion.write(errors, distortion.measure(base, matrix, tools))
+        distortion.write(errors, distortion.measure(base, matrix, tools, moments=moments))
     found = distortion.read(errors, files.digest(base))
     setting = probe.Setting(
-        base.resolve(), matrix and matrix.resolve(), text.resolve(), tools, store, Settings(CONTEXT, chunks, threads)
-    )
+        base.resolve(), matrix and matrix.resolve(), text.resolve(), tools, store, Settings(CONTEXT, chunks, threads),
+        moments=moments and moments.resolve(),
+    )  # fmt: skip
     wanted = probe.probes(read_header(base).tensors, found, cheap=cheap)
     here = probe.share(wanted, part) if part else wanted
     measure(out, found, setting, here, parts=parts, whole=not part, only_told=only_told)

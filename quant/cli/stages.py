@@ -13,6 +13,7 @@ from quant.cli.options import (
     absent,
     jobs_option,
     memory_option,
+    moments_option,
     quant,
     settings,
     size,
@@ -53,6 +54,7 @@ def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vis
 @quant.command()
 @click.argument("base", type=FILE)
 @click.option("--imatrix", "matrix", type=FILE, help="Its importance matrix.  [none: types that need none]")
+@moments_option
 @click.option("--out", "-o", type=FOLDER, required=True, help="The folder for the files.")
 @click.option("--tensor-types", type=FILE, help="Lines `REGEX=type` for whole names, first match wins; instead of -v.")
 @click.option("--max-size", metavar="SIZE", help="Cut the files into shards of at most 50G, 500M ...  [whole files]")
@@ -61,8 +63,8 @@ def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vis
 @variants_option
 @tools_option
 def quantize(
-    base: Path, matrix: Path | None, out: Path, tensor_types: Path | None, max_size: str | None, jobs: int | None,
-    memory: int | None, variants: tuple[str, ...], llama_cpp: Path | None,
+    base: Path, matrix: Path | None, moments: Path | None, out: Path, tensor_types: Path | None, max_size: str | None,
+    jobs: int | None, memory: int | None, variants: tuple[str, ...], llama_cpp: Path | None,
 ) -> None:  # fmt: skip
     """Quantise BASE, a BF16 GGUF, into all variants in one pass: names of recipes/variants or paths to such files.
 
@@ -73,6 +75,7 @@ def quantize(
     from quant import imatrix as matrices
     from quant.errors import InputError, refuse
     from quant.header import read_header
+    from quant.moments import Moments
     from quant.plan import plan
     from quant.quantize import Target, stands, write
     from quant.recipe import load_variant, variant_of_types
@@ -91,7 +94,9 @@ def quantize(
     plans = [plan(v, header.tensors, covered) for v in chosen]
     stem = base.stem.removesuffix("-BF16")
     targets = [Target(p, out.resolve() / f"{stem}-{p.variant.name}.gguf", max_size) for p in plans]
-    seen = [p.resolve().stat() for p in (base, matrix) if p]
+    if moments:
+        Moments.open(moments, files.digest(base))
+    seen = [p.resolve().stat() for p in (base, matrix, moments) if p]
     identity = files.canonical([(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in seen])
     refuse(
         f"{there}: exists already; name another folder or take it away"
@@ -102,8 +107,9 @@ def quantize(
     tools = toolchain.find(llama_cpp)
     work = Store(out.resolve() / ".quantize")
     pass_over = partial(
-        write, base.resolve(), matrix and matrix.resolve(), targets, identity, tools, work.root, settings(jobs, memory)
-    )
+        write, base.resolve(), matrix and matrix.resolve(), targets, identity, tools, work.root, settings(jobs, memory),
+        moments=moments and moments.resolve(),
+    )  # fmt: skip
     with work.alone(), progress.shown(1) as do:
         written = do("quantize", stem, pass_over)
     files.remove(work.root)

@@ -63,6 +63,8 @@ class Job:
     wanted: tuple[Wanted, ...]
     finished: tuple[Finished, ...] = ()
     settings: Settings = field(default_factory=Settings)
+    moments: Path | None = None
+    """The second moments of the matrices' inputs: with them, rounding is fed back, and the bytes are not ggml's."""
 
 
 def write(path: Path, job: Job) -> None:
@@ -77,10 +79,10 @@ def read(path: Path) -> Job:
     finished = tuple(
         Finished(Path(f["path"]), {name: Made(**made) for name, made in f["tensors"].items()}) for f in told["finished"]
     )
-    matrix = Path(told["matrix"]) if told["matrix"] else None
+    matrix, moments = (Path(told[name]) if told[name] else None for name in ("matrix", "moments"))
     return Job(
         Path(told["library"]), Path(told["base"]), told["identity"], matrix, told["matrix_name"], wanted, finished,
-        Settings(**told["settings"]),
+        Settings(**told["settings"]), moments,
     )  # fmt: skip
 
 

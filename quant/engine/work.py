@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import fsum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quant import files, ggml
 from quant.engine import job as jobs
@@ -28,6 +29,9 @@ from quant.ggml import Bytes, Kernel, Library, Rows
 from quant.ggml_types import TYPES, GGMLType
 from quant.kernels import Kernels
 
+if TYPE_CHECKING:
+    from quant.feedback.refiner import Refiner
+
 KERNELS = "kernels.json"
 """By what each type was quantised, and in which tensors a fault of ggml's was met; beside the job."""
 SPARE = 1
@@ -39,6 +43,8 @@ FIXED_BYTES = 96 * 2**20
 """Interpreter, numpy and the tables of the kernels: twice what the whole ladder was seen to take."""
 WEIGHT_BYTES = 12
 """A piece in memory: its rows as stored, as floats, and quantised, with what numpy needs in between (7 were seen)."""
+REFINED_BYTES, METRIC_BYTES = 64, 40
+"""The same for a weight whose rounding is fed back, and for each pair of columns in its metric."""
 
 
 def work(job: Job, folder: Path) -> None:
@@ -56,8 +62,9 @@ def work(job: Job, folder: Path) -> None:
     outputs = [Output(layout, path, job.identity) for path, layout in layouts.items()]
     library = ggml.load(job.library)
     run = Run(
-        source, matrix, outputs, library, Shelf(job.finished), slots.Slots(folder / slots.NAME), folder / slots.SHARE
-    )
+        source, matrix, outputs, library, Shelf(job.finished), slots.Slots(folder / slots.NAME), folder / slots.SHARE,
+        _refiner(job.moments) if job.moments else None,
+    )  # fmt: skip
     run.go(job.settings.threads, job.settings.memory)
     files.write_text(folder / KERNELS, files.pretty(run.fastest.report()))
     source.file.check_unchanged()
@@ -66,6 +73,12 @@ def work(job: Job, folder: Path) -> None:
     for output in outputs:
         output.finish(run.made_of(output), {"identity": job.identity})
         output.close()
+
+
+def _refiner(moments: Path) -> "Refiner":
+    from quant.feedback.refiner import Refiner  # a run of ggml's bytes starts without it
+
+    return Refiner.open(moments)
 
 
 def _layouts(job: Job, source: Source, matrix: Matrix | None) -> Iterator[Layout]:
@@ -88,6 +101,8 @@ class Run:
     slots: slots.Slots
     share: Path
     """Where it is told how much is done."""
+    refiner: "Refiner | None" = None
+    """What feeds rounding back, where that is wanted."""
     digests: dict[tuple[int, str], str] = field(default_factory=dict)
     """By tensor and type."""
     failure: BaseException | None = None
@@ -113,7 +128,7 @@ class Run:
         self.queue = deque(pieces)
         self.all_cost, self.done_cost = sum(p.cost for p in pieces), 0.0
         self.to_digest = deque(d for i in range(len(self.tensors)) if not self.left[i] for d in self.distinct(i))
-        n = min(jobs + SPARE, affordable(pieces, memory))
+        n = min(jobs + SPARE, affordable(pieces, memory, refined=self.refiner is not None))
         threads = [threading.Thread(target=self.thread, args=(i,)) for i in range(n)]
         flusher = threading.Thread(target=self.flush)
         for thread in (*threads, flusher):
@@ -161,13 +176,14 @@ class Run:
         tensor, chunk = piece.tensor, piece.chunk
         index = self.index[tensor.name]
         raw = self.source.raw(tensor, chunk)
-        rows, columns, sample = None, None, None
+        rows, columns, sample, metric = None, None, None, None
         if tensor.type.name in FLOATS:
             rows = self.library.to_float(tensor.type, raw, tensor.shape[0])
             if not finite(rows):
                 raise InputError(self.source.non_finite(tensor, self.library))
             columns = self.matrix.columns(tensor, chunk.expert) if self.matrix else None
-            sample = Sample.of(rows, columns)
+            metric = self.refiner.metric(tensor, chunk.expert) if self.refiner else None
+            sample = Sample.of(rows, columns, metric)
         for ggml_type in piece.types:
             if self.over.is_set():
                 return
@@ -178,6 +194,8 @@ class Run:
                 working = self.slots.working(no, f"{tensor.name} as {ggml_type.name}")
                 with working, self.fastest.at(tensor.name):
                     data = self.quantized(piece, ggml_type, rows, columns)
+                    if self.refiner and metric:
+                        data = self.refiner.refine(ggml_type, rows, data, metric)
                 sums = sample.loss(self.library, ggml_type, data)
             self.check(piece, ggml_type, data)
             for output in self.outputs:
@@ -239,7 +257,12 @@ class Run:
         return made
 
 
-def affordable(pieces: Sequence[Piece], memory: int) -> int:
+def affordable(pieces: Sequence[Piece], memory: int, *, refined: bool = False) -> int:
     """How many threads fit into the memory, one at least."""
-    largest = max((p.chunk.rows * p.tensor.shape[0] for p in pieces), default=1)
-    return max((memory - FIXED_BYTES) // (largest * WEIGHT_BYTES), 1)
+    if refined:
+        sizes = (
+            p.chunk.rows * p.tensor.shape[0] * REFINED_BYTES + p.tensor.shape[0] ** 2 * METRIC_BYTES for p in pieces
+        )
+    else:
+        sizes = (p.chunk.rows * p.tensor.shape[0] * WEIGHT_BYTES for p in pieces)
+    return max((memory - FIXED_BYTES) // max(sizes, default=1), 1)

@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from calibration.documents import Document
-from quant import distortion, evaluate, files, probe, search, sensitivity, toolchain
+from quant import distortion, evaluate, files, moments, probe, sensitivity, toolchain
 from quant.allocate import Constraints
 from quant.build import patched_template, pinned_model, pull
 from quant.calibrate import as_read
@@ -44,16 +44,18 @@ PRESETS = ("Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XXS", "IQ1_S")
 SIMPLE_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0",
 )  # fmt: skip
-METHODS = ("local error", "simple", "class means", "plain sum", "ours", "refitted", "searched")
-OURS = "ours"
+METHODS = ("preset fed back", "local error", "simple", "class means", "plain sum", "ours", "refitted", "fed back")
+OURS, FED_BACK = "ours", "fed back"
 PURE = ("Q8_0", "Q6_K")
 """Files of one type: what remains of a divergence when bits are hardly short."""
+MOMENT_CHUNKS = 100
+"""As many as the imatrix has."""
 EVERY_WORD = 1 << 20
 """Of the vocabulary is kept for judging; probes keep the likeliest 512, which is enough to tell them apart."""
 SEEDS = {"calibration": 101, "held out": 202}
 
 
-def main(out: Path, base: Path | None, threads: int, chunks: int, held_chunks: int, count: int) -> None:
+def main(out: Path, base: Path | None, threads: int, chunks: int, held_chunks: int) -> None:
     """The whole study."""
     out.mkdir(parents=True, exist_ok=True)
     tools, store = toolchain.find(), Store(out / "store")
@@ -94,19 +96,23 @@ def main(out: Path, base: Path | None, threads: int, chunks: int, held_chunks: i
             chosen[f"refitted {p}"] = make(
                 replace(known, sensitivities=again), Target(size), "x", "x", _free()
             ).solution.types
-        whole = [*((chosen[n], kld) for n, kld in seen.items() if n in chosen)]
-        for p, size in sizes.items():
-            found = _searched(known, size, setting, count, whole)
-            print(f"search at {p}: {found.first_kld:.5f} to {found.kld:.5f} on calibration text", flush=True)
-            chosen[f"searched {p}"] = found.best.solution.types
         made = _written(out, base, matrix, chosen, known, tools, threads)
+        fed = _fed_back(out, known, setting, tools, threads)
+        again_chosen = {
+            f"{FED_BACK} {p}": make(fed, Target(size), "x", "x", _free()).solution.types for p, size in sizes.items()
+        }
+        again_chosen |= {f"preset {FED_BACK} {p}": _quantised(presets[p], known) for p in PRESETS}
+        chosen |= again_chosen
+        made |= _written(
+            out, base, matrix, again_chosen, known, tools, threads, _moments(out, base, calibration, threads)
+        )
         pure = {p: _preset(out, base, matrix, p, tools) for p in PURE}
         reading = replace(setting.reading, chunks=held_chunks, top=EVERY_WORD)
         judged = evaluate.evaluate(base, [*presets.values(), *pure.values(), *made.values()], held_out, store, reading)
         rounded = _rounded(out, pure["Q8_0"], tools)
         (activations,) = evaluate.evaluate(rounded, [pure["Q8_0"]], held_out, store, reading)
     print(f"the same weights, activations in 8 bits: {_mean(activations):.5f}")
-    _report(out, known, again, chosen, presets, judged)
+    _report(out, known, fed, again, chosen, presets, judged)
 
 
 def _base(out: Path, store: Store, tools: toolchain.Toolchain) -> Path:
@@ -221,19 +227,32 @@ def _simple(known: Material, coarse: Sequence[sensitivity.Measured], size: int) 
     return at(high)[0]
 
 
-def _searched(
-    known: Material,
-    size: int,
-    setting: probe.Setting,
-    count: int,
-    whole: Sequence[tuple[Mapping[str, str], float]],
-) -> search.Found:
-    """Ours, and as many files more that were measured on the calibration side."""
+def _moments(out: Path, base: Path, text: Path, threads: int) -> Path:
+    path = out / "moments.safetensors"
+    if not path.exists():
+        moments.observe(base, text, path, moments.Settings(chunks=MOMENT_CHUNKS, threads=threads))
+    return path
 
-    def read(some: Sequence[Mapping[str, str]]) -> list[float]:
-        return [m.kld for m in probe.measure([sensitivity.Probe("whole", types) for types in some], setting)]
 
-    return search.search(known, Target(size), "x", "x", _free(), read, count, whole)
+def _fed_back(
+    out: Path, known: Material, setting: probe.Setting, tools: toolchain.Toolchain, threads: int
+) -> Material:  # fmt: skip
+    """What is known when rounding is fed back: the errors that are left, and sensitivities by probes made so."""
+    seen = _moments(out, setting.base, setting.text, threads)
+    path = out / "errors fed back.json"
+    if not path.exists():
+        distortion.write(path, distortion.measure(setting.base, setting.matrix, tools, moments=seen))
+    errors = distortion.read(path, known.errors.base)
+    measured = probe.measure(
+        probe.probes(known.tensors, errors), replace(setting, moments=seen),
+        lambda done, of: print(f"probes, fed back: {done} of {of}", flush=True),
+    )  # fmt: skip
+    return replace(known, errors=errors, sensitivities=sensitivity.fit(measured, errors, "probes, fed back"))
+
+
+def _quantised(path: Path, known: Material) -> dict[str, str]:
+    """The types of a file, of the tensors that have a choice."""
+    return {name: kind for name, kind in _types(path).items() if name in known.errors.errors}
 
 
 def _rounded(out: Path, quantised: Path, tools: toolchain.Toolchain) -> Path:
@@ -266,11 +285,12 @@ def _types(path: Path) -> dict[str, str]:
 
 def _written(
     out: Path, base: Path, matrix: Path, chosen: Mapping[str, Mapping[str, str]], known: Material,
-    tools: toolchain.Toolchain, threads: int,
+    tools: toolchain.Toolchain, threads: int, seen: Path | None = None,
 ) -> dict[str, Path]:  # fmt: skip
     plans = {n: plan(fold("x", "x", types, known.tensors), known.tensors, known.covered) for n, types in chosen.items()}
     targets = [Wanted(p, out / "made" / f"{name}.gguf") for name, p in plans.items()]
-    write(base, matrix, targets, files.canonical(_digests(base, matrix)), tools, out / "work", Engine(threads))
+    identity = files.canonical(_digests(base, matrix, *([seen] if seen else [])))
+    write(base, matrix, targets, identity, tools, out / "work", Engine(threads), moments=seen)
     return {name: out / "made" / f"{name}.gguf" for name in plans}
 
 
@@ -279,8 +299,8 @@ def _digests(*paths: Path) -> list[str]:
 
 
 def _report(
-    out: Path, known: Material, again: Sensitivities, chosen: Mapping[str, Mapping[str, str]], presets: Mapping[str, Path],
-    judged: Sequence[evaluate.Evaluation],
+    out: Path, known: Material, fed: Material, again: Sensitivities, chosen: Mapping[str, Mapping[str, str]],
+    presets: Mapping[str, Path], judged: Sequence[evaluate.Evaluation],
 ) -> None:  # fmt: skip
     found = {e.file.stem: e for e in judged}
     kld = {name: _mean(e) for name, e in found.items()}
@@ -294,7 +314,11 @@ def _report(
     print(f"| at the bytes of | bytes | preset | {' | '.join(METHODS)} |\n|---|---:|---:|{'---:|' * len(METHODS)}")
     print("\n".join(rows))
     types = {**chosen, **{n: _types(found[n].file) for n in found if n.startswith("preset")}}
-    predicted = {name: known.sensitivities.predicted(types[name], known.errors) for name in kld}
+    predicted = {
+        name: by.sensitivities.predicted(types[name], by.errors)
+        for name in kld
+        for by in [fed if FED_BACK in name else known]
+    }
     refitted = {name: again.predicted(types[name], known.errors) for name in kld}
     order = list(kld)
     print({name: round(kld[f"preset {name}"], 5) for name in PURE})
@@ -310,7 +334,7 @@ def _report(
     powers = {"power": known.sensitivities.power, "refitted power": again.power}
     told: dict[str, Any] = {**powers, "plain": sorted(PLAIN), "spearman": rank, "files": each}
     files.write_text(out / "study.json", json.dumps(told, indent=1) + "\n")
-    for method, p in itertools.product((OURS, "searched"), PRESETS):
+    for method, p in itertools.product((OURS, FED_BACK), PRESETS):
         gap = evaluate.difference(found[f"simple {p}"].whole, found[f"{method} {p}"].whole)
         print(f"{method} less simple at {p}: {gap.value:+.5f} ({gap.low:+.5f} to {gap.high:+.5f})")
     print("Spearman of predicted and measured:", rank)
@@ -321,10 +345,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--base", type=Path, help="a BF16 file of a tiny GLM, in place of the shipped one")
-    parser.add_argument("--searched", type=int, default=36, help="files that the search measures for each size")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--chunks", type=int, default=32)
     parser.add_argument("--held-chunks", type=int, default=40)
     args = parser.parse_args()
     base_file = args.base and args.base.resolve()
-    main(args.out.resolve(), base_file, args.threads, args.chunks, args.held_chunks, args.searched)
+    main(args.out.resolve(), base_file, args.threads, args.chunks, args.held_chunks)

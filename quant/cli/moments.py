@@ -1,0 +1,35 @@
+"""The command that observes what goes into the matrices of a model."""
+
+from functools import partial
+from pathlib import Path
+
+import click
+
+from quant.cli import progress
+from quant.cli.options import FILE, absent, quant
+
+
+@quant.command()
+@click.argument("base", type=FILE)
+@click.option("--text", "-f", type=FILE, required=True, help="Calibration-side: never what files are judged by.")
+@click.option("--out", "-o", type=FILE, required=True, help="The moments to write, as safetensors.")
+@click.option("--chunks", type=click.IntRange(1), help="Of the text at most.  [all]")
+@click.option("--context", type=click.IntRange(32), default=512, show_default=True, help="Tokens in a chunk.")
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--only", metavar="REGEX", help="Only matrices whose whole name matches.  [all]")
+def moments(
+    base: Path, text: Path, out: Path, chunks: int | None, context: int, threads: int, only: str | None
+) -> None:
+    """Sum, over a text, the second moments of what goes into each matrix of BASE, a GGUF in BF16.
+
+    A matrix with rows of n weights takes n² numbers of four bytes, in memory and on the disk, for each of its experts.
+    """
+    from quant.moments import FEWEST_ROWS, Settings, observe
+
+    work = partial(observe, base, text, absent(out), Settings(context, chunks, threads, only))
+    with progress.shown(1) as do:
+        found = do("moments", out.name, work)
+    few = sum(int((counts < FEWEST_ROWS).sum()) for counts in found.counts.values())
+    if few:
+        progress.say(f"{few} experts saw fewer than {FEWEST_ROWS} tokens: of them nothing is known")
+    progress.say(f"{out}: {len(found.counts)} matrices, {found.about['chunks']} chunks")

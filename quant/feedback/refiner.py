@@ -1,0 +1,58 @@
+"""Which rows feedback can help, and the metric of each: what the engine asks while the data passes."""
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from quant.engine.weights import EMBEDDINGS
+from quant.feedback.descent import Metric, refined
+from quant.feedback.formats import FORMS
+from quant.ggml import Bytes, Rows
+from quant.ggml_types import GGMLType
+from quant.header import TensorSpec
+from quant.moments import Moments
+
+KEPT = 8
+"""Metrics that are held: threads work on neighbouring pieces, which share theirs."""
+
+
+class Refiner:
+    """Brings ggml's rows nearer to the original where the inputs of their matrix are known. May be shared by threads."""
+
+    def __init__(self, moments: Moments) -> None:
+        self.moments = moments
+        self.lock = threading.Lock()
+        self.kept: OrderedDict[tuple[str, int], Metric | None] = OrderedDict()
+
+    @staticmethod
+    def open(path: Path) -> "Refiner":
+        """With the moments of a file. Raises InputError for another file."""
+        return Refiner(Moments.open(path))
+
+    def metric(self, tensor: TensorSpec, expert: int) -> Metric | None:
+        """How errors in an expert's columns add up; nothing where nobody saw its inputs.
+
+        Rows that are looked up, as those of the embedding, have no inputs: each of their columns counts alike.
+        """
+        key = tensor.name, expert
+        with self.lock:
+            if key not in self.kept:
+                self.kept[key] = self._found(tensor, expert)
+                while len(self.kept) > KEPT:
+                    self.kept.popitem(last=False)
+            self.kept.move_to_end(key)
+            return self.kept[key]
+
+    def refine(self, ggml_type: GGMLType, rows: Rows, data: Bytes, metric: Metric) -> Bytes:
+        """What :func:`quant.feedback.descent.refined` makes of the rows; as they are where the type has no form."""
+        return refined(ggml_type, rows, data, metric) if ggml_type.name in FORMS else data
+
+    def _found(self, tensor: TensorSpec, expert: int) -> Metric | None:
+        mean = self.moments.of(tensor.name, expert)
+        if mean is not None:
+            return Metric(mean)
+        if tensor.name in EMBEDDINGS:
+            return Metric(np.eye(tensor.shape[0], dtype=np.float32))
+        return None

@@ -1,0 +1,230 @@
+"""Second moments of what goes into the matrices of a model, over a calibration text: H = Σ x xᵀ, and of how many rows x.
+
+They say how an error in one column of a matrix can be made good by the others. A file of them is kept as safetensors: a
+tensor NAME of a matrix's sums (by expert where there are such), NAME.counts of the rows that were summed, and in the
+metadata what it was made of. It grows with the square of a row's length, so it is read one expert at a time.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quant import files, imatrix, ongoing, toolchain
+from quant.calibrate import CalibrationText
+from quant.convert import Base
+from quant.errors import InputError, disk_errors, refuse
+from quant.evaluate import scorer_version
+from quant.files import Receipt
+from quant.header import TensorSpec, read_headers
+from quant.observer import ABOUT, COUNTS
+from quant.plan import coverable, quantizable
+from quant.recipe import Model
+from quant.store import Store
+
+log = logging.getLogger(__name__)
+FORM = "quant-moments-1"
+FEWEST_ROWS = 32
+"""An expert that saw fewer is not known."""
+FLOAT_BYTES = 4
+JOB, FILE = "job.json", "moments.safetensors"
+PACE = re.compile(r"^read (\d+) of (\d+) chunks$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the text is read, and for which matrices."""
+
+    context: int = 512
+    chunks: int | None = None
+    """Of the text at most; all when not given."""
+    threads: int = 2
+    only: str | None = None
+    """A regular expression that the whole name of a matrix matches; all matrices when not given."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A file of second moments."""
+
+    path: Path
+    about: Mapping[str, Any]
+    """What it was made of: the digests of base and text, context, chunks, and llama.cpp's version."""
+    counts: Mapping[str, NDArray[np.int64]]
+    """Rows that each expert of each matrix saw; one number where there are no experts."""
+    file: Any = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path, base_digest: str | None = None) -> "Moments":
+        """The moments in a file, of the base with that digest. Raises InputError for any other file."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            file: Any = safe_open(path, "numpy")
+            about: dict[str, Any] = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read ({e.strerror or e})") from e
+        except (SafetensorError, ValueError) as e:
+            raise InputError(f"{path}: expected a whole file of moments, found another or a damaged one ({e})") from e
+        if (form := about.get("form")) != FORM:
+            raise InputError(f"{path}: form: expected {FORM}, found {form}; make it anew with `quant moments`")
+        if base_digest and about.get("base") != base_digest:
+            raise InputError(
+                f"{path}: of another model: expected the moments of the base {base_digest}, found those of"
+                f" {about.get('base')}; make them anew with `quant moments`"
+            )
+        refuse(_problems(path, file))
+        names = [name for name in file.keys() if not name.endswith(COUNTS)]  # noqa: SIM118 (it is no dict)
+        return cls(path, about, {n: file.get_tensor(n + COUNTS) for n in sorted(names)}, file)
+
+    def columns(self, name: str) -> int | None:
+        """How long a row of a matrix is; none for a matrix that was not observed."""
+        return int(self.file.get_slice(name).get_shape()[-1]) if name in self.counts else None
+
+    def of(self, name: str, expert: int = 0) -> NDArray[np.float32] | None:
+        """The mean of x xᵀ over the rows that went into one expert of a matrix.
+
+        None for a matrix that was not observed, and for an expert that saw too few rows. Raises InputError for numbers
+        that are none.
+        """
+        if name not in self.counts or (count := self.counts[name][expert]) < FEWEST_ROWS:
+            return None
+        part = self.file.get_slice(name)
+        sums = part[expert] if len(part.get_shape()) > 2 else part[:]
+        if not np.isfinite(sums).all():
+            raise InputError(f"{self.path}: {name}: expected numbers, found NaN or infinity; make it anew")
+        mean: NDArray[np.float32] = sums / np.float32(count)
+        return mean
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The moments of a build."""
+
+    path: Path
+    receipt: Receipt
+
+
+def moments(base: Base, text: CalibrationText, model: Model, store: Store) -> Observed:
+    """The second moments of a model over its calibration text, of as many chunks as its importance matrix begins with.
+
+    Raises InputError as :func:`observe`.
+    """
+    settings = Settings(model.imatrix.context, model.imatrix.chunks, len(os.sched_getaffinity(0)))
+    inputs = {
+        "base": base.receipt.sha256, "text": text.receipt.sha256, "context": settings.context, "chunks": settings.chunks,
+        "llama.cpp": scorer_version(),
+    }  # fmt: skip
+
+    def make(partial: Path) -> Mapping[str, Any]:
+        found = observe(base.path, text.path, partial / FILE, settings)
+        return {"matrices": len(found.counts)}
+
+    done = store.once("moments", inputs, make)
+    return Observed(done.path(FILE), done.receipt(FILE))
+
+
+def observe(base: Path, text: Path, out: Path, settings: Settings | None = None) -> Moments:
+    """Write the moments of a model over a text. Sharded files are named by their first shard.
+
+    Raises InputError where the machine has too little memory or disk, and for a text that does not fill one chunk.
+    """
+    settings = settings or Settings()
+    matrices = _matrices(base, settings.only)
+    needed = FLOAT_BYTES * sum(experts * n * n for experts, n in matrices.values())
+    refuse(_no_room(out, needed, FLOAT_BYTES * max(n * n for _, n in matrices.values())))
+    log.info("moments: %d matrices take %s bytes of memory, and as many of disk", len(matrices), f"{needed:,}")
+    about: dict[str, Any] = {"form": FORM, "context": settings.context, "llama.cpp": scorer_version()}
+    try:
+        about |= {"text": files.digest(text), "base": imatrix.base_of(base.resolve()).receipt.sha256}
+    except OSError as e:
+        raise InputError(f"{e.filename}: cannot be read ({e.strerror})") from e
+    with disk_errors(out), files.scratch(out) as folder:
+        made, said = folder / out.name, folder / "log"
+        job = {
+            "model": str(base.resolve()), "text": str(text.resolve()), "out": str(made), "matrices": matrices, "about": about,
+            "context": settings.context, "threads": settings.threads, "chunks": settings.chunks,
+        }  # fmt: skip
+        files.write_text(folder / JOB, files.pretty(job))
+        toolchain.run(
+            [sys.executable, "-m", "quant.observer", folder / JOB], cwd=folder, log=said, name="reading the text",
+            # One thread that multiplies: others that wait for work keep the cores from llama.cpp, and it took twice as long.
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"},
+            meanwhile=partial(_tell, said),
+        )  # fmt: skip
+        if not made.exists():
+            raise InputError(
+                f"{text}: expected at least one chunk of {settings.context} tokens, found fewer tokens; give it more"
+                " text, or a shorter --context"
+            )
+        shutil.copymode(folder / JOB, made)  # safetensors writes for its owner only
+        files.adopt(made, out)
+    return Moments.open(out, about["base"])
+
+
+def _matrices(base: Path, only: str | None) -> dict[str, tuple[int, int]]:
+    """The matrices to observe: how many stand in one tensor, and how long their rows are.
+
+    Those that a plan can quantise and that read text goes through: of the trunk's blocks, and the output. A model
+    without an output of its own puts out by its embeddings.
+    """
+    tensors = [t for header in read_headers(base) for t in header.tensors]
+    names = {t.name for t in tensors}
+    reach = coverable(tensors) | {"output.weight" if "output.weight" in names else "token_embd.weight"}
+    there = [t for t in tensors if t.name in reach and quantizable(t)]
+    wanted = _chosen(there, only) if only is not None else there
+    if not wanted:
+        example = f", as {there[0].name} is" if there else ""
+        raise InputError(f"{base}: expected matrices{f' called {only!r}' if only else ''}{example}, found none")
+    return {t.name: (prod(t.shape[2:]), t.shape[0]) for t in wanted}
+
+
+def _chosen(tensors: Collection[TensorSpec], only: str) -> list[TensorSpec]:
+    try:
+        pattern = re.compile(only)
+    except re.error as e:
+        raise InputError(f"--only: expected a regular expression, found {only!r} ({e})") from e
+    return [t for t in tensors if pattern.fullmatch(t.name)]
+
+
+def _no_room(out: Path, needed: int, product: int) -> Iterator[str]:
+    """Why this machine cannot do it: sums are held until the end, and a chunk's products come to them."""
+    help_ = "take some tensors at a time with --only REGEX"
+    if (free := toolchain.free_memory()) < needed + product:
+        yield f"moments: expected {needed + product:,} bytes of memory, found {free:,} free; {help_}"
+    standing = next(p for p in out.resolve().parents if p.is_dir())
+    if (free := shutil.disk_usage(standing).free) < needed:
+        yield f"{out}: expected {needed:,} bytes free on its disk, found {free:,}; {help_}, or free some"
+
+
+def _tell(said: Path) -> None:
+    """How far the program is, by its own words."""
+    if found := PACE.findall(said.read_text(errors="replace")):
+        done, of = map(int, found[-1])
+        ongoing.tell(done / of)
+
+
+def _problems(path: Path, file: Any) -> Iterator[str]:
+    """Everything in which a file of this form is not what it has to be."""
+    shapes = {name: (file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+    for name, (shape, kind) in shapes.items():
+        if name.endswith(COUNTS):
+            if name.removesuffix(COUNTS) not in shapes:
+                yield f"{path}: {name}: expected a matrix {name.removesuffix(COUNTS)}, found none"
+            continue
+        experts = prod(shape[:-2])
+        if kind != "F32" or len(shape) not in (2, 3) or shape[-1] != shape[-2]:
+            yield f"{path}: {name}: expected squares in F32, found {shape} in {kind}"
+        if shapes.get(name + COUNTS) != ([experts], "I64"):
+            yield f"{path}: {name}{COUNTS}: expected {experts} numbers in I64, found {shapes.get(name + COUNTS)}"

@@ -1,0 +1,105 @@
+"""Feedback: what comes out of a matrix is nearer to what it was, in the same bytes, and never further."""
+
+import numpy as np
+import pytest
+
+from quant import ggml
+from quant.feedback.descent import Metric, State, feed_back, refined
+from quant.feedback.formats import FORMS
+from quant.feedback.rounding import nearest
+from quant.ggml import Bytes, Library, Rows
+from quant.ggml_types import TYPES
+from quant.kernels import Kernels
+from quant.toolchain import find
+
+ROW, ROWS = 256, 24
+GAIN = 0.8
+"""Of ggml's error at most, with inputs as alike as these; all types reach it by far."""
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return ggml.load(ggml.find(find().bin))
+
+
+@pytest.fixture(scope="module")
+def kernels(library: Library) -> Kernels:
+    return Kernels(library)
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    return np.asarray(np.random.default_rng(2).standard_t(5, (ROWS, ROW)) * 0.02, np.float32)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Rows:
+    """As in a model: a few directions say most, and some columns are louder than others."""
+    rng = np.random.default_rng(3)
+    said = rng.standard_normal((2000, 40)) @ rng.standard_normal((40, ROW)) + 0.5 * rng.standard_normal((2000, ROW))
+    return np.asarray(said * np.exp(rng.normal(0, 0.7, ROW)), np.float32)
+
+
+@pytest.fixture(scope="module")
+def metric(inputs: Rows) -> Metric:
+    return Metric(inputs.T @ inputs / np.float32(len(inputs)))
+
+
+def stored(kernels: Kernels, name: str, rows: Rows, metric: Metric) -> Bytes:
+    return kernels.kernel(TYPES[name])(rows, np.ascontiguousarray(np.diagonal(metric.moments)))
+
+
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_the_output_is_nearer_and_no_row_is_further(
+    name: str, library: Library, kernels: Kernels, rows: Rows, metric: Metric, inputs: Rows
+) -> None:
+    before = stored(kernels, name, rows, metric)
+    after = refined(TYPES[name], rows, before, metric)
+    assert after.size == before.size
+    assert library.valid(TYPES[name], after)
+    lost = [metric.loss((library.to_float(TYPES[name], data, ROW) - rows).T) for data in (before, after)]
+    assert (lost[1] <= lost[0] * (1 + 1e-4)).all()
+    seen = [float(np.square((library.to_float(TYPES[name], d, ROW) - rows) @ inputs.T).sum()) for d in (before, after)]
+    assert seen[1] < GAIN * seen[0]
+
+
+def test_the_same_rows_give_the_same_bytes(kernels: Kernels, rows: Rows, metric: Metric) -> None:
+    data = stored(kernels, "Q4_K", rows, metric)
+    whole = refined(TYPES["Q4_K"], rows, data, metric)
+    again = refined(TYPES["Q4_K"], rows, data, metric)
+    assert (whole == again).all()
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ4_XS", "Q8_0"])
+def test_where_inputs_have_nothing_in_common_each_weight_gets_its_nearest_level(
+    name: str, kernels: Kernels, rows: Rows
+) -> None:
+    alone = Metric(np.diag(np.random.default_rng(5).uniform(0.5, 2, ROW)).astype(np.float32))
+    state = State.of(TYPES[name], rows, stored(kernels, name, rows, alone))
+    scale, off, _ = state.scales()
+    feed_back(state, alone)
+    levels = FORMS[name].levels
+    assert levels is not None
+    there = scale != 0
+    wanted = ((state.weights + off) / np.where(there, scale, 1)).astype(np.float32)
+    assert (state.level == nearest(wanted, levels))[there].all()
+
+
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_rows_of_zeros_stay_zeros(name: str, library: Library, kernels: Kernels, metric: Metric) -> None:
+    nothing = np.zeros((3, ROW), np.float32)
+    after = refined(TYPES[name], nothing, stored(kernels, name, nothing, metric), metric)
+    assert not library.to_float(TYPES[name], after, ROW).any()
+
+
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_columns_without_any_input_do_not_matter(
+    name: str, library: Library, kernels: Kernels, rows: Rows, metric: Metric
+) -> None:
+    mute = metric.moments.copy()
+    mute[:32], mute[:, :32] = 0, 0
+    silent = Metric(mute)
+    before = stored(kernels, name, rows, silent)
+    after = refined(TYPES[name], rows, before, silent)
+    lost = [silent.loss((library.to_float(TYPES[name], data, ROW) - rows).T).sum() for data in (before, after)]
+    assert np.isfinite(lost[1]) and lost[1] < lost[0]
