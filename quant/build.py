@@ -104,7 +104,7 @@ class Job:
         bases = sum(v.is_base for v in self.variants)
         passes = bases < len(self.variants)
         publishing = ((2 - self.dry_run) if self.target else 0) + (self.key is not None)
-        optional = [self.model.sees, bool(self.model.evaluation.chunks), passes]
+        optional = [self.model.sees, bool(self.model.evaluation.chunks), passes, self.model.imatrix.feedback]
         return 7 + sum(optional) + bases + (2 + self.sends) * len(self.variants) + publishing
 
 

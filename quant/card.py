@@ -111,6 +111,7 @@ def _values(model: Model, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "title": model.title,
         "description": model.card.description or f"Quantisations of {model.card.base or model.title} for llama.cpp.",
         "turns": len(model.smoke),
+        "fed_back": model.imatrix.feedback,
         "waived": _waived(variants, template),
         "measured": manifest.get("evaluation"),
         "pictures": _pictures(variants),

@@ -19,6 +19,7 @@ from quant import evaluate, files
 from quant.distortion import Distortions, Error
 from quant.engine.job import Settings as Engine
 from quant.errors import InputError
+from quant.feedback import REVISION
 from quant.footprint import class_of
 from quant.ggml_types import TYPES
 from quant.header import Header, TensorSpec, read_header
@@ -151,8 +152,8 @@ def variant_of(name: str, types: Mapping[str, str], file_type: str = "Q8_0") -> 
 
 @cache
 def _fed_by(setting: Setting) -> Mapping[str, str]:
-    """The digest of the moments, where there are any."""
-    return {"moments": files.digest(setting.moments)} if setting.moments else {}
+    """By which moments rounding is fed back, and how; nothing where it is not."""
+    return {"moments": f"{files.digest(setting.moments)} {REVISION}"} if setting.moments else {}
 
 
 def _key(probe: Probe, setting: Setting) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from quant.engine.output import Made, finished
 from quant.engine.reuse import Finished
 from quant.engine.run import run
 from quant.errors import CheckFailed, refuse
+from quant.feedback import REVISION
 from quant.footprint import MATRIX_NAME, forecast_bytes, oversized
 from quant.header import Header, read_header, read_headers
 from quant.imatrix import ImportanceMatrix
@@ -62,9 +63,13 @@ def quantize(
     """
     plans = [p for p in plans if not p.is_base]
     refuse(line for p in plans for line in oversized(p, max_size))
-    shared = {"base": base.receipt.sha256, "imatrix": matrix.receipt.sha256, "llama.cpp": str(tools.version)}
+    shared: dict[str, Any] = {
+        "base": base.receipt.sha256,
+        "imatrix": matrix.receipt.sha256,
+        "llama.cpp": str(tools.version),
+    }
     if moments:
-        shared["moments"] = moments.receipt.sha256
+        shared |= {"moments": moments.receipt.sha256, "feedback": REVISION}
     inputs = {p.variant.name: _inputs(shared, p, title, _limit(p, max_size, base, matrix)) for p in plans}
     todo = [p for p in plans if not store.find(STAGE, inputs[p.variant.name])]
     targets = []

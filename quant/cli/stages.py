@@ -74,6 +74,7 @@ def quantize(
     from quant import files, toolchain
     from quant import imatrix as matrices
     from quant.errors import InputError, refuse
+    from quant.feedback import REVISION
     from quant.header import read_header
     from quant.moments import Moments
     from quant.plan import plan
@@ -97,7 +98,8 @@ def quantize(
     if moments:
         Moments.open(moments, files.digest(base))
     seen = [p.resolve().stat() for p in (base, matrix, moments) if p]
-    identity = files.canonical([(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in seen])
+    how = [REVISION] if moments else []
+    identity = files.canonical([*how, *((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in seen)])
     refuse(
         f"{there}: exists already; name another folder or take it away"
         for t in targets

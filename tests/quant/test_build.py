@@ -1,5 +1,6 @@
 """A job from what a person says: what is asked is what will be done, and its stages are counted before."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,30 @@ def test_a_build_that_measures_nothing_has_a_stage_less(tmp_path: Path) -> None:
     whole, without = (build.prepare("tiny-glm", out=tmp_path, evaluate=evaluate) for evaluate in (True, False))
     assert (whole.steps, without.steps) == (34, 33)
     assert without.model == replace(whole.model, evaluation=replace(whole.model.evaluation, chunks=0))
+
+
+def test_a_build_with_feedback_has_a_stage_more_and_loses_less_than_half(tmp_path: Path) -> None:
+    prepared = build.prepare("tiny-glm", ("UD-IQ3_XXS",), out=tmp_path, evaluate=False)
+    short = replace(prepared.model, imatrix=replace(prepared.model.imatrix, chunks=8))
+    files: dict[bool, Any] = {}
+    for feedback in (False, True):
+        model = replace(short, imatrix=replace(short.imatrix, feedback=feedback))
+        job = replace(prepared, model=model, out=tmp_path / str(feedback))
+        done: dict[str, Any] = {}
+
+        def do(stage: str, subject: str, work: Callable[[], Any], done: dict[str, Any] = done) -> Any:
+            done[f"{stage} {subject}"] = work()
+            return done[f"{stage} {subject}"]
+
+        built = build.build(job, do)
+        assert len(done) == job.steps
+        assert any(stage.startswith("moments") for stage in done) == feedback
+        assert ("Rounding was fed back" in (built.folder / "README.md").read_text()) == feedback
+        (files[feedback],) = done["quantize UD-IQ3_XXS"]
+    before, after = files[False].errors, files[True].errors
+    quantised = [name for name, error in before.items() if error and name != "token_embd.weight"]
+    assert quantised
+    assert all(after[name] < before[name] / 2 for name in quantised)
 
 
 @pytest.mark.parametrize(("option", "measures"), [((), True), (("--evaluate",), True), (("--no-evaluate",), False)])

@@ -230,3 +230,9 @@ def test_a_manifest_that_lacks_something_is_our_own_mistake() -> None:
 )
 def test_sizes_are_told_in_powers_of_a_thousand(size: int, said: str) -> None:
     assert human_bytes(size) == said
+
+
+def test_a_card_says_whether_rounding_was_fed_back() -> None:
+    fed_back = replace(TINY, imatrix=replace(TINY.imatrix, feedback=True))
+    assert "Rounding was fed back" in made(fed_back)
+    assert "fed back" not in made(TINY)
