@@ -67,6 +67,8 @@ class Distortions:
     """By tensor and type; only types that the tensor may have."""
     squares: Mapping[str, float]
     """By tensor, the weighted squares that were there: shares times these are losses that can be added."""
+    moments: str | None = None
+    """The sha256 of the second moments by which rounding was fed back; none where it was not."""
 
     def only(self, types: Iterable[str]) -> "Distortions":
         """Without the other types."""
@@ -83,7 +85,8 @@ class Distortions:
             }
             for name, errors in self.errors.items()
         }
-        return {"form": FORM, "base": self.base, "imatrix": self.matrix, "tensors": tensors}
+        seen = {"moments": self.moments} if self.moments else {}
+        return {"form": FORM, "base": self.base, "imatrix": self.matrix, **seen, "tensors": tensors}
 
 
 def measure(
@@ -101,7 +104,8 @@ def measure(
     kernels = Kernels(library)
     from quant.feedback.refiner import Refiner
 
-    refiner = Refiner.open(moments) if moments else None
+    digest = files.digest(base)
+    refiner = Refiner.open(moments, digest) if moments else None
     tensors = [t for t in source.header.tensors if quantizable(t)]
     with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
         found = list(
@@ -109,7 +113,8 @@ def measure(
         )
     errors = {t.name: by_type for t, (by_type, _) in zip(tensors, found, strict=True)}
     squares = {t.name: whole for t, (_, whole) in zip(tensors, found, strict=True)}
-    return Distortions(files.digest(base), files.digest(matrix) if matrix else None, errors, squares)
+    matrix_digest, seen = (files.digest(path) if path else None for path in (matrix, moments))
+    return Distortions(digest, matrix_digest, errors, squares, seen)
 
 
 def possible(tensor: TensorSpec, types: Iterable[str], *, covered: bool) -> Iterator[str]:
@@ -130,7 +135,8 @@ def read(path: Path, base: str | None = None) -> Distortions:
             raise ValueError(f"form {told['form']!r}")
         tensors = told["tensors"].items()
         errors = {name: {kind: Error(*e) for kind, e in t["errors"].items()} for name, t in tensors}
-        found = Distortions(told["base"], told["imatrix"], errors, {name: float(t["squares"]) for name, t in tensors})
+        squares = {name: float(t["squares"]) for name, t in tensors}
+        found = Distortions(told["base"], told["imatrix"], errors, squares, told.get("moments"))
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
     except (ValueError, KeyError, TypeError) as e:
@@ -138,6 +144,18 @@ def read(path: Path, base: str | None = None) -> Distortions:
     if base and found.base != base:
         raise InputError(f"{path}: of another model: its base is {found.base[:12]}…, this one is {base[:12]}…")
     return found
+
+
+def check_feedback(path: Path, measured: str | None, moments: Path | None) -> None:
+    """Raise InputError for a file that was measured with other moments than those, or with some where there are none."""
+    wanted = files.digest(moments) if moments else None
+    if measured != wanted:
+        expected, found = (
+            f"fed back by moments {d[:12]}…" if d else "with ggml's rounding" for d in (wanted, measured)
+        )
+        raise InputError(
+            f"{path}: expected what was measured {expected}, found {found}; name another file, or take it away"
+        )
 
 
 def _errors(

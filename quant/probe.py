@@ -23,6 +23,7 @@ from quant.feedback import REVISION
 from quant.footprint import class_of
 from quant.ggml_types import TYPES
 from quant.header import Header, TensorSpec, read_header
+from quant.moments import Moments
 from quant.plan import Plan, depths, plan, quantizable
 from quant.quantize import Target, write
 from quant.recipe import Rule, Variant
@@ -40,6 +41,8 @@ SINGLE_BELOW = 200
 """Models with fewer matrices are probed tensor by tensor."""
 FEWEST_CHUNKS = 8
 """With fewer, the noise of a probe is not known."""
+FED_BACK = "fed back by"
+"""Said of probes whose rounding was, before the digest of the moments."""
 AT_ONCE = 12
 """Probe files that lie on the disk at a time."""
 BYTES_PER_TOKEN = 4
@@ -111,6 +114,8 @@ def measure(
     Raises InputError for a text of too few chunks.
     """
     base_digest = files.digest(setting.base)
+    if setting.moments:
+        Moments.open(setting.moments, base_digest)
     keys = [_key(p, setting) for p in wanted]
     todo = [i for i, key in enumerate(keys) if not setting.store.find("probe", key)]
     for at in range(0, len(todo), AT_ONCE):
@@ -139,7 +144,7 @@ def share(wanted: Sequence[Probe], part: str) -> tuple[Probe, ...]:
 def told(setting: Setting) -> str:
     """On what probes were measured, in words that are equal only where they may be put together."""
     text, how = files.digest(setting.text)[:12], setting.reading
-    fed_back = "".join(f", fed back by {digest[:12]}" for digest in _fed_by(setting).values())
+    fed_back = "".join(f", {FED_BACK} {digest[:12]}" for digest in _fed_by(setting).values())
     chunks = f"{how.chunks or 'all'} chunks of {how.context}"
     return f"{setting.text.name} ({text}, {chunks}), the rest in {setting.blanket}{fed_back}"
 

@@ -119,8 +119,9 @@ def allocate(
         reading = partial(_setting, Path(what), matrix, moments, texts, chunks, threads, store, tools)
         material = _probed(unprobed, sensitivity or store.root / "sensitivity.json", reading)
         maker = _searching(reading(), measured) if measured else maker
-    elif measured:
-        raise click.UsageError("--measured: expected a BF16 GGUF, of a MODEL's name there is nothing to build")
+    elif measured or moments:
+        option = "--measured" if measured else "--moments"
+        raise click.UsageError(f"{option}: expected a BF16 GGUF, of a MODEL's name there is nothing to build")
     else:
         material = _known(what, types or CANDIDATES)
     targets = targets_of(material)
@@ -176,6 +177,7 @@ def _unprobed(
         progress.say(f"{errors}: measuring what {len(types)} types do to each tensor")
         distortion.write(errors, distortion.measure(base, matrix, tools, types=types, moments=moments))
     found = distortion.read(errors, digest).only(types)
+    distortion.check_feedback(errors, found.moments, moments)
     known = matrices.read(matrix, header.tensors) if matrix else None
     return Material(
         header.tensors, known.covered if known else frozenset(), found,
@@ -209,10 +211,18 @@ def _probed(unprobed: "Material", path: Path, reading: "Callable[[], Setting]") 
     """With the sensitivities of a file, which is written from probes if it is not there."""
     from quant import probe, sensitivity
     from quant.cli.probing import measure
+    from quant.errors import InputError
 
     if not path.exists():
         measure(path, unprobed.errors, reading(), probe.probes(unprobed.tensors, unprobed.errors))
-    return replace(unprobed, sensitivities=sensitivity.read_file(path, unprobed.errors.base))
+    found = sensitivity.read_file(path, unprobed.errors.base)
+    wanted = f"{probe.FED_BACK} {unprobed.errors.moments[:12]}" if unprobed.errors.moments else None
+    if wanted not in found.source if wanted else probe.FED_BACK in found.source:
+        raise InputError(
+            f"{path}: expected probes {wanted or 'with the rounding of ggml'}, found {found.source}; name another file, or"
+            " take it away"
+        )
+    return replace(unprobed, sensitivities=found)
 
 
 def _searching(setting: "Setting", count: int) -> "Maker":

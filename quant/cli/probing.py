@@ -54,6 +54,7 @@ def probe(
     if not errors.exists():
         distortion.write(errors, distortion.measure(base, matrix, tools, moments=moments))
     found = distortion.read(errors, files.digest(base))
+    distortion.check_feedback(errors, found.moments, moments)
     setting = probe.Setting(
         base.resolve(), matrix and matrix.resolve(), text.resolve(), tools, store, Settings(CONTEXT, chunks, threads),
         moments=moments and moments.resolve(),

@@ -27,9 +27,9 @@ class Refiner:
         self.kept: OrderedDict[tuple[str, int], Metric | None] = OrderedDict()
 
     @staticmethod
-    def open(path: Path) -> "Refiner":
-        """With the moments of a file. Raises InputError for another file."""
-        return Refiner(Moments.open(path))
+    def open(path: Path, base_digest: str | None = None) -> "Refiner":
+        """With the moments of a file. Raises InputError for another file, and for those of another base."""
+        return Refiner(Moments.open(path, base_digest))
 
     def metric(self, tensor: TensorSpec, expert: int) -> Metric | None:
         """How errors in an expert's columns add up; nothing where nobody saw its inputs.

@@ -3,13 +3,17 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
-from quant import cli
+from quant import cli, distortion, files, sensitivity
+from quant.moments import FORM
 from quant.plan import plan
 from quant.recipe import load_variant
+from quant.sensitivity import Sensitivities
 from quant.toolchain import find
 from tests.quant.engine.models import write_base, write_matrix
 from tests.quant.test_ladder import GLM
@@ -89,6 +93,34 @@ def test_a_size_out_of_reach_is_refused_before_anything_is_probed(run: Run, tmp_
     code, _, err = run("allocate", base, *options, "--type", "Q4_K", "--type", "Q8_0")
     assert (code, "found 1,000" in err) == (2, True)
     assert [p.name for p in (tmp_path / "work").iterdir()] == ["errors.json"]
+
+
+def moments_of(base: Path, path: Path, digest: str | None = None) -> Path:
+    """Moments of nothing, which say whose they are."""
+    about = {"form": FORM, "base": digest or files.digest(base)}
+    save_file({}, path, {"moments": json.dumps(about)})
+    return path
+
+
+def test_what_was_measured_otherwise_is_not_taken_for_what_is_fed_back(run: Run, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf")
+    seen, other = moments_of(base, tmp_path / "m"), moments_of(base, tmp_path / "o", "0" * 64)
+    asked = ("allocate", base, "--size", "900kB", "-o", tmp_path / "v.toml", "--text", __file__)
+    code, _, err = run(*asked, "--moments", other)
+    assert code == 2 and "of another model" in err
+    kept = ("--errors", tmp_path / "errors.json", "--sensitivity", tmp_path / "s.json")
+    found = distortion.measure(base, None, find(), types=("Q4_K", "Q8_0"))
+    distortion.write(tmp_path / "errors.json", found)
+    code, _, err = run(*asked, *kept, "--moments", seen)
+    assert code == 2 and "expected what was measured fed back by moments" in err and "found with ggml's rounding" in err
+    distortion.write(tmp_path / "errors.json", replace(found, moments=files.digest(seen)))
+    code, _, err = run(*asked, *kept)
+    assert code == 2 and "expected what was measured with ggml's rounding" in err
+    sensitivity.write_file(tmp_path / "s.json", Sensitivities(found.base, "probes", dict.fromkeys(found.errors, 1.0)))
+    code, _, err = run(*asked, *kept, "--moments", seen)
+    assert code == 2 and f"expected probes fed back by {files.digest(seen)[:12]}, found probes" in err
+    code, _, err = run("allocate", "tiny-glm", "--size", "4MB", "--moments", seen, "-o", tmp_path / "v.toml")
+    assert code == 2 and "--moments: expected a BF16 GGUF" in err
 
 
 def test_texts_of_one_name_cannot_both_be_domains(run: Run, tmp_path: Path) -> None:
