@@ -6,7 +6,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from calibration import documents
-from quant import imatrix, source, toolchain
+from quant import imatrix, moments, source, toolchain
 from quant.calibrate import as_read
 from quant.convert import Words, write_vision
 from quant.footprint import forecast_bytes, shard_bytes_of
@@ -137,6 +137,24 @@ def test_a_variant_that_is_called_as_a_preset_has_its_types(name: str, preset: s
     planned = plan(load_variant(preset), read_header(model.base).tensors)
     found = dry_run(model.base, "--imatrix", model.matrix, model.base, preset)
     assert found == planned.types()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_matrix_of_a_twin_that_is_read_can_be_fed_back(name: str, made: dict[str, Made], tmp_path: Path) -> None:
+    model = made[name]
+    seen = tmp_path / "moments.safetensors"
+    observed = moments.observe(model.base, model.base.parent / "text.txt", seen, moments.Settings(256, 4))
+    header, covered = read_header(model.base), imatrix.read(model.matrix).covered
+    planned = plan(load_variant("UD-Q2_K_XL"), header.tensors, covered)
+    target, tools = Target(planned, tmp_path / "V.gguf"), toolchain.find()
+    (facts,) = write(model.base, model.matrix, [target], "twin", tools, tmp_path / "work", moments=seen)
+    (plain,) = write(
+        model.base, model.matrix, [replace(target, path=tmp_path / "P.gguf")], "twin", tools, tmp_path / "work"
+    )
+    changed = {n for n, t in facts["tensors"].items() if t["sha256"] != plain["tensors"][n]["sha256"]}
+    quantised = {t.tensor.name for t in planned.tensors if t.type != t.tensor.type}
+    assert changed == quantised & {*observed.counts, "token_embd.weight"}
+    assert covered & quantised <= {*observed.counts}
 
 
 @pytest.mark.parametrize("name", MODELS)
