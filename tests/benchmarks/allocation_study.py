@@ -126,8 +126,16 @@ def _base(out: Path, store: Store, tools: toolchain.Toolchain) -> Path:
 
 
 def _texts(out: Path, base: Path) -> tuple[Path, dict[str, Path]]:
+    """The files of the calibration side, and of the held-out texts by domain."""
+    seen, held_out = texts(read_header(base).metadata["tokenizer.chat_template"])
+    for name, parts in {"cal": seen, **held_out}.items():
+        files.write_text(out / f"{name}.txt", "\n".join(parts))
+    return out / "cal.txt", {name: out / f"{name}.txt" for name in held_out}
+
+
+def texts(chat_template: str) -> tuple[list[str], dict[str, list[str]]]:
     """The calibration side, and the held-out texts by domain; no conversation is on both sides, and no file of code."""
-    template = patch(read_header(base).metadata["tokenizer.chat_template"], None, "tiny-glm")
+    template = patch(chat_template, None, "tiny-glm")
 
     def chats(seed: int) -> list[str]:
         found = itertools.islice(corpus.conversations(seed), 500)
@@ -141,10 +149,9 @@ def _texts(out: Path, base: Path) -> tuple[Path, dict[str, Path]]:
     apart = [chat for chat in chats(SEEDS["held out"]) if chat not in set(seen)]
     mixed = seen + code(SEEDS["calibration"], 120, held_out=False)
     Random(5).shuffle(mixed)
-    texts = {"cal": mixed, "chat": apart, "code": code(SEEDS["held out"], 90, held_out=True)}
-    for name, parts in texts.items():
-        files.write_text(out / f"{name}.txt", "\n".join(parts))
-    return out / "cal.txt", {name: out / f"{name}.txt" for name in ("chat", "code")}
+    # Files of Python's library repeat each other here and there.
+    other = [piece for piece in code(SEEDS["held out"], 90, held_out=True) if piece not in set(mixed)]
+    return mixed, {"chat": apart, "code": other}
 
 
 def _matrix(out: Path, base: Path, text: Path, tools: toolchain.Toolchain, threads: int) -> Path:
