@@ -1,9 +1,12 @@
 """Feedback: what comes out of a matrix is nearer to what it was, in the same bytes, and never further."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from quant import ggml
+from quant.feedback import descent
 from quant.feedback.descent import Metric, State, feed_back, refined
 from quant.feedback.formats import FORMS
 from quant.feedback.rounding import nearest
@@ -103,3 +106,45 @@ def test_columns_without_any_input_do_not_matter(
     after = refined(TYPES[name], rows, before, silent)
     lost = [silent.loss((library.to_float(TYPES[name], data, ROW) - rows).T).sum() for data in (before, after)]
     assert np.isfinite(lost[1]) and lost[1] < lost[0]
+
+
+@pytest.mark.parametrize("step", [descent.choose_levels, descent.fit_scales, descent.fit_blocks])
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ2_S", "IQ3_XXS"])
+def test_each_turn_alone_brings_most_rows_nearer_and_none_further(
+    name: str, step: Callable[[State, Metric], None], kernels: Kernels, rows: Rows, metric: Metric
+) -> None:
+    state = State.of(TYPES[name], rows, stored(kernels, name, rows, metric))
+    before = metric.loss(state.error())
+    step(state, metric)
+    after = metric.loss(state.error())
+    assert (after <= before * (1 + 1e-4)).all()
+    assert (after < before * (1 - 1e-3)).mean() > 0.5
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q2_K", "IQ3_S", "IQ1_S"])
+def test_what_one_group_broke_is_mended_by_those_after_it(
+    name: str, kernels: Kernels, rows: Rows, metric: Metric
+) -> None:
+    state = State.of(TYPES[name], rows, stored(kernels, name, rows, metric))
+    before = metric.loss(state.error()).sum()
+    feed_back(state, metric)
+    assert metric.loss(state.error()).sum() < before / 2
+
+
+def test_the_loudest_groups_come_first(metric: Metric) -> None:
+    loud = np.diagonal(metric.moments)[metric.order(8)].reshape(-1, 8).sum(1)
+    assert (loud[:-1] >= loud[1:]).all()
+    assert sorted(metric.order(8)) == [*range(ROW)]
+
+
+def test_a_row_that_did_not_gain_keeps_its_bytes(
+    monkeypatch: pytest.MonkeyPatch, kernels: Kernels, rows: Rows, metric: Metric
+) -> None:
+    def spoil(state: State, _: Metric) -> None:
+        state.level[:, ::2] = 0
+
+    for step in ("choose_levels", "fit_scales", "fit_blocks"):
+        monkeypatch.setattr(descent, step, lambda state, metric: None)
+    monkeypatch.setattr(descent, "feed_back", spoil)
+    before = stored(kernels, "Q4_K", rows, metric)
+    assert (refined(TYPES["Q4_K"], rows, before, metric) == before).all()
