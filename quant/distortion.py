@@ -102,10 +102,8 @@ def measure(
         refuse(importance.problems(source.header.tensors))
     library = ggml.load(ggml.find(tools.bin))
     kernels = Kernels(library)
-    from quant.feedback.refiner import Refiner
-
     digest = files.digest(base)
-    refiner = Refiner.open(moments, digest) if moments else None
+    refiner = _refiner(moments, digest) if moments else None
     tensors = [t for t in source.header.tensors if quantizable(t)]
     with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
         found = list(
@@ -144,6 +142,12 @@ def read(path: Path, base: str | None = None) -> Distortions:
     if base and found.base != base:
         raise InputError(f"{path}: of another model: its base is {found.base[:12]}…, this one is {base[:12]}…")
     return found
+
+
+def _refiner(moments: Path, base_digest: str) -> "Refiner":
+    from quant.feedback.refiner import Refiner  # errors of ggml's bytes are measured without it
+
+    return Refiner.open(moments, base_digest)
 
 
 def check_feedback(path: Path, measured: str | None, moments: Path | None) -> None:
