@@ -6,8 +6,10 @@ tensors is drawn toward its class as far as its noise asks for.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from quant.errors import InputError
 from quant.footprint import class_of
 
 FORM = "quant-sensitivity-1"
-PLAIN = frozenset({"output.weight"})
-"""Tensors behind everything that amplifies noise."""
+OUTPUT = "output.weight"
+BLOCK, FURTHER = re.compile(r"blk\.(\d+)\.(.+)"), "nextn."
 POWERS = 0.4, 2.5
 """Outside of these a power is an accident."""
 MODEL_VARIANCE = 0.02
@@ -56,7 +58,8 @@ class Sensitivities:
 
     The noise that tensors make adds up, and the divergence is a power of the sum: in a mixture of experts a little noise
     already sends tokens to other experts, so the power is below one, and in small dense models it is above. The noise of
-    the output matrix comes after everything that could amplify it, and is added plainly.
+    the output matrix, and of the last block's feed-forward part, comes after everything that could amplify it, and is
+    added plainly.
     """
 
     base: str
@@ -70,6 +73,11 @@ class Sensitivities:
     credit: str = ""
     """Whom figures that are not this project's own come from."""
 
+    @cached_property
+    def plain(self) -> frozenset[str]:
+        """The tensors whose noise is added plainly."""
+        return behind_all(self.scales)
+
     def noise(self, types: Mapping[str, str], errors: Distortions) -> tuple[float, float]:
         """Of a file with these types: what is inside the power, and what is added plainly."""
         made = {
@@ -77,7 +85,7 @@ class Sensitivities:
             for name, kind in types.items()
             if kind in errors.errors.get(name, {})
         }
-        plain = math.fsum(noise for name, noise in made.items() if name in PLAIN)
+        plain = math.fsum(noise for name, noise in made.items() if name in self.plain)
         return math.fsum(made.values()) - plain, plain
 
     def predicted(self, types: Mapping[str, str], errors: Distortions) -> float:
@@ -88,7 +96,7 @@ class Sensitivities:
     def damage(self, errors: Distortions, inside: float) -> dict[str, dict[str, float]]:
         """What each type of each tensor adds to the divergence where the noise is that much: the tangent there."""
         steep = self.power * max(inside, TINY) ** (self.power - 1)
-        weight = {name: scale * (1.0 if name in PLAIN else steep) for name, scale in self.scales.items()}
+        weight = {name: scale * (1.0 if name in self.plain else steep) for name, scale in self.scales.items()}
         return {n: {kind: weight[n] * e.share for kind, e in by_type.items()} for n, by_type in errors.errors.items()}
 
     def json(self) -> dict[str, Any]:
@@ -101,25 +109,37 @@ class Sensitivities:
         }  # fmt: skip
 
 
+def behind_all(names: Iterable[str]) -> frozenset[str]:
+    """Of these tensors those behind everything that amplifies noise: behind the last router, and the last attention."""
+    blocks: dict[int, list[str]] = {}
+    for name in names:
+        if match := BLOCK.fullmatch(name):
+            blocks.setdefault(int(match[1]), []).append(match[2])
+    trunk = [n for n, parts in blocks.items() if not any(part.startswith(FURTHER) for part in parts)]
+    last = {f"blk.{n}.{part}" for n in sorted(trunk)[-1:] for part in blocks[n] if part.startswith("ffn_")}
+    return frozenset(last | {OUTPUT})
+
+
 def fit(measured: Sequence[Measured], errors: Distortions, source: str) -> Sensitivities:
     """What the probes say of every tensor. One that no probe held is like the mean of its class.
 
     Raises InputError when there is a tensor of which nothing is known, nor of one like it.
     """
-    power = _power(measured, errors)
+    plain = behind_all(errors.errors)
+    power = _power(measured, errors, plain)
     held: dict[str, list[Measured]] = {}
     for m in measured:
         for name in m.probe.types:
             held.setdefault(name, []).append(m)
-    known = {name: _scale(found, errors, 1.0 if name in PLAIN else power) for name, found in held.items()}
-    by_class: dict[str, list[str]] = {}
-    for name in known:
-        by_class.setdefault(class_of(name), []).append(name)
+    known = {name: _scale(found, errors, 1.0 if name in plain else power) for name, found in held.items()}
+    by_class: dict[tuple[str, bool], list[str]] = {}
+    for name in known:  # scales of noise that is added plainly are of another unit
+        by_class.setdefault((class_of(name), name in plain), []).append(name)
     scales = {
         name: scale for names in by_class.values() for name, scale in _drawn({n: known[n] for n in names}).items()
     }
     for name in errors.errors:
-        if name not in scales and (like := by_class.get(class_of(name))):
+        if name not in scales and (like := by_class.get((class_of(name), name in plain))):
             scales[name] = math.exp(sum(math.log(scales[n]) for n in like) / len(like))
     if missing := sorted(errors.errors.keys() - scales.keys()):
         raise InputError(
@@ -144,7 +164,7 @@ def refit(
     names = list(found.scales)
     classes = sorted({class_of(n) for n in names})
     of_class = np.array([[class_of(n) == c for c in classes] for n in names], float)
-    plain = np.array([n in PLAIN for n in names])
+    plain = np.array([n in found.plain for n in names])
     shares = np.array([[_lost(errors, n, types.get(n)) for n in names] for types, _ in files_measured])
     made = shares * np.array([found.scales[n] for n in names])
     measured = np.log(np.maximum([kld for _, kld in files_measured], FLOOR))
@@ -190,11 +210,11 @@ def read_file(path: Path, base: str | None = None) -> Sensitivities:
     return found
 
 
-def _power(measured: Sequence[Measured], errors: Distortions) -> float:
+def _power(measured: Sequence[Measured], errors: Distortions, plain: frozenset[str]) -> float:
     """How divergence grows with noise: from probes of the same tensors at several types, all of them together."""
     same: dict[frozenset[str], list[Measured]] = {}
     for m in measured:
-        if not PLAIN & m.probe.types.keys():
+        if not plain & m.probe.types.keys():
             same.setdefault(frozenset(m.probe.types), []).append(m)
     across = along = 0.0
     for found in same.values():

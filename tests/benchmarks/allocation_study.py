@@ -35,7 +35,7 @@ from quant.ladder import Material, Target, make
 from quant.plan import plan
 from quant.quantize import Target as Wanted
 from quant.quantize import write
-from quant.sensitivity import PLAIN, Sensitivities
+from quant.sensitivity import Sensitivities
 from quant.store import Store
 from quant.template import patch
 from tests.models import corpus
@@ -189,9 +189,9 @@ def _methods(
     """Types by method and size."""
     errors, ours = known.errors, known.sensitivities
     local = Sensitivities(ours.base, "local error", errors.squares)
-    by_class: dict[str, list[str]] = {}
+    by_class: dict[tuple[str, bool], list[str]] = {}
     for name in ours.scales:
-        by_class.setdefault(class_of(name), []).append(name)
+        by_class.setdefault((class_of(name), name in ours.plain), []).append(name)
     weights = {t.name: t.elements for t in known.tensors}
     means = {
         n: weights[n] * sum(ours.scales[m] for m in names) / sum(weights[m] for m in names)
@@ -339,7 +339,7 @@ def _report(
         for n in order
     }
     powers = {"power": known.sensitivities.power, "refitted power": again.power}
-    told: dict[str, Any] = {**powers, "plain": sorted(PLAIN), "spearman": rank, "files": each}
+    told: dict[str, Any] = {**powers, "plain": sorted(known.sensitivities.plain), "spearman": rank, "files": each}
     files.write_text(out / "study.json", json.dumps(told, indent=1) + "\n")
     for method, p in itertools.product((OURS, FED_BACK), PRESETS):
         gap = evaluate.difference(found[f"simple {p}"].whole, found[f"{method} {p}"].whole)

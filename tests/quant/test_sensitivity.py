@@ -13,11 +13,13 @@ from quant.inventory import inventory
 from quant.priors import typical
 from quant.probe import probes
 from quant.recipe import load_model
-from quant.sensitivity import Measured, Sensitivities, fit, refit
+from quant.sensitivity import Measured, Sensitivities, behind_all, fit, refit
 
 TINY = inventory(load_model("tiny-glm")[0].architecture)
 GLM = inventory(load_model("glm-4.6")[0].architecture)
 ERRORS = typical(TINY)
+GLM_BLOCKS = {int(t.name.split(".")[1]) for t in GLM if t.name.startswith("blk.")}
+MTP = {int(t.name.split(".")[1]) for t in GLM if ".nextn." in t.name}
 RNG = np.random.default_rng(3)
 TRUTH = Sensitivities(
     ERRORS.base, "made up", {name: math.exp(RNG.normal(-4, 1)) for name in ERRORS.errors}, power=0.75
@@ -37,7 +39,24 @@ def test_exact_probes_give_the_truth_again() -> None:
     found = fit(measured(0), ERRORS, "made up")
     assert found.power == pytest.approx(TRUTH.power, rel=1e-3)
     for name, scale in found.scales.items():
-        assert scale == pytest.approx(TRUTH.scales[name], rel=0.05), name
+        assert scale == pytest.approx(TRUTH.scales[name], rel=0.08), name
+
+
+def test_what_follows_the_last_router_is_added_plainly() -> None:
+    last = {f"blk.3.ffn_{part}{kind}.weight" for part in ("gate", "up", "down") for kind in ("_exps", "_shexp")}
+    assert TRUTH.plain == last | {"output.weight"}
+    trunk, further = max(GLM_BLOCKS - MTP), max(MTP)
+    found = behind_all(t.name for t in GLM)
+    assert f"blk.{trunk}.ffn_down_exps.weight" in found
+    assert not {n for n in found if n.startswith((f"blk.{further}.", f"blk.{trunk}.attn", "token"))}
+
+
+def test_twice_the_noise_behind_the_last_router_is_twice_the_divergence() -> None:
+    for name, factor in (("blk.3.ffn_down_exps.weight", 2), ("blk.3.attn_output.weight", 2**0.75)):
+        coarse, fine = ({name: k} for k in ("Q2_K", "IQ3_XXS"))
+        ratio = ERRORS.errors[name]["Q2_K"].share / ERRORS.errors[name]["IQ3_XXS"].share
+        told = TRUTH.predicted(coarse, ERRORS) / TRUTH.predicted(fine, ERRORS)
+        assert told == pytest.approx(factor ** math.log2(ratio))
 
 
 def test_noise_draws_tensors_toward_their_class() -> None:
