@@ -189,8 +189,9 @@ By GGUF Foundry, with llama.cpp {{ llama_cpp }}, from {{ source }}.
 The importance matrix (`{{ matrix }}`) was computed over {{ documents }} documents of conversation, code and tools, rendered
 with the model's own chat template{% if fixes %}, as it was mended{% endif %}.
 {% endif %}{% if fed_back %}
-Rounding was fed back: levels and scales were chosen by the second moments of every matrix' inputs on the same text, so that
-what one weight lost is mended by others. Types and sizes are llama-quantize's, the bytes are not.
+Rounding was fed back: levels and scales were chosen by the second moments of every matrix' inputs on the same text (where the
+architecture allows it, each token counted by how much it matters for what the model says), so that what one weight lost is
+mended by others. Types and sizes are llama-quantize's, the bytes are not.
 {% endif %}
 
 What each file holds, rule by rule; of the rules that match a tensor, the first decides:

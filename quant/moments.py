@@ -1,5 +1,8 @@
 """Second moments of what goes into the matrices of a model, over a calibration text: H = Σ x xᵀ, and of how many rows x.
 
+With gradients, each row counts by what an error in what comes out of it would do to the word that the model says next; see
+:mod:`quant.gradients`. Without, all count alike, and the model is only read forward, by llama.cpp.
+
 They say how an error in one column of a matrix can be made good by the others. A file of them is kept as safetensors: a
 tensor NAME of a matrix's sums (by expert where there are such), NAME.counts of the rows that were summed, and in the
 metadata what it was made of. It grows with the square of a row's length, so it is read one expert at a time.
@@ -11,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -24,10 +27,13 @@ from numpy.typing import NDArray
 from quant import files, imatrix, ongoing, toolchain
 from quant.calibrate import CalibrationText
 from quant.convert import Base
+from quant.engine.weights import FLOATS
 from quant.errors import InputError, disk_errors, refuse
 from quant.evaluate import scorer_version
 from quant.files import Receipt
-from quant.header import TensorSpec, read_headers
+from quant.gradients import ARCHITECTURES, EMBEDDING, OUTPUT, REVISION
+from quant.gradients.shape import unknown
+from quant.header import Header, TensorSpec, read_headers
 from quant.observer import ABOUT, COUNTS
 from quant.plan import coverable, quantizable
 from quant.recipe import Model
@@ -38,8 +44,10 @@ FORM = "quant-moments-1"
 FEWEST_ROWS = 32
 """An expert that saw fewer is not known."""
 FLOAT_BYTES = 4
+LIKE_LOGITS = 4
+"""Arrays of a thread that have a number for every token and word."""
 JOB, FILE = "job.json", "moments.safetensors"
-PACE = re.compile(r"^read (\d+) of (\d+) chunks$", re.MULTILINE)
+PACE = re.compile(r"^read (\d+) of (\d+) \w+$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Settings:
     threads: int = 2
     only: str | None = None
     """A regular expression that the whole name of a matrix matches; all matrices when not given."""
+    gradients: bool | None = None
+    """Whether rows count by their gradients; when not given, where the model can be read backward."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Moments:
     about: Mapping[str, Any]
     """What it was made of: the digests of base and text, context, chunks, and llama.cpp's version."""
     counts: Mapping[str, NDArray[np.int64]]
-    """Rows that each expert of each matrix saw; one number where there are no experts."""
+    """Rows that each expert of each matrix saw, or as many as they are worth; one number where there are no experts."""
     file: Any = field(repr=False)
 
     @classmethod
@@ -122,10 +132,12 @@ def moments(base: Base, text: CalibrationText, model: Model, store: Store) -> Ob
     Raises InputError as :func:`observe`.
     """
     settings = Settings(model.imatrix.context, model.imatrix.chunks, len(os.sched_getaffinity(0)))
-    inputs = {
+    inputs: dict[str, Any] = {
         "base": base.receipt.sha256, "text": text.receipt.sha256, "context": settings.context, "chunks": settings.chunks,
         "llama.cpp": scorer_version(),
     }  # fmt: skip
+    if not [*_not_backward(read_headers(base.path))]:
+        inputs |= {"gradients": REVISION}
 
     def make(partial: Path) -> Mapping[str, Any]:
         found = observe(base.path, text.path, partial / FILE, settings)
@@ -141,11 +153,23 @@ def observe(base: Path, text: Path, out: Path, settings: Settings | None = None)
     Raises InputError where the machine has too little memory or disk, and for a text that does not fill one chunk.
     """
     settings = settings or Settings()
-    matrices = _matrices(base, settings.only)
+    headers = read_headers(base)
+    tensors = [t for h in headers for t in h.tensors]
+    strange = [*_not_backward(headers)]
+    backward = not strange if settings.gradients is None else settings.gradients
+    if backward:
+        refuse(f"{base}: {problem}; with --no-gradients all tokens count alike" for problem in strange)
+    elif settings.gradients is None and headers[0].architecture in ARCHITECTURES:
+        log.warning("moments: %s: all tokens count alike", strange[0])
+    matrices = _matrices(base, tensors, settings.only, embedding=backward)
     needed = FLOAT_BYTES * sum(experts * n * n for experts, n in matrices.values())
-    refuse(_no_room(out, needed, FLOAT_BYTES * max(n * n for _, n in matrices.values())))
+    once, each = _beside(tensors, matrices, settings.context) if backward else (0, _product(matrices))
+    refuse(_no_room(out, needed, once + each))
+    threads = min(settings.threads, (toolchain.free_memory() - needed - once) // each) if backward else settings.threads
     log.info("moments: %d matrices take %s bytes of memory, and as many of disk", len(matrices), f"{needed:,}")
     about: dict[str, Any] = {"form": FORM, "context": settings.context, "llama.cpp": scorer_version()}
+    if backward:
+        about |= {"gradients": REVISION}
     try:
         about |= {"text": files.digest(text), "base": imatrix.base_of(base.resolve()).receipt.sha256}
     except OSError as e:
@@ -154,14 +178,15 @@ def observe(base: Path, text: Path, out: Path, settings: Settings | None = None)
         made, said = folder / out.name, folder / "log"
         job = {
             "model": str(base.resolve()), "text": str(text.resolve()), "out": str(made), "matrices": matrices, "about": about,
-            "context": settings.context, "threads": settings.threads, "chunks": settings.chunks,
+            "context": settings.context, "threads": threads, "chunks": settings.chunks,
         }  # fmt: skip
         files.write_text(folder / JOB, files.pretty(job))
+        # One thread that multiplies: others that wait for work keep the cores from whoever reads; it took twice as long.
+        alone = {"OPENBLAS_NUM_THREADS": "1"} | ({"OMP_NUM_THREADS": "1"} if backward else {})
+        program = "quant.gradients.program" if backward else "quant.observer"
         toolchain.run(
-            [sys.executable, "-m", "quant.observer", folder / JOB], cwd=folder, log=said, name="reading the text",
-            # One thread that multiplies: others that wait for work keep the cores from llama.cpp, and it took twice as long.
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"},
-            meanwhile=partial(_tell, said),
+            [sys.executable, "-m", program, folder / JOB], cwd=folder, log=said, name="reading the text",
+            env=os.environ | alone | {"GGML_NO_BACKTRACE": "1"}, meanwhile=partial(_tell, said),
         )  # fmt: skip
         if not made.exists():
             raise InputError(
@@ -173,15 +198,16 @@ def observe(base: Path, text: Path, out: Path, settings: Settings | None = None)
     return Moments.open(out, about["base"])
 
 
-def _matrices(base: Path, only: str | None) -> dict[str, tuple[int, int]]:
+def _matrices(
+    base: Path, tensors: Collection[TensorSpec], only: str | None, *, embedding: bool
+) -> dict[str, tuple[int, int]]:  # fmt: skip
     """The matrices to observe: how many stand in one tensor, and how long their rows are.
 
     Those that a plan can quantise and that read text goes through: of the trunk's blocks, and the output. A model
-    without an output of its own puts out by its embeddings.
+    without an output of its own puts out by its embeddings. Of other embeddings only gradients know something.
     """
-    tensors = [t for header in read_headers(base) for t in header.tensors]
     names = {t.name for t in tensors}
-    reach = coverable(tensors) | {"output.weight" if "output.weight" in names else "token_embd.weight"}
+    reach = coverable(tensors) | {OUTPUT if OUTPUT in names else EMBEDDING} | ({EMBEDDING} if embedding else set())
     there = [t for t in tensors if t.name in reach and quantizable(t)]
     wanted = _chosen(there, only) if only is not None else there
     if not wanted:
@@ -198,11 +224,36 @@ def _chosen(tensors: Collection[TensorSpec], only: str) -> list[TensorSpec]:
     return [t for t in tensors if pattern.fullmatch(t.name)]
 
 
-def _no_room(out: Path, needed: int, product: int) -> Iterator[str]:
-    """Why this machine cannot do it: sums are held until the end, and a chunk's products come to them."""
+def _not_backward(headers: Sequence[Header]) -> Iterator[str]:
+    """All for which a model cannot be read backward."""
+    tensors = [t for h in headers for t in h.tensors]
+    yield from unknown(headers[0].metadata, {t.name for t in tensors})
+    if other := [t for t in tensors if t.type.name not in FLOATS]:
+        yield f"{other[0].name}: expected {', '.join(FLOATS)}, found {other[0].type.name}, and so {len(other)} tensors"
+
+
+def _product(matrices: Mapping[str, tuple[int, int]]) -> int:
+    """Bytes of the largest product of a chunk's rows."""
+    return FLOAT_BYTES * max(n * n for _, n in matrices.values())
+
+
+def _beside(
+    tensors: Collection[TensorSpec], matrices: Mapping[str, tuple[int, int]], context: int
+) -> tuple[int, int]:  # fmt: skip
+    """Bytes beside the sums, to read backward: a block's weights, or the output's; and for each thread what it says."""
+    by_block: dict[str, int] = {}
+    for t in tensors:
+        block = t.name.split(".")[1] if t.name.startswith("blk.") else t.name
+        by_block[block] = by_block.get(block, 0) + t.elements
+    words = next(t.shape[1] for t in tensors if t.name == EMBEDDING)
+    return FLOAT_BYTES * max(by_block.values()), FLOAT_BYTES * LIKE_LOGITS * context * words + _product(matrices)
+
+
+def _no_room(out: Path, needed: int, beside: int) -> Iterator[str]:
+    """Why this machine cannot do it: sums are held until the end, and something comes to them."""
     help_ = "take some tensors at a time with --only REGEX"
-    if (free := toolchain.free_memory()) < needed + product:
-        yield f"moments: expected {needed + product:,} bytes of memory, found {free:,} free; {help_}"
+    if (free := toolchain.free_memory()) < needed + beside:
+        yield f"moments: expected {needed + beside:,} bytes of memory, found {free:,} free; {help_}"
     standing = next(p for p in out.resolve().parents if p.is_dir())
     if (free := shutil.disk_usage(standing).free) < needed:
         yield f"{out}: expected {needed:,} bytes free on its disk, found {free:,}; {help_}, or free some"

@@ -27,6 +27,7 @@ NAME = "libggml-base.so"
 COUNTS = ".counts"
 ABOUT = "moments"
 """The one key of the file's metadata; its value is JSON. Several keys would stand in another order each time."""
+TINY = 1e-300
 INT32 = 26
 """The type of numbers of experts; see ``enum ggml_type``."""
 
@@ -130,14 +131,58 @@ class Library:
         )
 
 
+class Sums:
+    """Second moments that grow."""
+
+    def __init__(self, matrices: Mapping[str, tuple[int, int]]) -> None:
+        """``matrices`` says of each how many experts it has, and how long a row is."""
+        # Zeros that nobody touched take no memory.
+        self.products = {name: np.zeros((experts, n, n), np.float32) for name, (experts, n) in matrices.items()}
+        self.counts = {name: np.zeros(experts, np.int64) for name, (experts, _) in matrices.items()}
+        self.weights, self.squares = (
+            {name: np.zeros(experts) for name, (experts, _) in matrices.items()} for _ in "ws"
+        )
+        """Of each expert's rows: the sum of their weights, and that of their squares."""
+
+    def add(self, name: str, expert: int, rows: Numbers, weights: Numbers | None = None) -> None:
+        """Sum some rows of one expert, each counted by its weight; alike where none are given."""
+        if not len(rows):
+            return
+        rows = rows if weights is None else rows * np.sqrt(weights)[:, None]
+        product = rows.T @ rows
+        if not np.isfinite(product.trace()):
+            raise SystemExit(f"{name}: what goes into it is NaN or infinite: the model says nothing that can be used")
+        self.products[name][expert] += product
+        self.counts[name][expert] += len(rows)
+        self.weights[name][expert] += len(rows) if weights is None else weights.sum(dtype=np.float64)
+        self.squares[name][expert] += len(rows) if weights is None else np.square(weights, dtype=np.float64).sum()
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """What was seen, as it is written; matrices that the model never used are left out.
+
+        Weights of a matrix are one on average over all of its experts: one that matters more keeps larger moments. Where
+        rows count differently, fewer are told than were seen: as many as would say as much if all counted alike (Kish's
+        effective sample size).
+        """
+        found: dict[str, NDArray[Any]] = {}
+        for name, products in self.products.items():
+            weights, rows = self.weights[name], self.counts[name]
+            if not weights.any():
+                continue
+            told = np.floor(weights**2 / np.maximum(self.squares[name], TINY)).astype(np.int64)
+            share = told / np.maximum(rows, 1) * (rows.sum() / weights.sum())
+            if (share != 1).any():
+                products = products * share.astype(np.float32)[:, None, None]
+            found |= {name: products if len(rows) > 1 else products[0], name + COUNTS: told}
+        return found
+
+
 class Observer:
     """Sums the second moments of what goes into matrices; llama.cpp calls it."""
 
     def __init__(self, library: Library, matrices: Mapping[str, tuple[int, int]]) -> None:
         self.library = library
-        # Zeros that nobody touched take no memory.
-        self.sums = {name: np.zeros((experts, n, n), np.float32) for name, (experts, n) in matrices.items()}
-        self.counts = {name: np.zeros(experts, np.int64) for name, (experts, _) in matrices.items()}
+        self.sums = Sums(matrices)
         self.failure: BaseException | None = None
 
     def __call__(self, address: int, ask: bool, _: Any) -> bool:
@@ -147,7 +192,7 @@ class Observer:
             if node.op not in (self.library.plain, self.library.by_expert):
                 return False
             weight = Tensor.from_address(node.src[0])
-            if (name := weight.name.decode()) not in self.sums:
+            if (name := weight.name.decode()) not in self.sums.products:
                 return False
             if not ask:
                 self.see(name, node, weight)
@@ -166,32 +211,16 @@ class Observer:
         if node.op == self.library.by_expert:
             ids = view(Tensor.from_address(node.src[2]), np.int32)[0, 0]
             tokens, places = np.divmod(np.argsort(ids, axis=None, kind="stable"), ids.shape[1])
-            ends = np.bincount(ids.ravel(), minlength=len(self.counts[name])).cumsum()
+            ends = np.bincount(ids.ravel(), minlength=len(self.sums.counts[name])).cumsum()
             for expert, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
                 # One row for all experts of a token, or one for each.
-                self.add(name, expert, x[0, tokens[first:last], places[first:last] % x.shape[2]])
+                self.sums.add(name, expert, x[0, tokens[first:last], places[first:last] % x.shape[2]])
         else:
             # As ggml spreads matrices over the inputs: each serves several in a row.
             many, several = weight.ne[3], weight.ne[2]
             parts = x.reshape(many, -1, several, x.shape[1] // several, *x.shape[2:]).swapaxes(1, 2)
             for expert, rows in enumerate(parts.reshape(many * several, -1, x.shape[3])):
-                self.add(name, expert, rows)
-
-    def add(self, name: str, expert: int, rows: Numbers) -> None:
-        """Sum some rows of one expert."""
-        if not len(rows):
-            return
-        product = rows.T @ rows
-        if not np.isfinite(product.trace()):
-            raise SystemExit(f"{name}: what goes into it is NaN or infinite: the model says nothing that can be used")
-        self.sums[name][expert] += product
-        self.counts[name][expert] += len(rows)
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """What was seen, as it is written; matrices that the model never used are left out."""
-        seen = [name for name, counts in self.counts.items() if counts.any()]
-        sums = {n: self.sums[n] if len(self.counts[n]) > 1 else self.sums[n][0] for n in seen}
-        return sums | {n + COUNTS: self.counts[n] for n in seen}
+                self.sums.add(name, expert, rows)
 
 
 def view(tensor: Tensor, dtype: DTypeLike) -> NDArray[Any]:
@@ -201,10 +230,16 @@ def view(tensor: Tensor, dtype: DTypeLike) -> NDArray[Any]:
     return np.ndarray(shape, dtype, (ctypes.c_char * span).from_address(tensor.data), 0, strides)
 
 
-def main(path: Path) -> None:
-    """Do what a job says; nothing is written for a text that does not fill a chunk."""
+def write(sums: Sums, job: Mapping[str, Any], chunks: int) -> None:
+    """The file that a job asks for."""
     from safetensors.numpy import save_file
 
+    about = json.dumps({**job["about"], "chunks": chunks}, sort_keys=True)
+    save_file(sums.tensors(), job["out"], {ABOUT: about})
+
+
+def main(path: Path) -> None:
+    """Do what a job says; nothing is written for a text that does not fill a chunk."""
     job = json.loads(path.read_text())
     os.environ.setdefault(LIBRARY, str(Path(sys.prefix) / "lib"))
     observer = Observer(Library(), job["matrices"])
@@ -218,8 +253,7 @@ def main(path: Path) -> None:
         sys.stderr.write(f"read {n + 1} of {len(rows)} chunks\n")
     scorer.close()
     if len(rows):
-        about = json.dumps(job["about"] | {"chunks": len(rows)}, sort_keys=True)
-        save_file(observer.tensors(), job["out"], {ABOUT: about})
+        write(observer.sums, job, len(rows))
 
 
 if __name__ == "__main__":

@@ -200,7 +200,10 @@ class Imatrix(Strict):
     base: typing.Literal["BF16", "Q8_0"] = "BF16"
     """The file that reads: Q8_0 is half as large, and its activations differ little."""
     feedback: bool = False
-    """Gather second moments too, and feed rounding back: nearer files of the same types, not with llama-quantize's bytes."""
+    """Gather second moments too, and feed rounding back: nearer files of the same types, not with llama-quantize's bytes.
+
+    Where the architecture can be read backward, tokens are counted by their gradients.
+    """
     coverage: CoverageRule = field(default_factory=CoverageRule)
 
 

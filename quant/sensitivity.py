@@ -20,7 +20,7 @@ from quant.distortion import Distortions
 from quant.errors import InputError
 from quant.footprint import class_of
 
-FORM = "quant-sensitivity-1"
+FORM = "quant-sensitivity-2"
 OUTPUT = "output.weight"
 BLOCK, FURTHER = re.compile(r"blk\.(\d+)\.(.+)"), "nextn."
 POWERS = 0.4, 2.5
@@ -162,8 +162,9 @@ def refit(
     from scipy.optimize import least_squares
 
     names = list(found.scales)
-    classes = sorted({class_of(n) for n in names})
-    of_class = np.array([[class_of(n) == c for c in classes] for n in names], float)
+    kinds = {n: (class_of(n), n in found.plain) for n in names}
+    classes = sorted(set(kinds.values()))
+    of_class = np.array([[kinds[n] == c for c in classes] for n in names], float)
     plain = np.array([n in found.plain for n in names])
     shares = np.array([[_lost(errors, n, types.get(n)) for n in names] for types, _ in files_measured])
     made = shares * np.array([found.scales[n] for n in names])

@@ -17,19 +17,28 @@ from quant.cli.options import FILE, absent, quant
 @click.option("--context", type=click.IntRange(32), default=512, show_default=True, help="Tokens in a chunk.")
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--only", metavar="REGEX", help="Only matrices whose whole name matches.  [all]")
+@click.option(
+    "--gradients/--no-gradients", default=None,
+    help="Whether each token counts by its gradient behind the matrix.  [where the architecture is known]",
+)  # fmt: skip
 def moments(
-    base: Path, text: Path, out: Path, chunks: int | None, context: int, threads: int, only: str | None
-) -> None:
+    base: Path, text: Path, out: Path, chunks: int | None, context: int, threads: int, only: str | None,
+    gradients: bool | None,
+) -> None:  # fmt: skip
     """Sum, over a text, the second moments of what goes into each matrix of BASE, a GGUF in BF16.
+
+    With gradients, the model is read forward and backward, one block at a time: what every block is given lies beside OUT
+    while it works, four bytes for each number. Files that are quantised by such moments are nearer to BASE.
 
     A matrix with rows of n weights takes n² numbers of four bytes, in memory and on the disk, for each of its experts.
     """
     from quant.moments import FEWEST_ROWS, Settings, observe
 
-    work = partial(observe, base, text, absent(out), Settings(context, chunks, threads, only))
+    work = partial(observe, base, text, absent(out), Settings(context, chunks, threads, only, gradients))
     with progress.shown(1) as do:
         found = do("moments", out.name, work)
     few = sum(int((counts < FEWEST_ROWS).sum()) for counts in found.counts.values())
     if few:
         progress.say(f"{few} experts saw fewer than {FEWEST_ROWS} tokens: of them nothing is known")
-    progress.say(f"{out}: {len(found.counts)} matrices, {found.about['chunks']} chunks")
+    how = "each token by its gradient" if "gradients" in found.about else "all tokens alike"
+    progress.say(f"{out}: {len(found.counts)} matrices, {found.about['chunks']} chunks, {how}")

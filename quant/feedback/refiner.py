@@ -34,7 +34,8 @@ class Refiner:
     def metric(self, tensor: TensorSpec, expert: int) -> Metric | None:
         """How errors in an expert's columns add up; nothing where nobody saw its inputs.
 
-        Rows that are looked up, as those of the embedding, have no inputs: each of their columns counts alike.
+        Rows that are looked up, as those of the embedding, have no inputs: unless gradients say more, their columns count
+        alike.
         """
         key = tensor.name, expert
         with self.lock:

@@ -44,12 +44,12 @@ PRESETS = ("Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XXS", "IQ1_S")
 SIMPLE_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0",
 )  # fmt: skip
-METHODS = ("preset fed back", "local error", "simple", "class means", "plain sum", "ours", "refitted", "fed back")
-OURS, FED_BACK = "ours", "fed back"
+OURS, FED_BACK, ALIKE = "ours", "fed back", "tokens alike"
+METHODS = (
+    f"preset {FED_BACK}", "local error", "simple", "class means", "plain sum", OURS, "refitted", ALIKE, FED_BACK,
+)  # fmt: skip
 PURE = ("Q8_0", "Q6_K")
 """Files of one type: what remains of a divergence when bits are hardly short."""
-MOMENT_CHUNKS = 100
-"""As many as the imatrix has."""
 EVERY_WORD = 1 << 20
 """Of the vocabulary is kept for judging; probes keep the likeliest 512, which is enough to tell them apart."""
 SEEDS = {"calibration": 101, "held out": 202}
@@ -103,9 +103,11 @@ def main(out: Path, base: Path | None, threads: int, chunks: int, held_chunks: i
         }
         again_chosen |= {f"preset {FED_BACK} {p}": _quantised(presets[p], known) for p in PRESETS}
         chosen |= again_chosen
-        made |= _written(
-            out, base, matrix, again_chosen, known, tools, threads, _moments(out, base, calibration, threads)
-        )
+        seen_by = {how: _moments(out, base, calibration, threads, gradients=how) for how in (True, False)}
+        made |= _written(out, base, matrix, again_chosen, known, tools, threads, seen_by[True])
+        same = {f"{ALIKE} {p}": again_chosen[f"{FED_BACK} {p}"] for p in PRESETS}
+        made |= _written(out, base, matrix, same, known, tools, threads, seen_by[False])
+        chosen |= same
         pure = {p: _preset(out, base, matrix, p, tools) for p in PURE}
         reading = replace(setting.reading, chunks=held_chunks, top=EVERY_WORD)
         judged = evaluate.evaluate(base, [*presets.values(), *pure.values(), *made.values()], held_out, store, reading)
@@ -234,10 +236,10 @@ def _simple(known: Material, coarse: Sequence[sensitivity.Measured], size: int) 
     return at(high)[0]
 
 
-def _moments(out: Path, base: Path, text: Path, threads: int) -> Path:
-    path = out / "moments.safetensors"
+def _moments(out: Path, base: Path, text: Path, threads: int, *, gradients: bool) -> Path:
+    path = out / f"moments by {'gradients' if gradients else 'inputs'}.safetensors"
     if not path.exists():
-        moments.observe(base, text, path, moments.Settings(chunks=MOMENT_CHUNKS, threads=threads))
+        moments.observe(base, text, path, moments.Settings(threads=threads, gradients=gradients))
     return path
 
 
@@ -245,7 +247,7 @@ def _fed_back(
     out: Path, known: Material, setting: probe.Setting, tools: toolchain.Toolchain, threads: int
 ) -> Material:  # fmt: skip
     """What is known when rounding is fed back: the errors that are left, and sensitivities by probes made so."""
-    seen = _moments(out, setting.base, setting.text, threads)
+    seen = _moments(out, setting.base, setting.text, threads, gradients=True)
     path = out / "errors fed back.json"
     if not path.exists():
         distortion.write(path, distortion.measure(setting.base, setting.matrix, tools, moments=seen))
@@ -321,13 +323,14 @@ def _report(
     print(f"| at the bytes of | bytes | preset | {' | '.join(METHODS)} |\n|---|---:|---:|{'---:|' * len(METHODS)}")
     print("\n".join(rows))
     types = {**chosen, **{n: _types(found[n].file) for n in found if n.startswith("preset")}}
+    # What tokens that count alike do was neither probed nor measured: of these files nothing is foretold.
+    order = [name for name in kld if not name.startswith(ALIKE)]
     predicted = {
         name: by.sensitivities.predicted(types[name], by.errors)
-        for name in kld
+        for name in order
         for by in [fed if FED_BACK in name else known]
     }
-    refitted = {name: again.predicted(types[name], known.errors) for name in kld}
-    order = list(kld)
+    refitted = {name: again.predicted(types[name], known.errors) for name in order}
     print({name: round(kld[f"preset {name}"], 5) for name in PURE})
     rank = {
         label: float(spearmanr([kld[n] for n in order], [how[n] for n in order]).statistic)
@@ -335,8 +338,8 @@ def _report(
     }
     used = {n: (out / "made" / f"{n}.gguf").stat().st_size / presets[n.split()[-1]].stat().st_size for n in chosen}
     each = {
-        n: {**found[n].json(), "predicted": predicted[n], "refitted": refitted[n], "of target": used.get(n)}
-        for n in order
+        n: {**found[n].json(), "predicted": predicted.get(n), "refitted": refitted.get(n), "of target": used.get(n)}
+        for n in kld
     }
     powers = {"power": known.sensitivities.power, "refitted power": again.power}
     told: dict[str, Any] = {**powers, "plain": sorted(known.sensitivities.plain), "spearman": rank, "files": each}

@@ -173,8 +173,8 @@ def test_matrices_of_one_tensor_are_summed_over_the_inputs_that_each_serves() ->
     expected = np.zeros((3, 4, 4))
     for i3, i2 in np.ndindex(2, 6):
         expected[i2 // 2] += x[i3, i2].T @ x[i3, i2]  # ggml_compute_forward_mul_mat: i02 = i12 / r2
-    assert np.array_equal(seen.sums["a.weight"], expected)
-    assert [*seen.counts["a.weight"]] == [2 * 2 * 5] * 3
+    assert np.array_equal(seen.sums.products["a.weight"], expected)
+    assert [*seen.sums.counts["a.weight"]] == [2 * 2 * 5] * 3
 
 
 @pytest.mark.parametrize("rows", [1, 3], ids=["a row for all experts of a token", "a row for each"])
@@ -189,11 +189,11 @@ def test_each_expert_is_summed_over_the_rows_that_it_saw(rows: int) -> None:
     for t, place in np.ndindex(50, 3):
         expected[ids[t, place]] += 2 * np.outer(x[t, place % rows], x[t, place % rows])
         counts[ids[t, place]] += 2
-    assert np.array_equal(seen.sums["a.weight"], expected)
-    assert [*seen.counts["a.weight"]] == [*counts]
+    assert np.array_equal(seen.sums.products["a.weight"], expected)
+    assert [*seen.sums.counts["a.weight"]] == [*counts]
     assert counts[5] == 0
-    assert seen.tensors().keys() == {"a.weight", "a.weight.counts"}
-    assert not watcher(6, 4).tensors()
+    assert seen.sums.tensors().keys() == {"a.weight", "a.weight.counts"}
+    assert not watcher(6, 4).sums.tensors()
 
 
 def test_a_failure_is_kept_and_ends_the_reading() -> None:
@@ -217,7 +217,7 @@ def seen(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Moments,
     """The moments of the tiny model, and what llama-imatrix sums over the same chunks."""
     base, _, text = tiny
     folder = tmp_path_factory.mktemp("moments")
-    found = observe(base, text, folder / "m.safetensors", Settings(chunks=CHUNKS))
+    found = observe(base, text, folder / "m.safetensors", Settings(chunks=CHUNKS, gradients=False))
     command: list[str | Path] = ["-m", base, "-f", text, "-o", "i.gguf", "--chunks", str(CHUNKS), "-t", "2", "--no-ppl"]
     command += ["--parse-special", "--process-output", "-c", "512", "-b", "512", "-ub", "512"]
     find().run("llama-imatrix", command, cwd=folder, log=folder / "log")
@@ -244,7 +244,7 @@ def test_every_matrix_that_read_text_goes_through_was_observed(
     seen: tuple[Moments, importance.Importance], tiny: Tiny  # noqa: F811
 ) -> None:  # fmt: skip
     found, base = seen[0], tiny[0]
-    assert found.counts.keys() == moments._matrices(base, None).keys()
+    assert found.counts.keys() == moments._matrices(base, read_header(base).tensors, None, embedding=False).keys()
     assert not [
         n for n in found.counts if ".nextn." in n or "norm" in n or "gate_inp" in n or n.startswith("token_embd")
     ]
@@ -275,7 +275,10 @@ def test_only_some_are_written_and_to_the_byte_what_they_are_among_all(
     base, _, text = tiny
     name = "blk.1.ffn_down_exps.weight"
     paths = tmp_path / "one", tmp_path / "other"
-    found = [observe(base, text, p, Settings(chunks=CHUNKS, only=r"blk\.1\.ffn_down_exps\.weight")) for p in paths]
+    found = [
+        observe(base, text, p, Settings(chunks=CHUNKS, gradients=False, only=r"blk\.1\.ffn_down_exps\.weight"))
+        for p in paths
+    ]
     assert [*found[0].counts] == [name]
     assert np.array_equal(found[0].of(name, 0), seen[0].of(name, 0))  # type: ignore[arg-type]
     assert paths[0].read_bytes() == paths[1].read_bytes()
@@ -302,7 +305,9 @@ def test_a_model_that_says_nothing_is_told_by_the_matrix(tiny: Tiny, tmp_path: P
     )
     (tmp_path / "broken.gguf").write_bytes(data)
     with pytest.raises(ToolError, match=r"blk\.0\.attn_q\.weight: what goes into it is NaN or infinite"):
-        observe(tmp_path / "broken.gguf", tiny[2], tmp_path / "m", Settings(chunks=1, only=".*attn_q.*"))
+        observe(
+            tmp_path / "broken.gguf", tiny[2], tmp_path / "m", Settings(chunks=1, gradients=False, only=".*attn_q.*")
+        )
 
 
 @pytest.mark.tools

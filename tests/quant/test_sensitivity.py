@@ -39,6 +39,7 @@ def test_exact_probes_give_the_truth_again() -> None:
     found = fit(measured(0), ERRORS, "made up")
     assert found.power == pytest.approx(TRUTH.power, rel=1e-3)
     for name, scale in found.scales.items():
+        # Classes of few tensors, such as those of the last block, are drawn together a little.
         assert scale == pytest.approx(TRUTH.scales[name], rel=0.08), name
 
 
@@ -94,6 +95,18 @@ def test_whole_files_mend_a_class_that_the_probes_misjudged() -> None:
             math.log(before.predicted(types, ERRORS) / kld)
         )
     assert "refitted on 5 whole files" in after.source
+
+
+def test_what_is_added_plainly_is_mended_apart_from_its_class() -> None:
+    last, other = (f"blk.{n}.ffn_down_exps.weight" for n in (3, 2))
+    wrong = replace(TRUTH, scales={**TRUTH.scales, last: TRUTH.scales[last] * 30})
+    fine = {n: "Q6_K" if "Q6_K" in e else "Q8_0" for n, e in ERRORS.errors.items()}
+    seen = [
+        (types, TRUTH.predicted(types, ERRORS)) for k in ("IQ2_S", "IQ3_S", "Q4_K") for types in [fine | {last: k}]
+    ]
+    after = refit(wrong, seen * 3, ERRORS)
+    assert after.scales[last] < 0.5 * wrong.scales[last]
+    assert after.scales[other] > 0.95 * wrong.scales[other]
 
 
 def test_whole_files_mend_a_single_tensor_and_the_near_ones_count_more() -> None:
