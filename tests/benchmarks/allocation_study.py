@@ -357,7 +357,7 @@ if __name__ == "__main__":
     parser.add_argument("--base", type=Path, help="a BF16 file of a tiny GLM, in place of the shipped one")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--chunks", type=int, default=32)
-    parser.add_argument("--held-chunks", type=int, default=40)
+    parser.add_argument("--held-chunks", type=int, default=80)
     args = parser.parse_args()
     base_file = args.base and args.base.resolve()
     main(args.out.resolve(), base_file, args.threads, args.chunks, args.held_chunks)

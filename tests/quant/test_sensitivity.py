@@ -101,9 +101,7 @@ def test_what_is_added_plainly_is_mended_apart_from_its_class() -> None:
     last, other = (f"blk.{n}.ffn_down_exps.weight" for n in (3, 2))
     wrong = replace(TRUTH, scales={**TRUTH.scales, last: TRUTH.scales[last] * 30})
     fine = {n: "Q6_K" if "Q6_K" in e else "Q8_0" for n, e in ERRORS.errors.items()}
-    seen = [
-        (types, TRUTH.predicted(types, ERRORS)) for k in ("IQ2_S", "IQ3_S", "Q4_K") for types in [fine | {last: k}]
-    ]
+    seen = [(types, TRUTH.predicted(types, ERRORS)) for k in ("IQ2_S", "IQ3_S", "Q4_K") for types in [fine | {last: k}]]
     after = refit(wrong, seen * 3, ERRORS)
     assert after.scales[last] < 0.5 * wrong.scales[last]
     assert after.scales[other] > 0.95 * wrong.scales[other]

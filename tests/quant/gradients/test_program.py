@@ -50,8 +50,9 @@ def test_read_forward_a_model_says_what_it_says_in_llama_cpp(tiny: Tiny, exact: 
     way = Passage(Tensors(tiny[0]), Sums({}), np.load(tmp_path / "tokens.npy"), tmp_path, 2)
     way.forward()
     for n, expected in enumerate(np.load(tmp_path / "said.npy")):
-        found = said(way, way.given[-1, n, CONTEXT // 2 : -1]).numpy()
-        assert np.abs(found - expected).max() < 1e-3
+        off = np.abs(said(way, way.given[-1, n, CONTEXT // 2 : -1]).numpy() - expected)
+        # llama.cpp keeps keys and values in 16 bits.
+        assert off.max() < 1e-2 and off.mean() < 1e-3
 
 
 class Disturbed(Tensors):
@@ -65,8 +66,10 @@ class Disturbed(Tensors):
         self.error = self.size * torch.randn(stored.shape, generator=torch.Generator().manual_seed(5))
 
     def rows(self, name: str, wanted: range | NDArray[np.int32]) -> Tensor:
-        error = self.error[wanted.start : wanted.stop] if isinstance(wanted, range) else self.error[wanted]
-        return super().rows(name, wanted) + error if name == self.name else super().rows(name, wanted)
+        found = super().rows(name, wanted)
+        if name != self.name:
+            return found
+        return found + (self.error[wanted.start : wanted.stop] if isinstance(wanted, range) else self.error[wanted])
 
 
 def every_expert(tensors: Tensors) -> Tensors:
@@ -146,7 +149,7 @@ def test_what_cannot_be_read_backward_is_refused(tiny: Tiny, tmp_path: Path) -> 
         InputError, match=r"llama\.gguf: general\.architecture: expected glm4moe, found llama; with --no-grad"
     ):
         observe(write_base(tmp_path / "llama.gguf"), text, tmp_path / "m", Settings(gradients=True))
-    with pytest.raises(InputError, match=r"q\.gguf: .*: expected BF16, F16, F32, found Q4_0, and so 39 tensors; with"):
+    with pytest.raises(InputError, match=r"q\.gguf: .*: expected BF16, F16, F32, found Q6_K, and so 39 tensors; with"):
         observe(quantised, text, tmp_path / "m", Settings(CONTEXT, 1, gradients=True))
     assert [p.name for p in tmp_path.iterdir()] == ["llama.gguf"]
 
