@@ -24,8 +24,11 @@ def test_it_says_what_it_takes_and_what_was_seen_too_little(
     assert (code, said, found.about["context"], found.about["chunks"]) == (0, "", 64, 1)
     assert f"2 matrices take {needed:,} bytes of memory, and as many of disk" in told
     assert f"{few} experts saw fewer than 32 tokens: of them nothing is known" in told
-    assert f"{out}: 2 matrices, 1 chunks" in told
+    assert f"{out}: 2 matrices, 1 chunks, each token by its gradient" in told
     assert few
+    alike = tmp_path / "alike.safetensors"
+    code, _, told = run("moments", base, "-f", text, "-o", alike, *options, "--no-gradients")
+    assert (code, f"{alike}: 2 matrices, 1 chunks, all tokens alike" in told) == (0, True)
     code, _, told = run("moments", base, "-f", text, "-o", out, *options)
     assert (code, "exists already" in told) == (2, True)
 
@@ -46,6 +49,10 @@ def test_a_text_of_no_whole_chunk_is_wrong_input(
         (("--only", "nothing"), "expected matrices called 'nothing'"),
         (("-f", "none.txt"), "none.txt: cannot be read"),
         (("--chunks", "0"), "0 is not in the range"),
+        (
+            ("--gradients",),
+            "general.architecture: expected glm4moe, found llama; with --no-gradients all tokens count alike",
+        ),
     ],
 )
 def test_wrong_input_is_refused(change: tuple[str, ...], problem: str, run: Run, tmp_path: Path) -> None:  # noqa: F811

@@ -161,3 +161,19 @@ def test_a_model_that_says_nothing_is_told_and_nothing_left(tiny: Tiny, tmp_path
     with pytest.raises(ToolError, match=r"output\.weight: what comes out is NaN or infinite: the model says nothing"):
         observe(base, tiny[2], tmp_path / "m", Settings(CONTEXT, 1))
     assert [p.name for p in tmp_path.iterdir()] == ["base.gguf"]
+
+
+def test_what_reading_backward_takes_is_told_before_it_begins(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """The sums, the largest block or the output in F32, and of one thread four arrays of logits and a product."""
+    attention, routing, norms = 256 * (256 + 128 + 128 + 256) + 256 + 128 + 128 + 64 + 64, 8 * 256 + 8, 2 * 256
+    words, block = 4096, (8 + 1) * 3 * 256**2 + attention + routing + norms
+    needed = 4 * 256**2 + 4 * max(words * 256, block) + 4 * (4 * CONTEXT * words + 256**2)
+    for free, refused in ((needed - 1, True), (2 * needed, False)):
+        monkeypatch.setattr(toolchain, "free_memory", lambda free=free: free)
+        if refused:
+            with pytest.raises(InputError, match=f"expected {needed:,} bytes of memory, found {free:,} free"):
+                observe(tiny[0], tiny[2], tmp_path / "m", Settings(CONTEXT, 1, only="output.weight"))
+        else:
+            observe(tiny[0], tiny[2], tmp_path / "m", Settings(CONTEXT, 1, only="output.weight"))
