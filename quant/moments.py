@@ -165,7 +165,9 @@ def observe(base: Path, text: Path, out: Path, settings: Settings | None = None)
     needed = FLOAT_BYTES * sum(experts * n * n for experts, n in matrices.values())
     once, each = _beside(tensors, matrices, settings.context) if backward else (0, _product(matrices))
     refuse(_no_room(out, needed, once + each))
-    threads = min(settings.threads, (toolchain.free_memory() - needed - once) // each) if backward else settings.threads
+    threads = settings.threads
+    if backward:  # as many as there is memory for; what is free may have changed since it was looked at
+        threads = min(threads, max(1, (toolchain.free_memory() - needed - once) // each))
     log.info("moments: %d matrices take %s bytes of memory, and as many of disk", len(matrices), f"{needed:,}")
     about: dict[str, Any] = {"form": FORM, "context": settings.context, "llama.cpp": scorer_version()}
     if backward:

@@ -171,8 +171,9 @@ class Sums:
                 continue
             told = np.floor(weights**2 / np.maximum(self.squares[name], TINY)).astype(np.int64)
             share = told / np.maximum(rows, 1) * (rows.sum() / weights.sum())
-            if (share != 1).any():
-                products = products * share.astype(np.float32)[:, None, None]
+            if (share != 1).any():  # in place: there may be no room for two of them
+                products *= share.astype(np.float32)[:, None, None]
+                self.weights[name], self.squares[name], self.counts[name] = told.astype(float), told.astype(float), told
             found |= {name: products if len(rows) > 1 else products[0], name + COUNTS: told}
         return found
 

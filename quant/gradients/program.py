@@ -81,6 +81,7 @@ class Watched:
         """What comes out of the matrix."""
         made = functional.linear(x, self.tensors.of(name, expert))
         if made.requires_grad and name in self.wanted:
+            # torch says no types of what starts its gradients: the three silenced lines here.
             made.register_hook(partial(self.see, name, expert, x.detach()))  # type: ignore[no-untyped-call]
         return made
 
