@@ -5,86 +5,114 @@ from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
-from quant import coverage
-from quant.build import Built
-from quant.held_out import left_out
-from quant.imatrix import ImportanceMatrix
-from quant.measured import Measured
-from quant.package import variants_table, warnings
-from quant.plan import Plan
-from quant.publish import Change, Published
-from quant.report import transcript
-from quant.verdict import Verdict
+from quant.build import BuildResult
+from quant.calibration import coverage
+from quant.calibration.held_out import left_out
+from quant.calibration.imatrix import ImportanceMatrix
+from quant.chat.report import format_transcript
+from quant.chat.verdict import SmokeResult
+from quant.evaluate.figures import ReleaseEvaluation
+from quant.plan.plan import Plan
+from quant.release.package import list_warnings, variants_table
+from quant.release.publish import Change, Publication
 
 
-def tell(stage: str, subject: str, result: Any) -> None:
+def publish_artifact(stage: str, subject: str, result: Any) -> None:
     """Leave an artifact for a stage whose result is worth a page."""
     if isinstance(result, Plan):
-        tell_plan(f"{stage}-{subject}", result)
+        publish_plan(f"{stage}-{subject}", result)
     elif isinstance(result, ImportanceMatrix):
-        tell_coverage(f"{stage}-{subject}", result)
-    elif isinstance(result, Verdict):
-        tell_conversation(f"{stage}-{subject}", result)
-    elif isinstance(result, Measured):
-        tell_figures(f"{stage}-{subject}", result)
+        publish_coverage(f"{stage}-{subject}", result)
+    elif isinstance(result, SmokeResult):
+        publish_conversation(f"{stage}-{subject}", result)
+    elif isinstance(result, ReleaseEvaluation):
+        publish_figures(f"{stage}-{subject}", result)
     elif isinstance(result, Change):
-        tell_change(f"{stage}-{result.target.repo}-change", result)
-    elif isinstance(result, Published):
-        create_link_artifact(key=_key(f"{stage}-{result.repo}"), link=result.url, description=f"Commit {result.commit}")
+        publish_change(f"{stage}-{result.target.repo}-change", result)
+    elif isinstance(result, Publication):
+        create_link_artifact(
+            key=_key(f"{stage}-{result.repo}"),
+            link=result.url,
+            description=f"Commit {result.commit}",
+        )
 
 
-def tell_plan(key: str, plan: Plan) -> None:
+def publish_plan(key: str, plan: Plan) -> None:
     """Types of a variant, with the number of tensors and the bytes that each takes."""
     counts = {name: sum(t.type.name == name for t in plan.tensors) for name in plan.type_bytes()}
     create_table_artifact(
         key=_key(key),
-        table=[{"type": n, "tensors": counts[n], "bytes": size} for n, size in plan.type_bytes().items()],
+        table=[
+            {"type": n, "tensors": counts[n], "bytes": size}
+            for n, size in plan.type_bytes().items()
+        ],
         description=f"{plan.variant.name}: {plan.bytes:,} bytes, {plan.bits_per_weight:.3f} bits per weight",
     )
 
 
-def tell_coverage(key: str, matrix: ImportanceMatrix) -> None:
+def publish_coverage(key: str, matrix: ImportanceMatrix) -> None:
     """How many tokens the experts of each layer saw."""
-    columns = ("layer", "matrices", "experts", "unvisited", "least", "1st quartile", "median", "3rd quartile", "most")
+    columns = (
+        "layer",
+        "matrices",
+        "experts",
+        "unvisited",
+        "least",
+        "1st quartile",
+        "median",
+        "3rd quartile",
+        "most",
+    )
     create_table_artifact(
         key=_key(key),
-        table=[dict(zip(columns, row, strict=True)) for row in coverage.rows(matrix.counts)],
+        table=[dict(zip(columns, row, strict=True)) for row in coverage.list_rows(matrix.counts)],
         description=f"{matrix.path.name}: tokens by expert; sha256 {matrix.receipt.sha256}",
     )
 
 
-def tell_conversation(key: str, verdict: Verdict) -> None:
+def publish_conversation(key: str, verdict: SmokeResult) -> None:
     """The scenarios of a smoke test, and every question and answer."""
-    create_markdown_artifact(key=_key(key), markdown=transcript(verdict))
+    create_markdown_artifact(key=_key(key), markdown=format_transcript(verdict))
 
 
-def tell_figures(key: str, found: Measured) -> None:
+def publish_figures(key: str, found: ReleaseEvaluation) -> None:
     """How far each file is from BF16, as a whole and by domain."""
     told = [f"BF16: PPL {found.base['ppl']}", left_out(found.too_short), *map(str, found.beaten)]
     create_table_artifact(
         key=_key(key),
         table=[
-            {"variant": name, "domain": domain, "PPL": f["ppl"], "KLD": f["kld_mean"],
-             "95 %": f"{f['kld_mean_low']} to {f['kld_mean_high']}", "KLD 99.9 %": f["kld_p999"], "top-1": f["top1"]}
+            {
+                "variant": name,
+                "domain": domain,
+                "PPL": f["ppl"],
+                "KLD": f["kld_mean"],
+                "95 %": f"{f['kld_mean_low']} to {f['kld_mean_high']}",
+                "KLD 99.9 %": f["kld_p999"],
+                "top-1": f["top1"],
+            }
             for name, whole in found.files.items()
             for domain, f in {"all": whole, **whole["domains"]}.items()
         ],
         description="\n\n".join(filter(None, told)),
-    )  # fmt: skip
+    )
 
 
-def tell_change(key: str, change: Change) -> None:
+def publish_change(key: str, change: Change) -> None:
     """What publishing changes, file by file: who approves a run reads it."""
     create_markdown_artifact(key=_key(key), markdown="\n".join(["```", *change.lines, "```"]))
 
 
-def tell_release(built: Built) -> None:
+def publish_release_summary(built: BuildResult) -> None:
     """The table that ends a build."""
     columns = ("variant", "bytes", "bits per weight", "files", "KLD", "top-1", "smoke test")
     create_table_artifact(
         key=_key(f"release-{built.release.name}"),
-        table=[dict(zip(columns, row, strict=True)) for row in variants_table(built.release.manifest)],
-        description="\n\n".join([f"Release in {built.folder}", *warnings(built.release.manifest)]),
+        table=[
+            dict(zip(columns, row, strict=True)) for row in variants_table(built.release.manifest)
+        ],
+        description="\n\n".join(
+            [f"Release in {built.folder}", *list_warnings(built.release.manifest)]
+        ),
     )
 
 

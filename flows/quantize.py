@@ -16,12 +16,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.flow_runs import pause_flow_run
 
-from flows.artifacts import tell, tell_release
+from flows.artifacts import publish_artifact, publish_release_summary
 from quant import build as builds
-from quant.errors import CheckFailed, InputError, Unreachable
-from quant.hub import TOKEN
-from quant.publish import Change
-from quant.smoke import SmokeFailed
+from quant.chat.smoke import SmokeTestError
+from quant.core.secrets import TOKEN
+from quant.errors import CheckError, InputError, Unreachable
+from quant.job import choose_destination, prepare_job
+from quant.release.publish import Change
 
 T = TypeVar("T")
 RETRIES = {"source": 3, "send": 3, "publish": 3}
@@ -77,15 +78,31 @@ def quantize(
         limit: Bytes a second that sending may take, like 50M; as many as there are room for when not given.
     """
     with shown_token(token_secret):
-        target = builds.target(model, repo, private, pull_request, uploads, limit) if publish else None
+        target = (
+            choose_destination(model, repo, private, pull_request, uploads, limit)
+            if publish
+            else None
+        )
         if publish and target is None:
-            get_run_logger().warning("Nothing will be published: no repo is named, here or in the recipe.")
-        job = builds.prepare(
-            model, variants or (), out=out, work=work, revision=revision, llama_cpp=llama_cpp,
-            target=target, dry_run=dry_run, waive=waive or (), evaluate=evaluate, key=sign_key, as_ready=as_ready,
-        )  # fmt: skip
-        built = builds.build(job, partial(as_task, approve=approve and not dry_run))
-    tell_release(built)
+            get_run_logger().warning(
+                "Nothing will be published: no repo is named, here or in the recipe."
+            )
+        job = prepare_job(
+            model,
+            variants or (),
+            out=out,
+            work=work,
+            revision=revision,
+            llama_cpp=llama_cpp,
+            target=target,
+            dry_run=dry_run,
+            waive=waive or (),
+            evaluate=evaluate,
+            key=sign_key,
+            as_ready=as_ready,
+        )
+        built = builds.build_release(job, partial(as_task, approve=approve and not dry_run))
+    publish_release_summary(built)
     return str(built.folder)
 
 
@@ -107,10 +124,10 @@ def as_task(stage: str, subject: str, work: Callable[[], T], approve: bool = Fal
     def run() -> T:
         try:
             result = work()
-        except SmokeFailed as e:
-            tell(stage, subject, e.verdict)
+        except SmokeTestError as e:
+            publish_artifact(stage, subject, e.verdict)
             raise
-        tell(stage, subject, result)
+        publish_artifact(stage, subject, result)
         return result
 
     result = run()
@@ -144,4 +161,4 @@ def shown_token(secret: str | None) -> Iterator[None]:
 
 def may_pass(_task: Any, _run: Any, state: State[Any]) -> bool:
     """Whether a failure may be over in a while: the hub did not answer, or sent other bytes than it lists."""
-    return isinstance(state.result(raise_on_failure=False), (Unreachable, CheckFailed))
+    return isinstance(state.result(raise_on_failure=False), (Unreachable, CheckError))

@@ -37,7 +37,7 @@ class ToolError(InputError):
     """A native tool is missing, too old, or ended with an error."""
 
 
-class CheckFailed(QuantError):  # noqa: N818 - it reads as what happened
+class CheckError(QuantError):
     """A finished piece of work is not what it had to be."""
 
 
@@ -45,13 +45,13 @@ class Unreachable(QuantError):  # noqa: N818 - it reads as what happened
     """The hub does not answer, or not to the end: nothing is wrong here, and it may be over in a while."""
 
 
-def refuse(problems: Iterable[str]) -> None:
+def raise_problems(problems: Iterable[str]) -> None:
     """Raise one :class:`InputError` with every problem in it; nothing happens when there is none."""
     if found := tuple(problems):
         raise InputError(*found)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
     """The tail of an error about an unknown name: its neighbour, or all that there are."""
     names = sorted(known)
     close = get_close_matches(name.lower(), {n.lower(): n for n in names}, n=1, cutoff=0.5)
@@ -60,17 +60,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"known are {', '.join(names)}"
 
 
-_NO_ROOM = {errno.ENOSPC: "no space left", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file grew too large"}
+_NO_ROOM = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "the file grew too large",
+}
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def convert_disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk or an unwritable folder under ``path`` into an :class:`InputError` that names it."""
     try:
         yield
     except OSError as e:
         if e.errno in _NO_ROOM:
-            raise InputError(f"{e.filename or path}: {_NO_ROOM[e.errno]}; free some and run again") from e
+            raise InputError(
+                f"{e.filename or path}: {_NO_ROOM[e.errno]}; free some and run again"
+            ) from e
         if isinstance(e, PermissionError) or e.errno == errno.EROFS:
             raise InputError(f"{e.filename or path}: cannot be written ({e.strerror})") from e
         raise

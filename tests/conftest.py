@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from quant.toolchain import TOOLS, Toolchain
+from quant.llama.toolchain import TOOLS, Toolchain
 
 settings.register_profile("unit", deadline=None)  # a busy machine is no failure
 settings.load_profile("unit")
@@ -39,4 +39,6 @@ def fake_tools(tmp_path: Path) -> Callable[..., Toolchain]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write the tables of tests/golden anew")
+    parser.addoption(
+        "--update-golden", action="store_true", help="write the tables of tests/golden anew"
+    )

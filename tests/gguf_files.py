@@ -13,9 +13,14 @@ from typing import Any
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 4, 5, 6, 7, 8, 9, 10
 #           id  weights in a block, bytes of a block
 BLOCKS = {
-    "F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2), "Q8_0": (8, 32, 34), "Q4_K": (12, 256, 144),
-    "Q6_K": (14, 256, 210), "IQ1_S": (19, 256, 50),
-}  # fmt: skip
+    "F32": (0, 1, 4),
+    "F16": (1, 1, 2),
+    "BF16": (30, 1, 2),
+    "Q8_0": (8, 32, 34),
+    "Q4_K": (12, 256, 144),
+    "Q6_K": (14, 256, 210),
+    "IQ1_S": (19, 256, 50),
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,9 @@ def content(
     cut: int = 0,
 ) -> bytes:
     """The bytes of a GGUF file; ``cut`` takes so many from its end."""
-    head = magic + struct.pack("<IQQ", version, _or(n_tensors, len(tensors)), _or(n_keys, len(keys)))
+    head = magic + struct.pack(
+        "<IQQ", version, _or(n_tensors, len(tensors)), _or(n_keys, len(keys))
+    )
     for k in keys:
         head += text(k.name, k.name_length) + struct.pack("<I", k.kind) + k.value
     data = b""
@@ -119,7 +126,9 @@ def content(
     return whole[: len(whole) - cut]
 
 
-def write(path: Path, tensors: Sequence[Tensor] = TWO, keys: Sequence[Key] = LLAMA, **faults: Any) -> Path:
+def write(
+    path: Path, tensors: Sequence[Tensor] = TWO, keys: Sequence[Key] = LLAMA, **faults: Any
+) -> Path:
     """A GGUF file at ``path``, whole unless a fault is asked for."""
     path.write_bytes(content(tensors, keys, **faults))
     return path

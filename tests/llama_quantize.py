@@ -5,22 +5,30 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from quant import files
-from quant.footprint import MATRIX_NAME
-from quant.header import read_header
-from quant.plan import quantizable
-from quant.toolchain import find
+from quant.core import files
+from quant.llama.gguf import read_header
+from quant.llama.toolchain import find_toolchain
+from quant.plan.plan import is_quantizable
+from quant.plan.sizes import MATRIX_NAME
 
 
 def llama_quantize(
-    base: Path, matrix: Path | None, types: Mapping[str, str], file_type: str, out: Path, *, threads: int = 2
+    base: Path,
+    matrix: Path | None,
+    types: Mapping[str, str],
+    file_type: str,
+    out: Path,
+    *,
+    threads: int = 2,
 ) -> Path:
     """Write ``out`` with these types; its folder gets the table, and the matrix under the name that the file tells."""
     tensors = read_header(base).by_name
     table = out.with_name(f"{out.name}.types")
-    files.write_text(table, type_file({n: t for n, t in types.items() if quantizable(tensors[n])}))
+    files.write_text(
+        table, type_file({n: t for n, t in types.items() if is_quantizable(tensors[n])})
+    )
     if matrix and not (out.parent / MATRIX_NAME).exists():
-        files.share(matrix, out.parent / MATRIX_NAME)
+        files.link_or_copy(matrix, out.parent / MATRIX_NAME)
     given = ["--imatrix", MATRIX_NAME] if matrix else []
     command: list[str | Path] = [
         *given,
@@ -32,7 +40,11 @@ def llama_quantize(
         str(threads),
     ]
     done = subprocess.run(
-        [find().path("llama-quantize"), *command], cwd=out.parent, capture_output=True, text=True, check=False
+        [find_toolchain().path("llama-quantize"), *command],
+        cwd=out.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return out
@@ -44,4 +56,6 @@ def type_file(types: Mapping[str, str]) -> str:
     llama-quantize searches every name with a regular expression that is not anchored and takes the first hit, so
     ``blk.1`` would also be ``blk.11``: every name is escaped and anchored.
     """
-    return "".join(f"^{re.escape(name)}$={ggml_type.lower()}\n" for name, ggml_type in types.items())
+    return "".join(
+        f"^{re.escape(name)}$={ggml_type.lower()}\n" for name, ggml_type in types.items()
+    )

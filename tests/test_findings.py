@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from quant import ggml
-from quant.toolchain import find
+from quant.llama import ggml
+from quant.llama.toolchain import find_toolchain
 
 REPORT = Path(__file__).parent.parent / "docs" / "ggml-findings.md"
 SCRIPTS = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```\n", REPORT.read_text(), re.DOTALL))
@@ -18,14 +18,18 @@ pytestmark = pytest.mark.tools
 
 def run(name: str, folder: Path) -> tuple[int, str]:
     (folder / name).write_text(SCRIPTS[name])
-    command = [sys.executable, name, str(ggml.find(find().bin).resolve())]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={"GGML_NO_BACKTRACE": "1"})
+    command = [sys.executable, name, str(ggml.find_library(find_toolchain().bin).resolve())]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={"GGML_NO_BACKTRACE": "1"}
+    )
     return done.returncode, done.stdout
 
 
 def test_an_empty_sub_block_of_iq3_s_spoils_the_others(tmp_path: Path) -> None:
     _, out = run("shift.py", tmp_path)
-    spoiled, sound = ([float(e) for e in line.split("[")[1].strip(" ]").split()] for line in out.splitlines())
+    spoiled, sound = (
+        [float(e) for e in line.split("[")[1].strip(" ]").split()] for line in out.splitlines()
+    )
     assert min(spoiled) > 1 > 0.1 > max(sound)
 
 

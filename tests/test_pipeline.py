@@ -10,14 +10,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from quant.files import digest
-from quant.header import read_header, read_headers
-from quant.recipe import RECIPES, known, load_model
-from quant.shard import merge
-from quant.toolchain import find
+from quant.core.files import hash_file
+from quant.llama.gguf import read_header, read_headers
+from quant.llama.toolchain import find_toolchain
+from quant.plan.load import RECIPES, list_recipes, load_model
+from quant.quantize.shard import merge_shards
 
 pytestmark = pytest.mark.tools
 
@@ -27,12 +28,18 @@ TINY = RECIPES / "models" / "tiny-glm"
 SECONDS = 900
 
 
-def run(*args: str | Path, **kw: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([QUANT, *args], capture_output=True, text=True, timeout=SECONDS, check=False, **kw)  # type: ignore[call-overload,no-any-return]
+def run(*args: str | Path, **kw: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [QUANT, *args], capture_output=True, text=True, timeout=SECONDS, check=False, **kw
+    )
 
 
 def contents(release: Path) -> dict[str, bytes]:
-    return {p.relative_to(release).as_posix(): p.read_bytes() for p in sorted(release.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(release).as_posix(): p.read_bytes()
+        for p in sorted(release.rglob("*"))
+        if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +65,18 @@ def test_the_demo_makes_all_twelve_files_and_every_one_passed_its_smoke_test(lad
     assert [v["name"] for v in manifest["variants"]] == list(load_model("tiny-glm")[0].variants)
     assert len(manifest["variants"]) == 12
     for variant in manifest["variants"]:
-        assert variant["smoke"] and all(s["passed"] for s in variant["smoke"] if s["kind"] == "protocol"), variant[
-            "name"
-        ]
+        assert variant["smoke"] and all(
+            s["passed"] for s in variant["smoke"] if s["kind"] == "protocol"
+        ), variant["name"]
         assert all((ladder / f["path"]).stat().st_size == f["bytes"] for f in variant["files"])
 
 
 def test_the_checksums_hold(ladder: Path) -> None:
     checked = subprocess.run(
-        ["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=ladder, capture_output=True, check=False
+        ["sha256sum", "--check", "--quiet", "SHA256SUMS"],
+        cwd=ladder,
+        capture_output=True,
+        check=False,
     )
     assert checked.returncode == 0, checked.stdout
     listed = {line.split("  ")[1] for line in (ladder / "SHA256SUMS").read_text().splitlines()}
@@ -86,34 +96,50 @@ def test_types_in_the_files_are_those_of_the_manifest(ladder: Path) -> None:
         assert found == {name: t["type"] for name, t in variant["tensors"].items()}
 
 
-def test_digests_of_the_calibration_text_and_the_importance_matrix_stand_in_the_manifest(ladder: Path) -> None:
+def test_digests_of_the_calibration_text_and_the_importance_matrix_stand_in_the_manifest(
+    ladder: Path,
+) -> None:
     manifest = json.loads((ladder / "manifest.json").read_text())
     matrix, text = manifest["imatrix"], manifest["calibration"]
-    assert matrix["sha256"] == digest(ladder / matrix["path"])
-    assert matrix["made_of"]["text"] == text["sha256"] and matrix["made_of"]["base"] == manifest["base"]["sha256"]
-    made = next((ladder.parent / ".work").glob("*/calibrate/*/calibration.txt"))
-    assert text["sha256"] == digest(made)
+    assert matrix["sha256"] == hash_file(ladder / matrix["path"])
+    assert (
+        matrix["made_of"]["text"] == text["sha256"]
+        and matrix["made_of"]["base"] == manifest["base"]["sha256"]
+    )
+    made = next((ladder.parent / ".work").glob("*/calibrate/*/quant.calibration.txt"))
+    assert text["sha256"] == hash_file(made)
     assert matrix["coverage"]["unvisited"] == {} and text["held_out"] > 0
     assert {s["licence"] for s in text["sources"]} == {"Apache-2.0"}
 
 
-def test_the_statement_of_origin_names_text_matrix_and_how_llama_cpp_was_built(ladder: Path) -> None:
+def test_the_statement_of_origin_names_text_matrix_and_how_llama_cpp_was_built(
+    ladder: Path,
+) -> None:
     manifest = json.loads((ladder / "manifest.json").read_text())
     origin = json.loads((ladder / "provenance.json").read_text())["predicate"]["buildDefinition"]
-    digests = {d["name"]: d["digest"]["sha256"] for d in origin["resolvedDependencies"] if "name" in d}
+    digests = {
+        d["name"]: d["digest"]["sha256"] for d in origin["resolvedDependencies"] if "name" in d
+    }
     assert digests["calibration/embedded"] == manifest["calibration"]["sha256"]
-    assert digests[manifest["imatrix"]["path"]] == digest(ladder / manifest["imatrix"]["path"])
-    assert origin["internalParameters"]["llama.cpp"] == {"version": manifest["llama.cpp"], **find().built}
+    assert digests[manifest["imatrix"]["path"]] == hash_file(ladder / manifest["imatrix"]["path"])
+    assert origin["internalParameters"]["llama.cpp"] == {
+        "version": manifest["llama.cpp"],
+        **find_toolchain().built,
+    }
 
 
-def test_shards_merge_back_into_a_file_with_the_digests_of_the_unsplit_one(ladder: Path, tmp_path: Path) -> None:
+def test_shards_merge_back_into_a_file_with_the_digests_of_the_unsplit_one(
+    ladder: Path, tmp_path: Path
+) -> None:
     manifest = json.loads((ladder / "manifest.json").read_text())
     sharded = [v for v in manifest["variants"] if len(v["files"]) > 1]
     assert len(sharded) >= 5
     for variant in sharded:
         merged = tmp_path / f"{variant['name']}.gguf"
-        merge(ladder / variant["files"][0]["path"], merged, find())
-        assert read_header(merged).tensor_digests() == {name: t["sha256"] for name, t in variant["tensors"].items()}
+        merge_shards(ladder / variant["files"][0]["path"], merged, find_toolchain())
+        assert read_header(merged).tensor_digests() == {
+            name: t["sha256"] for name, t in variant["tensors"].items()
+        }
 
 
 def test_no_path_of_this_machine_is_published(ladder: Path) -> None:
@@ -122,13 +148,19 @@ def test_no_path_of_this_machine_is_published(ladder: Path) -> None:
         assert b"/convert/" not in data and b".partial" not in data, name
 
 
-def test_another_folder_gets_the_same_bytes_and_the_same_manifest(some: Path, tmp_path: Path) -> None:
+def test_another_folder_gets_the_same_bytes_and_the_same_manifest(
+    some: Path, tmp_path: Path
+) -> None:
     assert run("demo", "--out", tmp_path, *SOME).returncode == 0
     assert contents(tmp_path / "tiny-glm") == contents(some / "tiny-glm")
 
 
 def test_the_same_folder_again_does_nothing_and_says_so(some: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in some.rglob("*") if p.is_file() and p.name not in ("lock", "held-by")}
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in some.rglob("*")
+        if p.is_file() and p.name not in ("lock", "held-by")
+    }
     again = run("demo", "--out", some, *SOME)
     assert again.returncode == 0
     assert "nothing to do" in again.stderr
@@ -148,7 +180,9 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(some: Path, tmp_pa
         "smoke",
         "package",
     ):
-        process = subprocess.Popen([QUANT, "demo", "--out", tmp_path, *SOME], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [QUANT, "demo", "--out", tmp_path, *SOME], stderr=subprocess.PIPE, text=True
+        )
         assert process.stderr is not None
         for line in process.stderr:
             if f"] {stage} " in line:  # it is done, and the next stage has begun
@@ -165,7 +199,9 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(some: Path, tmp_pa
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
-    process = subprocess.Popen([QUANT, "demo", "--out", tmp_path, *SOME], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [QUANT, "demo", "--out", tmp_path, *SOME], stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr is not None
     process.stderr.readline()
     process.send_signal(signal.SIGINT)
@@ -203,9 +239,13 @@ def assert_refused(done: subprocess.CompletedProcess[str], out: Path, *said: str
     assert all((p.parent / "receipt.json").exists() for p in whole)
 
 
-def test_a_folder_without_config_json_is_refused(recipe: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_folder_without_config_json_is_refused(
+    recipe: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     (checkpoint / "config.json").unlink()
-    assert_refused(run("build", recipe, "-o", tmp_path / "out"), tmp_path / "out", "config.json: missing")
+    assert_refused(
+        run("build", recipe, "-o", tmp_path / "out"), tmp_path / "out", "config.json: missing"
+    )
 
 
 def test_a_template_that_breaks_at_the_second_turn_stops_a_build_before_anything_is_converted(
@@ -214,14 +254,24 @@ def test_a_template_that_breaks_at_the_second_turn_stops_a_build_before_anything
     recipe.write_text(recipe.read_text().replace('template = "glm-4.6"', 'template = "none"'))
     stopped = run("build", recipe, "-o", tmp_path / "out")
     assert stopped.returncode == 1, stopped.stderr
-    assert "conversation 'raw reasoning, two turns' (jinja), thinking default, prompt 3: past stays" in stopped.stderr
+    assert (
+        "conversation 'raw reasoning, two turns' (jinja), thinking default, prompt 3: past stays"
+        in stopped.stderr
+    )
     assert "found 12 that do not" in stopped.stderr
     assert not list((tmp_path / "out").rglob("*.gguf"))
 
 
-def test_weights_that_can_carry_code_are_refused(recipe: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_weights_that_can_carry_code_are_refused(
+    recipe: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
-    assert_refused(run("build", recipe, "-o", tmp_path / "out"), tmp_path / "out", "*.safetensors", "pytorch_model.bin")
+    assert_refused(
+        run("build", recipe, "-o", tmp_path / "out"),
+        tmp_path / "out",
+        "*.safetensors",
+        "pytorch_model.bin",
+    )
 
 
 def test_a_truncated_safetensors_file_is_refused_with_both_lengths(
@@ -254,7 +304,7 @@ def test_a_missing_tool_is_named_with_what_brings_it(tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
     for tool in ("llama-quantize", "llama-tokenize", "llama-imatrix", "llama-server"):
-        (tools / tool).symlink_to(find().bin / tool)
+        (tools / tool).symlink_to(find_toolchain().bin / tool)
     refused = run("demo", "-o", tmp_path / "out", "--llama-cpp", tools)
     assert_refused(refused, tmp_path / "out", "llama-gguf-split: tool missing", "uv sync")
 
@@ -263,7 +313,7 @@ def test_a_tool_that_fails_is_quoted(some: Path, tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
     for tool in ("llama-quantize", "llama-tokenize", "llama-gguf-split", "llama-server"):
-        (tools / tool).symlink_to(find().bin / tool)
+        (tools / tool).symlink_to(find_toolchain().bin / tool)
     (tools / "llama-imatrix").write_text("#!/bin/sh\necho 'the sky fell down'; exit 7\n")
     (tools / "llama-imatrix").chmod(0o755)
     refused = run("demo", "-o", tmp_path / "out", "-v", "Q4_1", "--llama-cpp", tools)
@@ -281,7 +331,9 @@ def test_a_taken_port_is_refused(some: Path) -> None:
 
 
 def test_two_runs_in_one_folder_do_not_meet(tmp_path: Path) -> None:
-    first = subprocess.Popen([QUANT, "demo", "--out", tmp_path, *SOME], stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [QUANT, "demo", "--out", tmp_path, *SOME], stderr=subprocess.PIPE, text=True
+    )
     assert first.stderr is not None
     first.stderr.readline()
     second = run("demo", "--out", tmp_path, *SOME)
@@ -292,5 +344,5 @@ def test_two_runs_in_one_folder_do_not_meet(tmp_path: Path) -> None:
 
 
 def test_every_variant_that_is_shipped_is_in_some_release() -> None:
-    used = {name for model in known("models") for name in load_model(model)[0].variants}
-    assert used | {"UD-Q8_K_XL", "Q8_0"} == set(known("variants"))
+    used = {name for model in list_recipes("models") for name in load_model(model)[0].variants}
+    assert used | {"UD-Q8_K_XL", "Q8_0"} == set(list_recipes("variants"))

@@ -19,9 +19,7 @@ QUANT = Path(sys.executable).with_name("quant")
 TOKEN = "hf_PlantedTokenOfThePublisher"
 REPO = "somebody/tiny-glm-GGUF"
 SOME = ("-v", "UD-TQ1_0", "-v", "UD-Q2_K_XL")
-FETCH = (
-    "import sys; from huggingface_hub import snapshot_download as get; print(get(sys.argv[1], local_dir=sys.argv[2]))"
-)
+FETCH = "import sys; from huggingface_hub import snapshot_download as get; print(get(sys.argv[1], local_dir=sys.argv[2]))"
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +41,35 @@ def run(the_hub: Hub, *args: str | Path, **env: str) -> subprocess.CompletedProc
     }
     return subprocess.run(
         args, env=os.environ | given | env, capture_output=True, text=True, timeout=900, check=False
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
 def published(the_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A build that published its release: the folder that it was told, and everything that it said."""
     out = tmp_path_factory.mktemp("out")
-    done = run(the_hub, QUANT, "build", "tiny-glm", "-o", out, *SOME, "--repo", REPO, "--as-ready", "--limit", "500M")
+    done = run(
+        the_hub,
+        QUANT,
+        "build",
+        "tiny-glm",
+        "-o",
+        out,
+        *SOME,
+        "--repo",
+        REPO,
+        "--as-ready",
+        "--limit",
+        "500M",
+    )
     assert done.returncode == 0, done.stderr
     return out, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
-def fetched(the_hub: Hub, published: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fetched(
+    the_hub: Hub, published: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The release as the hub's own client fetches it."""
     folder = tmp_path_factory.mktemp("fetched") / "tiny-glm"
     done = run(the_hub, sys.executable, "-c", FETCH, REPO, folder, HF_TOKEN="")
@@ -71,18 +84,30 @@ def test_a_build_with_a_repo_ends_with_one_commit_that_holds_the_release(
     head = the_hub.head(REPO)
     assert f"{the_hub.url}/{REPO}/tree/release-" in said
     assert len(the_hub.repos[REPO].commits) == 2  # the first is the hub's own
-    there = {n: the_hub.object(b.sha256).read_bytes() for n, b in head.files.items() if n != ".gitattributes"}
+    there = {
+        n: the_hub.object(b.sha256).read_bytes()
+        for n, b in head.files.items()
+        if n != ".gitattributes"
+    }
     assert there == {
-        p.relative_to(out / "tiny-glm").as_posix(): p.read_bytes() for p in (out / "tiny-glm").rglob("*") if p.is_file()
+        p.relative_to(out / "tiny-glm").as_posix(): p.read_bytes()
+        for p in (out / "tiny-glm").rglob("*")
+        if p.is_file()
     }
 
 
 def test_a_build_that_sends_as_ready_sends_each_variant_once_and_before_the_release_is_packaged(
     the_hub: Hub, published: tuple[Path, str]
 ) -> None:
-    stages = [line.split("]")[1].split()[0] for line in published[1].splitlines() if line.startswith("[")]
+    stages = [
+        line.split("]")[1].split()[0] for line in published[1].splitlines() if line.startswith("[")
+    ]
     assert stages.count("send") == 2
-    assert stages.index("send") < len(stages) - 1 - stages[::-1].index("smoke") < stages.index("package")
+    assert (
+        stages.index("send")
+        < len(stages) - 1 - stages[::-1].index("smoke")
+        < stages.index("package")
+    )
     sent = [r.path for r in the_hub.asked("PUT", "^/upload/")]
     assert len(sent) == len(set(sent))
 
@@ -108,13 +133,23 @@ def test_what_was_fetched_talks(the_hub: Hub, fetched: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_what_was_fetched_is_made_again_to_the_same_bytes(the_hub: Hub, fetched: Path, tmp_path: Path) -> None:
-    done = run(the_hub, QUANT, "rebuild", fetched / "manifest.json", "-o", tmp_path / "again", HF_TOKEN="")
+def test_what_was_fetched_is_made_again_to_the_same_bytes(
+    the_hub: Hub, fetched: Path, tmp_path: Path
+) -> None:
+    done = run(
+        the_hub, QUANT, "rebuild", fetched / "manifest.json", "-o", tmp_path / "again", HF_TOKEN=""
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    files = [p for p in fetched.rglob("*") if p.is_file() and ".cache" not in p.parts and p.name != ".gitattributes"]
+    files = [
+        p
+        for p in fetched.rglob("*")
+        if p.is_file() and ".cache" not in p.parts and p.name != ".gitattributes"
+    ]
     assert f"tiny-glm: {len(files)} files hold the same bytes" in done.stdout
     for path in files:
-        assert (tmp_path / "again" / "tiny-glm" / path.relative_to(fetched)).read_bytes() == path.read_bytes()
+        assert (
+            tmp_path / "again" / "tiny-glm" / path.relative_to(fetched)
+        ).read_bytes() == path.read_bytes()
 
 
 def test_a_rebuild_that_comes_out_otherwise_names_the_file(
@@ -126,7 +161,14 @@ def test_a_rebuild_that_comes_out_otherwise_names_the_file(
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     shutil.copytree(published[0] / ".work", tmp_path / "work")
     done = run(
-        the_hub, QUANT, "rebuild", tmp_path / "manifest.json", "-o", tmp_path / "again", "--work", tmp_path / "work"
+        the_hub,
+        QUANT,
+        "rebuild",
+        tmp_path / "manifest.json",
+        "-o",
+        tmp_path / "again",
+        "--work",
+        tmp_path / "work",
     )
     assert done.returncode == 1
     assert f"tiny-glm-UD-TQ1_0.gguf: expected sha256 {'0' * 64}, found " in done.stderr
@@ -157,20 +199,36 @@ def test_the_token_is_nowhere(the_hub: Hub, published: tuple[Path, str], fetched
         for path in folder.rglob("*"):
             if path.is_file():
                 assert TOKEN.encode() not in path.read_bytes(), path
-    assert {r.token for r in the_hub.requests} == {f"Bearer {TOKEN}", None}  # it was used, and not shown to the storage
+    assert {r.token for r in the_hub.requests} == {
+        f"Bearer {TOKEN}",
+        None,
+    }  # it was used, and not shown to the storage
     assert {r.token for r in the_hub.requests if r.host.startswith("localhost")} == {None}
 
 
-def test_the_files_say_whose_they_are_and_nothing_of_this_machine(published: tuple[Path, str]) -> None:
-    from quant.header import read_headers
+def test_the_files_say_whose_they_are_and_nothing_of_this_machine(
+    published: tuple[Path, str],
+) -> None:
+    from quant.llama.gguf import read_headers
 
     for first in ("tiny-glm-UD-TQ1_0.gguf", "UD-Q2_K_XL/tiny-glm-UD-Q2_K_XL-00001-of-00002.gguf"):
         found = read_headers(published[0] / "tiny-glm" / first)[0].metadata
-        assert {k: found.get(f"general.{k}") for k in ("name", "basename", "size_label", "license", "languages", "tags")} == {
-            "name": "tiny-glm", "basename": "tiny-glm", "size_label": "8x4.5M", "license": "apache-2.0", "languages": ["en"],
+        assert {
+            k: found.get(f"general.{k}")
+            for k in ("name", "basename", "size_label", "license", "languages", "tags")
+        } == {
+            "name": "tiny-glm",
+            "basename": "tiny-glm",
+            "size_label": "8x4.5M",
+            "license": "apache-2.0",
+            "languages": ["en"],
             "tags": ["gguf", "imatrix", "conversational", "text-generation"],
-        }  # fmt: skip
+        }
         assert {k.rpartition(".")[2] for k in found if k.startswith("general.sampling.")} == {
-            "temp", "top_p", "top_k", "min_p", "penalty_repeat",
-        }  # fmt: skip
+            "temp",
+            "top_p",
+            "top_k",
+            "min_p",
+            "penalty_repeat",
+        }
         assert not [k for k, v in found.items() if isinstance(v, str) and str(published[0]) in v]

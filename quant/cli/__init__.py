@@ -8,30 +8,43 @@ from typing import Any, NoReturn
 import click
 
 from quant.cli import (
-    allocation,
+    allocate,
+    build,
     calibration,
-    evaluation,
+    evaluate,
     imatrix,
-    look,
+    inspect,
     moments,
     ollama,
-    planning,
-    probing,
+    plan,
+    probe,
     progress,
-    publishing,
-    release,
+    publish,
+    smoke,
     stages,
-    talking,
     template,
 )
 from quant.cli.options import quant
+from quant.core.secrets import redact_token
 from quant.errors import QuantError
-from quant.hub import without_token
 
 __all__ = [
-    "allocation", "calibration", "evaluation", "imatrix", "look", "main", "moments", "ollama", "planning", "probing",
-    "publishing", "release", "stages", "talking", "template",
-]  # fmt: skip
+    "allocate",
+    "build",
+    "calibration",
+    "evaluate",
+    "imatrix",
+    "inspect",
+    "main",
+    "moments",
+    "ollama",
+    "plan",
+    "probe",
+    "publish",
+    "smoke",
+    "stages",
+    "template",
+]
 """Importing the modules of commands is what makes the commands known."""
 
 INTERRUPTED = 3
@@ -39,7 +52,10 @@ INTERRUPTED = 3
 
 def main() -> NoReturn:
     """Run a command and leave with its code: 0 done, 1 a check failed, 2 wrong input, 3 interrupted."""
-    for stop in (signal.SIGINT, signal.SIGTERM):  # said anew: a shell ignores the first for what runs in the background
+    for stop in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # said anew: a shell ignores the first for what runs in the background
         signal.signal(stop, _interrupted)
     code = _run()
     if code == INTERRUPTED:
@@ -61,7 +77,7 @@ def _run() -> int:
         return INTERRUPTED
     except QuantError as e:
         for problem in e.problems:
-            progress.say(f"error: {without_token(problem)}")
+            progress.say(f"error: {redact_token(problem)}")
         return e.exit_code
     return code if isinstance(code, int) else 0
 

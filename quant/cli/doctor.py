@@ -8,12 +8,20 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from quant import toolchain
 from quant.errors import ToolError
-from quant.ggml_types import TYPES
-from quant.toolchain import TOOLS, Toolchain
+from quant.llama import toolchain
+from quant.llama.toolchain import TOOLS, Toolchain
+from quant.llama.types import TYPES
 
-LIBRARIES = ("gguf", "torch", "transformers", "safetensors", "huggingface-hub", "datasets", "prefect")
+LIBRARIES = (
+    "gguf",
+    "torch",
+    "transformers",
+    "safetensors",
+    "huggingface-hub",
+    "datasets",
+    "prefect",
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Finding:
 
 def examine(llama_cpp: Path | None = None) -> tuple[Finding, ...]:
     """Everything that is needed, found or not; raises ToolError only for a named folder that does not exist."""
-    tools = toolchain.find(llama_cpp)
+    tools = toolchain.find_toolchain(llama_cpp)
     return (*_tools(tools), _converter(), *_libraries(), _compiler(), *_kernels(tools))
 
 
@@ -48,7 +56,10 @@ def _tools(tools: Toolchain) -> Iterator[Finding]:
     for tool in TOOLS:
         here = (tools.bin / tool).exists()
         yield Finding(
-            here and sound, tool, version if here else "", str(tools.bin / tool) if here else toolchain.BRING_TOOLS
+            here and sound,
+            tool,
+            version if here else "",
+            str(tools.bin / tool) if here else toolchain.BRING_TOOLS,
         )
 
 
@@ -62,27 +73,36 @@ def _libraries() -> Iterator[Finding]:
     yield Finding(sys.version_info >= (3, 11), "python", sys.version.split()[0], sys.executable)
     for name in LIBRARIES:
         version = _version(name)
-        yield Finding(bool(version), name, version, "a Python package" if version else f"uv add {name}")
+        yield Finding(
+            bool(version), name, version, "a Python package" if version else f"uv add {name}"
+        )
 
 
 def _compiler() -> Finding:
     path = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    return Finding(path is not None, "a C++ compiler", "", path or "apt-get install g++ (it builds llama.cpp once)")
+    return Finding(
+        path is not None,
+        "a C++ compiler",
+        "",
+        path or "apt-get install g++ (it builds llama.cpp once)",
+    )
 
 
 def _kernels(tools: Toolchain) -> Iterator[Finding]:
     """By what each type is quantised. Nothing of it is missing: ggml's own functions serve as well, only later."""
-    from quant import ggml
-    from quant.kernels import Kernels
+    from quant.llama import ggml
+    from quant.quantize.kernels import Kernels
 
     try:
-        kernels = Kernels(ggml.load(ggml.find(tools.bin)))
+        kernels = Kernels(ggml.load_ggml(ggml.find_library(tools.bin)))
     except ToolError as e:
         yield Finding(True, "kernels", "ggml", f"not tried: {e}")
         return
     if kernels.native.problem:
         yield Finding(True, "kernels", "ggml", kernels.native.problem)
-    native = [t for t in TYPES.values() if any(kernels.native.has(i, t) for i in kernels.native.sets)]
+    native = [
+        t for t in TYPES.values() if any(kernels.native.has(i, t) for i in kernels.native.sets)
+    ]
     waiting = [t.name for t in native if kernels.waiting(t)]
     served = {t.name: kernels.served(t) for t in native if t.name not in waiting}
     for by in kernels.native.sets:

@@ -40,56 +40,102 @@ def imatrix() -> None:
 @imatrix.command()
 @click.argument("base", type=FILE)
 @click.option("--out", "-o", type=FILE, required=True, help="The importance matrix to write.")
-@click.option("--calibration", default="embedded", show_default=True, metavar="SET", help="A set's name or path.")
+@click.option(
+    "--calibration",
+    default="embedded",
+    show_default=True,
+    metavar="SET",
+    help="A set's name or path.",
+)
 @context_option
 @click.option("--chunks", type=click.IntRange(1), help="At most so many in the first pass.  [all]")
-@click.option("--range", "only", metavar=RANGE, help="Only these chunks, to be merged with those of other machines.")
 @click.option(
-    "--expert-tokens", type=click.IntRange(0), default=32, show_default=True, help="Draw more until all saw so many."
+    "--range",
+    "only",
+    metavar=RANGE,
+    help="Only these chunks, to be merged with those of other machines.",
 )
-@click.option("--work", type=FOLDER, envvar="QUANT_WORK", help="Where finished ranges are kept.  [beside OUT]")
+@click.option(
+    "--expert-tokens",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="Draw more until all saw so many.",
+)
+@click.option(
+    "--work", type=FOLDER, envvar="QUANT_WORK", help="Where finished ranges are kept.  [beside OUT]"
+)
 @tools_option
 def compute(
-    base: Path, out: Path, calibration: str, context: int, chunks: int | None, only: str | None, expert_tokens: int,
-    work: Path | None, llama_cpp: Path | None,
-) -> None:  # fmt: skip
+    base: Path,
+    out: Path,
+    calibration: str,
+    context: int,
+    chunks: int | None,
+    only: str | None,
+    expert_tokens: int,
+    work: Path | None,
+    llama_cpp: Path | None,
+) -> None:
     """Compute the importance matrix of BASE, a GGUF in BF16 or Q8_0, in the model's own chat format.
 
     A run that was interrupted continues with the range of chunks that it was at.
     """
-    from quant import calibrate, coverage, files, toolchain
-    from quant import imatrix as matrices
-    from quant.header import read_header
-    from quant.recipe import Imatrix
-    from quant.store import Store
-    from quant.template import patch
+    from quant.calibration import coverage
+    from quant.calibration import imatrix as matrices
+    from quant.calibration import text as calibrate
+    from quant.chat.template import patch_template
+    from quant.core import files
+    from quant.core.store import Store
+    from quant.llama import toolchain
+    from quant.llama.gguf import read_header
+    from quant.llama.model_file import ModelFile
+    from quant.plan.recipe import ImatrixRecipe
 
-    settings = Imatrix(calibration, context, chunks)
+    settings = ImatrixRecipe(calibration, context, chunks)
     settings = replace(settings, coverage=replace(settings.coverage, expert_tokens=expert_tokens))
     span = _span(only) if only else None
     absent(out)
-    tools = toolchain.find(llama_cpp)
+    tools = toolchain.find_toolchain(llama_cpp)
     tools.require("llama-imatrix", "llama-tokenize")
     words = read_header(base).metadata.get("tokenizer.chat_template")
-    template = patch(words, None, str(base)) if words else None
+    template = patch_template(words, None, str(base)) if words else None
     root = (work or out.with_name(out.name + ".work")).expanduser().resolve()
     store = Store(root)
     with progress.shown(2) as do, store.alone():
-        weights = matrices.base_of(base.resolve())
-        text = do("calibrate", calibration, partial(calibrate.of_set, settings, template, weights, tools, store))
+        weights = ModelFile.open(base.resolve())
+        text = do(
+            "calibrate",
+            calibration,
+            partial(calibrate.build_set_text, settings, template, weights, tools, store),
+        )
         if span:
             matrices.check_span(span, text, settings)
-            with files.scratch(out) as folder:
+            with files.temp_folder(out) as folder:
                 made = folder / out.name
-                do("imatrix", out.name, partial(matrices.compute, weights.path, text.path, settings, tools, made, span))
-                files.adopt(made, out)
+                do(
+                    "imatrix",
+                    out.name,
+                    partial(
+                        matrices.compute_ranges,
+                        weights.path,
+                        text.path,
+                        settings,
+                        tools,
+                        made,
+                        span,
+                    ),
+                )
+                files.replace_atomically(made, out)
         else:
-            work_of = partial(matrices.measure, weights, text, settings, out.name, tools, store)
-            files.share(do("imatrix", out.name, work_of).path, out)
+            work_of = partial(
+                matrices.measure_range, weights, text, settings, out.name, tools, store
+            )
+            files.link_or_copy(do("imatrix", out.name, work_of).path, out)
     if not work:
         shutil.rmtree(root)
-    matrix = matrices.read(out)
-    for line in coverage.missed(matrix.counts, max(expert_tokens, 1)):
+    matrix = matrices.read_imatrix(out)
+    for line in coverage.count_missed(matrix.counts, max(expert_tokens, 1)):
         progress.say(line)
     progress.say(
         f"{out}: {len(matrix.counts)} matrices, {text.tokens:,} tokens of text, sha256 {matrix.receipt.sha256}"
@@ -99,20 +145,38 @@ def compute(
 @imatrix.command()
 @click.argument("matrix", type=FILE)
 @click.option("--svg", type=FILE, help="Draw a heat map, layer by expert, to this file.")
-@click.option("--least", type=click.IntRange(1), default=1, show_default=True, help="Tokens that an expert should see.")
+@click.option(
+    "--least",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Tokens that an expert should see.",
+)
 @json_option
 def show(matrix: Path, svg: Path | None, least: int, as_json: bool) -> None:
     """How many tokens each expert of each matrix saw, and which saw too few; exit 1 when there are such."""
-    from quant import coverage, files, importance
+    from quant.calibration import coverage, imatrix_file
+    from quant.core import files
 
-    found = importance.load(matrix)
+    found = imatrix_file.load_imatrix(matrix)
     counts = found.counts()
-    missed = list(coverage.missed(counts, least))
+    missed = list(coverage.count_missed(counts, least))
     if svg:
-        files.write_text(absent(svg), coverage.heat_map(counts, f"Tokens that each expert saw: {matrix.name}"))
+        files.write_text(
+            absent(svg),
+            coverage.draw_heat_map(counts, f"Tokens that each expert saw: {matrix.name}"),
+        )
     if as_json:
-        about: dict[str, Any] = {"file": matrix.name, "datasets": list(found.datasets), "chunks": found.chunks}
-        click.echo(json.dumps(about | {"tokens": {k: list(v) for k, v in counts.items()}, "missed": missed}))
+        about: dict[str, Any] = {
+            "file": matrix.name,
+            "datasets": list(found.datasets),
+            "chunks": found.chunks,
+        }
+        click.echo(
+            json.dumps(
+                about | {"tokens": {k: list(v) for k, v in counts.items()}, "missed": missed}
+            )
+        )
         raise SystemExit(1 if missed else 0)
     columns = (
         "layer",
@@ -125,11 +189,17 @@ def show(matrix: Path, svg: Path | None, least: int, as_json: bool) -> None:
         ">3rd quartile",
         ">most",
     )
-    tables.show(columns, coverage.rows(counts), title=f"{matrix.name}: tokens by expert, {found.chunks} chunks")
+    tables.show(
+        columns,
+        coverage.list_rows(counts),
+        title=f"{matrix.name}: tokens by expert, {found.chunks} chunks",
+    )
     for line in missed:
         click.echo(line)
     if found.legacy:
-        click.echo("the older form (.dat) does not tell experts apart: its numbers are chunks, not tokens")
+        click.echo(
+            "the older form (.dat) does not tell experts apart: its numbers are chunks, not tokens"
+        )
     if svg:
         progress.say(str(svg))
     raise SystemExit(1 if missed else 0)
@@ -154,15 +224,15 @@ def convert(old: Path, out: Path, context: int) -> None:
 
 
 def _merge(parts: Sequence[Path], out: Path, context: int) -> None:
-    from quant import importance
+    from quant.calibration import imatrix_file
 
-    merged = importance.merge((importance.load(p) for p in parts), context)
-    importance.save(merged, out)
+    merged = imatrix_file.merge_imatrices((imatrix_file.load_imatrix(p) for p in parts), context)
+    imatrix_file.save_imatrix(merged, out)
     progress.say(f"{out}: {len(merged.entries)} matrices, {merged.chunks} chunks")
 
 
 def _span(told: str) -> Any:
-    from quant.imatrix import Span
+    from quant.calibration.imatrix import Span
 
     first, _, count = told.partition(":")
     if not (first.isdecimal() and count.isdecimal() and int(count)):

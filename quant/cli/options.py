@@ -1,14 +1,17 @@
 """What the commands share: the group they belong to, and the options that mean the same everywhere."""
 
 import re
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
-    from quant.engine.job import Settings
+    from quant.quantize.engine.job import EngineSettings
 
+T = TypeVar("T")
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 variants_option = click.option(
@@ -18,25 +21,43 @@ work_option = click.option(
     "--work", type=FOLDER, envvar="QUANT_WORK", help="Where finished stages are kept.  [OUT/.work]"
 )
 moments_option = click.option(
-    "--moments", type=FILE, help="Second moments of BASE, from `quant moments`: rounding is fed back.  [ggml's bytes]"
+    "--moments",
+    type=FILE,
+    help="Second moments of BASE, from `quant moments`: rounding is fed back.  [ggml's bytes]",
 )
-tools_option = click.option("--llama-cpp", type=FOLDER, help="A llama.cpp of your own.  [$QUANT_LLAMA_CPP]")
-jobs_option = click.option("--jobs", type=click.IntRange(1), help="Threads that quantise.  [one a core]")
+tools_option = click.option(
+    "--llama-cpp", type=FOLDER, help="A llama.cpp of your own.  [$QUANT_LLAMA_CPP]"
+)
+jobs_option = click.option(
+    "--jobs", type=click.IntRange(1), help="Threads that quantise.  [one a core]"
+)
 memory_option = click.option(
     "--memory",
     metavar="SIZE",
     callback=lambda _c, _p, text: size(text),
     help="What quantising may take: 900M, 2G.  [1 GiB]",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON document on standard output."
+)
 
 _TARGET = (
     click.option("--repo", metavar="OWNER/NAME", help="Publish there; HF_TOKEN holds the token."),
     click.option("--private", is_flag=True, help="If the repo has to be made, make it private."),
-    click.option("--pull-request", is_flag=True, help="Propose the release instead of publishing it."),
-    click.option("--tag", help="What the commit is called.  [release-<begin of the manifest's digest>]"),
+    click.option(
+        "--pull-request", is_flag=True, help="Propose the release instead of publishing it."
+    ),
+    click.option(
+        "--tag", help="What the commit is called.  [release-<begin of the manifest's digest>]"
+    ),
     click.option("--parent", metavar="COMMIT", help="The commit to follow.  [what the repo is at]"),
-    click.option("--uploads", type=click.IntRange(1, 32), default=4, show_default=True, help="Files sent at a time."),
+    click.option(
+        "--uploads",
+        type=click.IntRange(1, 32),
+        default=4,
+        show_default=True,
+        help="Files sent at a time.",
+    ),
     click.option(
         "--limit",
         metavar="SIZE",
@@ -55,10 +76,37 @@ def target_options(command: Any) -> Any:
 
 def target_of(repo: str | None, settings: dict[str, Any]) -> Any:
     """The target that these options name, which are taken out of the settings; none without a repo."""
-    from quant.publish import Target
+    from quant.hub.upload import Destination
 
-    chosen = {key: settings.pop(key) for key in ("private", "pull_request", "tag", "parent", "uploads", "limit")}
-    return Target(repo, **chosen) if repo else None
+    chosen = {
+        key: settings.pop(key)
+        for key in ("private", "pull_request", "tag", "parent", "uploads", "limit")
+    }
+    return Destination(repo, **chosen) if repo else None
+
+
+def collect_options(request: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
+    """Return a decorator that hands a command its options as one ``request``, a dataclass of their names.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Greeting:
+        ...     name: str
+        >>> @click.command()
+        ... @click.option("--name")
+        ... @collect_options(Greeting)
+        ... def greet(greeting: Greeting) -> None:
+        ...     click.echo(greeting.name)
+    """
+
+    def decorate(command: Callable[[T], None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**options: Any) -> None:
+            command(request(**options))
+
+        return run
+
+    return decorate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -69,20 +117,20 @@ def quant() -> None:
 
 def size(text: str | None) -> int | None:
     """``2G`` as bytes. Raises BadParameter for anything else."""
-    from quant.recipe import SIZE, shard_bytes
+    from quant.plan.recipe import SIZE, parse_size
 
     if text is None:
         return None
     if not re.fullmatch(SIZE, text):
         raise click.BadParameter(f"expected a number with M or G behind it, found {text!r}")
-    return shard_bytes(text)
+    return parse_size(text)
 
 
-def settings(jobs: int | None, memory: int | None) -> "Settings":
+def settings(jobs: int | None, memory: int | None) -> "EngineSettings":
     """How much of the machine quantising may take, as it was said on the command line."""
-    from quant.engine.job import Settings
+    from quant.quantize.engine.job import EngineSettings
 
-    return Settings(jobs, memory) if memory else Settings(jobs)
+    return EngineSettings(jobs, memory) if memory else EngineSettings(jobs)
 
 
 def one_line(value: Any) -> str:

@@ -9,9 +9,16 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-from quant.ongoing import heard
+from quant.core.progress import listen_to_progress
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 30.0
@@ -38,9 +45,11 @@ class Lines:
             nonlocal told
             if (now := time.monotonic()) - told >= SECONDS_BETWEEN_LINES:
                 told = now
-                say(f"{'':>{2 * len(str(self.total)) + 3}} {stage:<9} {subject}  {said(share, now - began)}")
+                say(
+                    f"{'':>{2 * len(str(self.total)) + 3}} {stage:<9} {subject}  {format_seconds(share, now - began)}"
+                )
 
-        with heard(hear):
+        with listen_to_progress(hear):
             result = work()
         self.done += 1
         say(
@@ -64,17 +73,17 @@ class Bar:
         began = time.monotonic()
 
         def hear(share: float) -> None:
-            about = said(share, time.monotonic() - began)
+            about = format_seconds(share, time.monotonic() - began)
             self.progress.update(self.task, description=f"{stage} {subject}  {about}")
 
         self.progress.update(self.task, description=f"{stage} {subject}")
-        with heard(hear):
+        with listen_to_progress(hear):
             result = work()
         self.progress.advance(self.task)
         return result
 
 
-def said(share: float, seconds: float) -> str:
+def format_seconds(share: float, seconds: float) -> str:
     """How far a stage is that has run for some seconds, and how long it will take."""
     if not share:
         return "0 %"
@@ -89,7 +98,7 @@ def shown(total: int) -> Iterator[Lines | Bar]:
     """What to run stages with, on this terminal or without one."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        with told():
+        with report():
             yield Lines(total)
         return
     columns = (
@@ -99,14 +108,17 @@ def shown(total: int) -> Iterator[Lines | Bar]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress, told(progress.console.print):
+    with (
+        Progress(*columns, console=console, transient=True) as progress,
+        report(progress.console.print),
+    ):
         yield Bar(progress, total)
 
 
 @contextmanager
-def told(to: Callable[[str], object] = say) -> Iterator[None]:
+def report(to: Callable[[str], object] = say) -> Iterator[None]:
     """While the block runs, say what the library logs: how far a long stage is."""
-    log, handler = logging.getLogger("quant"), _Told(to)
+    log, handler = logging.getLogger("quant"), _Listener(to)
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -117,7 +129,7 @@ def told(to: Callable[[str], object] = say) -> Iterator[None]:
         log.removeHandler(handler)
 
 
-class _Told(logging.Handler):
+class _Listener(logging.Handler):
     """A line of the log as a line for people."""
 
     def __init__(self, to: Callable[[str], object]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.benchmarks.measured import machine, measured
 
 WORK = """
-from tests.quant.test_ladder import GLM, PUBLISHED, Constraints, Target, make
+from tests.quant.plan.test_budgets import GLM, PUBLISHED, Constraints, Target, make
 for name, gigabytes in PUBLISHED.items():
     make(GLM, Target(int(gigabytes * 1e9)), name, "For tests.", Constraints())
 """
@@ -15,7 +15,9 @@ for name, gigabytes in PUBLISHED.items():
 def main() -> None:
     """Measure, and say it in a line."""
     m = measured([sys.executable, "-c", WORK], cwd=Path.cwd())
-    print(f"{machine()}: nine sizes of GLM-4.6 in {m.wall_s:.1f} s, at most {m.peak_bytes / 1e6:.0f} MB")
+    print(
+        f"{machine()}: nine sizes of GLM-4.6 in {m.wall_s:.1f} s, at most {m.peak_bytes / 1e6:.0f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -19,35 +19,60 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from calibration.documents import Document
-from quant import distortion, evaluate, files, moments, probe, sensitivity, toolchain
-from quant.allocate import Constraints
-from quant.build import patched_template, pinned_model, pull
-from quant.calibrate import as_read
-from quant.convert import convert, words
-from quant.distortion import Distortions
-from quant.engine.job import Settings as Engine
-from quant.folding import fold
-from quant.footprint import class_of
-from quant.ggml_types import TYPES
-from quant.header import padded, read_header
-from quant.ladder import Material, Target, make
-from quant.plan import plan
-from quant.quantize import Target as Wanted
-from quant.quantize import write
-from quant.sensitivity import Sensitivities
-from quant.store import Store
-from quant.template import patch
+from quant.build import patched_template, pull_locked
+from quant.calibration import hessians
+from quant.calibration.documents import Document
+from quant.calibration.text import render_for_model
+from quant.chat.template import patch_template
+from quant.core import files
+from quant.core.store import Store
+from quant.evaluate import compare, error_measurement, probe
+from quant.job import pinned_model
+from quant.llama import toolchain
+from quant.llama.convert import convert_checkpoint
+from quant.llama.gguf import pad, read_header
+from quant.llama.tensors import tensor_class
+from quant.llama.types import TYPES
+from quant.plan import error_table, sensitivity
+from quant.plan.budgets import AllocationInputs, SizeTarget, allocate_variant
+from quant.plan.error_table import ErrorTable
+from quant.plan.fold import fold_types
+from quant.plan.plan import make_plan
+from quant.plan.sensitivity import Sensitivities
+from quant.plan.solver import Constraints
+from quant.quantize.engine.job import EngineSettings as Engine
+from quant.quantize.variants import QuantizeTarget as Wanted
+from quant.quantize.variants import write_variants
+from quant.release.metadata import words
 from tests.models import corpus
 
 PRESETS = ("Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XXS", "IQ1_S")
 SIMPLE_TYPES = (
-    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0",
-)  # fmt: skip
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_S",
+    "Q2_K",
+    "IQ3_XXS",
+    "IQ3_S",
+    "IQ4_XS",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "Q8_0",
+)
 OURS, FED_BACK, ALIKE = "ours", "fed back", "tokens alike"
 METHODS = (
-    f"preset {FED_BACK}", "local error", "simple", "class means", "plain sum", OURS, "refitted", ALIKE, FED_BACK,
-)  # fmt: skip
+    f"preset {FED_BACK}",
+    "local error",
+    "simple",
+    "class means",
+    "plain sum",
+    OURS,
+    "refitted",
+    ALIKE,
+    FED_BACK,
+)
 PURE = ("Q8_0", "Q6_K")
 """Files of one type: what remains of a divergence when bits are hardly short."""
 EVERY_WORD = 1 << 20
@@ -58,61 +83,74 @@ SEEDS = {"calibration": 101, "held out": 202}
 def main(out: Path, base: Path | None, threads: int, chunks: int, held_chunks: int) -> None:
     """The whole study."""
     out.mkdir(parents=True, exist_ok=True)
-    tools, store = toolchain.find(), Store(out / "store")
+    tools, store = toolchain.find_toolchain(), Store(out / "store")
     base = base or _base(out, store, tools)
     calibration, held_out = _texts(out, base)
     matrix = _matrix(out, base, calibration, tools, threads)
     presets = {p: _preset(out, base, matrix, p, tools) for p in PRESETS}
     errors = _errors(out, base, matrix, tools)
     header = read_header(base)
-    setting = probe.Setting(
+    setting = probe.ProbeSetup(
         base,
         matrix,
         calibration,
         tools,
         store,
-        evaluate.Settings(512, chunks, threads, top=512),
+        compare.EvaluationSettings(512, chunks, threads, top=512),
         engine=Engine(threads),
     )
     with store.alone():
-        probes = probe.probes(header.tensors, errors)
-        coarse = probe.probes(header.tensors, errors, ("Q2_K",))
-        print(probe.forecast((*probes, *coarse), setting))
-        measured = probe.measure(
-            (*probes, *coarse), setting, lambda done, of: print(f"probes: {done} of {of}", flush=True)
+        probes = probe.list_probes(header.tensors, errors)
+        coarse = probe.list_probes(header.tensors, errors, ("Q2_K",))
+        print(probe.forecast_probes((*probes, *coarse), setting))
+        measured = probe.measure_probes(
+            (*probes, *coarse),
+            setting,
+            lambda done, of: print(f"probes: {done} of {of}", flush=True),
         )
-        ours = sensitivity.fit(measured[: len(probes)], errors, "probes of every tensor at four types")
+        ours = sensitivity.fit_sensitivities(
+            measured[: len(probes)], errors, "probes of every tensor at four types"
+        )
         sizes = {p: path.stat().st_size for p, path in presets.items()}
         covered = frozenset(n for n, by_type in errors.errors.items() if "IQ1_S" in by_type)
-        known = Material(header.tensors, covered, errors, ours, header.data_start, header, read_header(matrix))
+        known = AllocationInputs(
+            header.tensors, covered, errors, ours, header.data_start, header, read_header(matrix)
+        )
         chosen = _methods(known, measured[len(probes) :], sizes)
         made = _written(out, base, matrix, chosen, known, tools, threads)
-        calibrated = evaluate.evaluate(
+        calibrated = compare.evaluate_files(
             base, [*made.values(), *presets.values()], {"text": calibration}, store, setting.reading
         )
         seen = {e.file.stem: _mean(e) for e in calibrated}
         again = _refitted(known, chosen, seen, {p: _types(presets[p]) for p in PRESETS})
         for p, size in sizes.items():
-            chosen[f"refitted {p}"] = make(
-                replace(known, sensitivities=again), Target(size), "x", "x", _free()
+            chosen[f"refitted {p}"] = allocate_variant(
+                replace(known, sensitivities=again), SizeTarget(size), "x", "x", _free()
             ).solution.types
         made = _written(out, base, matrix, chosen, known, tools, threads)
         fed = _fed_back(out, known, setting, tools, threads)
         again_chosen = {
-            f"{FED_BACK} {p}": make(fed, Target(size), "x", "x", _free()).solution.types for p, size in sizes.items()
+            f"{FED_BACK} {p}": allocate_variant(
+                fed, SizeTarget(size), "x", "x", _free()
+            ).solution.types
+            for p, size in sizes.items()
         }
         again_chosen |= {f"preset {FED_BACK} {p}": _quantised(presets[p], known) for p in PRESETS}
         chosen |= again_chosen
-        seen_by = {how: _moments(out, base, calibration, threads, gradients=how) for how in (True, False)}
+        seen_by = {
+            how: _moments(out, base, calibration, threads, gradients=how) for how in (True, False)
+        }
         made |= _written(out, base, matrix, again_chosen, known, tools, threads, seen_by[True])
         same = {f"{ALIKE} {p}": again_chosen[f"{FED_BACK} {p}"] for p in PRESETS}
         made |= _written(out, base, matrix, same, known, tools, threads, seen_by[False])
         chosen |= same
         pure = {p: _preset(out, base, matrix, p, tools) for p in PURE}
         reading = replace(setting.reading, chunks=held_chunks, top=EVERY_WORD)
-        judged = evaluate.evaluate(base, [*presets.values(), *pure.values(), *made.values()], held_out, store, reading)
+        judged = compare.evaluate_files(
+            base, [*presets.values(), *pure.values(), *made.values()], held_out, store, reading
+        )
         rounded = _rounded(out, pure["Q8_0"], tools)
-        (activations,) = evaluate.evaluate(rounded, [pure["Q8_0"]], held_out, store, reading)
+        (activations,) = compare.evaluate_files(rounded, [pure["Q8_0"]], held_out, store, reading)
     print(f"the same weights, activations in 8 bits: {_mean(activations):.5f}")
     _report(out, known, fed, again, chosen, presets, judged)
 
@@ -121,9 +159,12 @@ def _base(out: Path, store: Store, tools: toolchain.Toolchain) -> Path:
     path = out / "base.gguf"
     if not path.exists():
         model, recipe, locked = pinned_model("tiny-glm")
-        checkpoint = pull(model, recipe, locked, store)
-        made = convert(checkpoint, patched_template(model.template, checkpoint), words(model), tools, store)
-        files.share(made.path, path)
+        checkpoint = pull_locked(model, recipe, locked, store)
+        template = patched_template(model.template, checkpoint)
+        made = convert_checkpoint(
+            checkpoint, template.text if template else None, words(model), tools, store
+        )
+        files.link_or_copy(made.path, path)
     return path
 
 
@@ -137,12 +178,15 @@ def _texts(out: Path, base: Path) -> tuple[Path, dict[str, Path]]:
 
 def texts(chat_template: str) -> tuple[list[str], dict[str, list[str]]]:
     """The calibration side, and the held-out texts by domain; no conversation is on both sides, and no file of code."""
-    template = patch(chat_template, None, "tiny-glm")
+    template = patch_template(chat_template, None, "tiny-glm")
 
     def chats(seed: int) -> list[str]:
         found = itertools.islice(corpus.conversations(seed), 500)
-        said = (Document(str(n), "en", c.thinking, tuple(c.messages), tuple(c.tools)) for n, c in enumerate(found))
-        return list(dict.fromkeys(as_read(document, template) for document in said))
+        said = (
+            Document(str(n), "en", c.thinking, tuple(c.messages), tuple(c.tools))
+            for n, c in enumerate(found)
+        )
+        return list(dict.fromkeys(render_for_model(document, template) for document in said))
 
     def code(seed: int, count: int, *, held_out: bool) -> list[str]:
         return list(itertools.islice(corpus.code_pieces(seed, held_out=held_out), count))
@@ -152,7 +196,9 @@ def texts(chat_template: str) -> tuple[list[str], dict[str, list[str]]]:
     mixed = seen + code(SEEDS["calibration"], 120, held_out=False)
     Random(5).shuffle(mixed)
     # Files of Python's library repeat each other here and there.
-    other = [piece for piece in code(SEEDS["held out"], 90, held_out=True) if piece not in set(mixed)]
+    other = [
+        piece for piece in code(SEEDS["held out"], 90, held_out=True) if piece not in set(mixed)
+    ]
     return mixed, {"chat": apart, "code": other}
 
 
@@ -160,9 +206,25 @@ def _matrix(out: Path, base: Path, text: Path, tools: toolchain.Toolchain, threa
     path = out / "imatrix.gguf"
     if not path.exists():
         command: list[str | Path] = [
-            "-m", base, "-f", text.name, "-o", path.name, "--chunks", "100", "--parse-special", "--no-ppl", "-c", "512",
-            "-b", "512", "-ub", "512", "-t", str(threads),
-        ]  # fmt: skip
+            "-m",
+            base,
+            "-f",
+            text.name,
+            "-o",
+            path.name,
+            "--chunks",
+            "100",
+            "--parse-special",
+            "--no-ppl",
+            "-c",
+            "512",
+            "-b",
+            "512",
+            "-ub",
+            "512",
+            "-t",
+            str(threads),
+        ]
         tools.run("llama-imatrix", command, cwd=out, log=out / "log")
     return path
 
@@ -170,15 +232,20 @@ def _matrix(out: Path, base: Path, text: Path, tools: toolchain.Toolchain, threa
 def _preset(out: Path, base: Path, matrix: Path, name: str, tools: toolchain.Toolchain) -> Path:
     path = out / f"preset {name}.gguf"
     if not path.exists():
-        tools.run("llama-quantize", ["--imatrix", matrix.name, base, path.name, name, "1"], cwd=out, log=out / "log")
+        tools.run(
+            "llama-quantize",
+            ["--imatrix", matrix.name, base, path.name, name, "1"],
+            cwd=out,
+            log=out / "log",
+        )
     return path
 
 
-def _errors(out: Path, base: Path, matrix: Path, tools: toolchain.Toolchain) -> Distortions:
+def _errors(out: Path, base: Path, matrix: Path, tools: toolchain.Toolchain) -> ErrorTable:
     path = out / "errors.json"
     if not path.exists():
-        distortion.write(path, distortion.measure(base, matrix, tools))
-    return distortion.read(path, files.digest(base))
+        error_table.write_error_table(path, error_measurement.measure_errors(base, matrix, tools))
+    return error_table.read_error_table(path, files.hash_file(base))
 
 
 def _free() -> Constraints:
@@ -186,21 +253,25 @@ def _free() -> Constraints:
 
 
 def _methods(
-    known: Material, coarse: Sequence[sensitivity.Measured], sizes: Mapping[str, int]
+    known: AllocationInputs, coarse: Sequence[sensitivity.ProbeResult], sizes: Mapping[str, int]
 ) -> dict[str, Mapping[str, str]]:
     """Types by method and size."""
     errors, ours = known.errors, known.sensitivities
     local = Sensitivities(ours.base, "local error", errors.squares)
     by_class: dict[tuple[str, bool], list[str]] = {}
     for name in ours.scales:
-        by_class.setdefault((class_of(name), name in ours.plain), []).append(name)
+        by_class.setdefault((tensor_class(name), name in ours.plain), []).append(name)
     weights = {t.name: t.elements for t in known.tensors}
     means = {
         n: weights[n] * sum(ours.scales[m] for m in names) / sum(weights[m] for m in names)
         for names in by_class.values()
         for n in names
     }
-    plain = {n: ours.predicted({n: k}, errors) / errors.errors[n][k].share for n in ours.scales for k in ("IQ3_S",)}
+    plain = {
+        n: ours.predicted({n: k}, errors) / errors.errors[n][k].share
+        for n in ours.scales
+        for k in ("IQ3_S",)
+    }
     found: dict[str, Mapping[str, str]] = {}
     for preset, size in sizes.items():
         for method, how in {
@@ -209,25 +280,33 @@ def _methods(
             "plain sum": replace(ours, scales=plain, power=1.0),
             OURS: ours,
         }.items():
-            made = make(replace(known, sensitivities=how), Target(size), "x", "x", _free())
+            made = allocate_variant(
+                replace(known, sensitivities=how), SizeTarget(size), "x", "x", _free()
+            )
             found[f"{method} {preset}"] = made.solution.types
         found[f"simple {preset}"] = _simple(known, coarse, size)
     return found
 
 
-def _simple(known: Material, coarse: Sequence[sensitivity.Measured], size: int) -> dict[str, str]:
+def _simple(
+    known: AllocationInputs, coarse: Sequence[sensitivity.ProbeResult], size: int
+) -> dict[str, str]:
     """The baseline: each tensor alone at Q2_K, its divergence over its error there, and one price for all bytes."""
     errors = known.errors.only(SIMPLE_TYPES).errors
-    steep = {n: m.kld / known.errors.errors[n][k].share for m in coarse for n, k in m.probe.types.items()}
+    steep = {
+        n: m.kld / known.errors.errors[n][k].share for m in coarse for n, k in m.probe.types.items()
+    }
     tensors = {t.name: t for t in known.tensors}
     room = size - known.fixed_bytes()
 
     def at(price: float) -> tuple[dict[str, str], int]:
         types: dict[str, str] = {}
         for name, by_type in errors.items():
-            bits = {k: padded(TYPES[k].bytes(tensors[name].elements)) for k in by_type}
-            types[name] = min(by_type, key=lambda k: steep[name] * by_type[k].share + price * bits[k])
-        return types, sum(padded(TYPES[k].bytes(tensors[n].elements)) for n, k in types.items())
+            bits = {k: pad(TYPES[k].bytes(tensors[name].elements)) for k in by_type}
+            types[name] = min(
+                by_type, key=lambda k: steep[name] * by_type[k].share + price * bits[k]
+            )
+        return types, sum(pad(TYPES[k].bytes(tensors[n].elements)) for n, k in types.items())
 
     low, high = 1e-14, 1.0
     for _ in range(100):
@@ -239,27 +318,41 @@ def _simple(known: Material, coarse: Sequence[sensitivity.Measured], size: int) 
 def _moments(out: Path, base: Path, text: Path, threads: int, *, gradients: bool) -> Path:
     path = out / f"moments by {'gradients' if gradients else 'inputs'}.safetensors"
     if not path.exists():
-        moments.observe(base, text, path, moments.Settings(threads=threads, gradients=gradients))
+        hessians.collect_hessians(
+            base, text, path, hessians.HessianSettings(threads=threads, gradients=gradients)
+        )
     return path
 
 
 def _fed_back(
-    out: Path, known: Material, setting: probe.Setting, tools: toolchain.Toolchain, threads: int
-) -> Material:  # fmt: skip
+    out: Path,
+    known: AllocationInputs,
+    setting: probe.ProbeSetup,
+    tools: toolchain.Toolchain,
+    threads: int,
+) -> AllocationInputs:
     """What is known when rounding is fed back: the errors that are left, and sensitivities by probes made so."""
     seen = _moments(out, setting.base, setting.text, threads, gradients=True)
     path = out / "errors fed back.json"
     if not path.exists():
-        distortion.write(path, distortion.measure(setting.base, setting.matrix, tools, moments=seen))
-    errors = distortion.read(path, known.errors.base)
-    measured = probe.measure(
-        probe.probes(known.tensors, errors), replace(setting, moments=seen),
+        error_table.write_error_table(
+            path,
+            error_measurement.measure_errors(setting.base, setting.matrix, tools, moments=seen),
+        )
+    errors = error_table.read_error_table(path, known.errors.base)
+    measured = probe.measure_probes(
+        probe.list_probes(known.tensors, errors),
+        replace(setting, moments=seen),
         lambda done, of: print(f"probes, fed back: {done} of {of}", flush=True),
-    )  # fmt: skip
-    return replace(known, errors=errors, sensitivities=sensitivity.fit(measured, errors, "probes, fed back"))
+    )
+    return replace(
+        known,
+        errors=errors,
+        sensitivities=sensitivity.fit_sensitivities(measured, errors, "probes, fed back"),
+    )
 
 
-def _quantised(path: Path, known: Material) -> dict[str, str]:
+def _quantised(path: Path, known: AllocationInputs) -> dict[str, str]:
     """The types of a file, of the tensors that have a choice."""
     return {name: kind for name, kind in _types(path).items() if name in known.errors.errors}
 
@@ -268,16 +361,21 @@ def _rounded(out: Path, quantised: Path, tools: toolchain.Toolchain) -> Path:
     """The weights of a quantised file as floats: what differs between the two is how activations are rounded."""
     path = out / "rounded.gguf"
     if not path.exists():
-        tools.run("llama-quantize", ["--allow-requantize", quantised, path.name, "F32", "1"], cwd=out, log=out / "log")
+        tools.run(
+            "llama-quantize",
+            ["--allow-requantize", quantised, path.name, "F32", "1"],
+            cwd=out,
+            log=out / "log",
+        )
     return path
 
 
-def _mean(e: evaluate.Evaluation) -> float:
+def _mean(e: compare.Evaluation) -> float:
     return float(e.whole.kld.mean(dtype=np.float64))
 
 
 def _refitted(
-    known: Material,
+    known: AllocationInputs,
     chosen: Mapping[str, Mapping[str, str]],
     seen: Mapping[str, float],
     presets: Mapping[str, Mapping[str, str]],
@@ -285,7 +383,7 @@ def _refitted(
     """Ours, mended by every whole file that was measured on the calibration side."""
     whole = [(chosen[name], kld) for name, kld in seen.items() if name in chosen]
     whole += [(presets[p], seen[f"preset {p}"]) for p in PRESETS]
-    return sensitivity.refit(known.sensitivities, whole, known.errors)
+    return sensitivity.refit_sensitivities(known.sensitivities, whole, known.errors)
 
 
 def _types(path: Path) -> dict[str, str]:
@@ -293,24 +391,40 @@ def _types(path: Path) -> dict[str, str]:
 
 
 def _written(
-    out: Path, base: Path, matrix: Path, chosen: Mapping[str, Mapping[str, str]], known: Material,
-    tools: toolchain.Toolchain, threads: int, seen: Path | None = None,
-) -> dict[str, Path]:  # fmt: skip
-    plans = {n: plan(fold("x", "x", types, known.tensors), known.tensors, known.covered) for n, types in chosen.items()}
+    out: Path,
+    base: Path,
+    matrix: Path,
+    chosen: Mapping[str, Mapping[str, str]],
+    known: AllocationInputs,
+    tools: toolchain.Toolchain,
+    threads: int,
+    seen: Path | None = None,
+) -> dict[str, Path]:
+    plans = {
+        n: make_plan(fold_types("x", "x", types, known.tensors), known.tensors, known.covered)
+        for n, types in chosen.items()
+    }
     targets = [Wanted(p, out / "made" / f"{name}.gguf") for name, p in plans.items()]
-    identity = files.canonical(_digests(base, matrix, *([seen] if seen else [])))
-    write(base, matrix, targets, identity, tools, out / "work", Engine(threads), moments=seen)
+    identity = files.to_canonical_json(_digests(base, matrix, *([seen] if seen else [])))
+    write_variants(
+        base, matrix, targets, identity, tools, out / "work", Engine(threads), moments=seen
+    )
     return {name: out / "made" / f"{name}.gguf" for name in plans}
 
 
 def _digests(*paths: Path) -> list[str]:
-    return [files.digest(p) for p in paths]
+    return [files.hash_file(p) for p in paths]
 
 
 def _report(
-    out: Path, known: Material, fed: Material, again: Sensitivities, chosen: Mapping[str, Mapping[str, str]],
-    presets: Mapping[str, Path], judged: Sequence[evaluate.Evaluation],
-) -> None:  # fmt: skip
+    out: Path,
+    known: AllocationInputs,
+    fed: AllocationInputs,
+    again: Sensitivities,
+    chosen: Mapping[str, Mapping[str, str]],
+    presets: Mapping[str, Path],
+    judged: Sequence[compare.Evaluation],
+) -> None:
     found = {e.file.stem: e for e in judged}
     kld = {name: _mean(e) for name, e in found.items()}
     rows = []
@@ -318,9 +432,14 @@ def _report(
         size, preset = presets[p].stat().st_size, kld[f"preset {p}"]
         cells = [f"{kld[f'{m} {p}']:.5f} ({kld[f'{m} {p}'] / preset:.2f})" for m in METHODS]
         rows.append(f"| {p} | {size:,} | {preset:.5f} | {' | '.join(cells)} |")
-    means = [math.exp(np.mean([math.log(kld[f"{m} {p}"] / kld[f"preset {p}"]) for p in PRESETS])) for m in METHODS]
+    means = [
+        math.exp(np.mean([math.log(kld[f"{m} {p}"] / kld[f"preset {p}"]) for p in PRESETS]))
+        for m in METHODS
+    ]
     rows.append(f"| geometric mean | | 1 | {' | '.join(f'{m:.3f}' for m in means)} |")
-    print(f"| at the bytes of | bytes | preset | {' | '.join(METHODS)} |\n|---|---:|---:|{'---:|' * len(METHODS)}")
+    print(
+        f"| at the bytes of | bytes | preset | {' | '.join(METHODS)} |\n|---|---:|---:|{'---:|' * len(METHODS)}"
+    )
     print("\n".join(rows))
     types = {**chosen, **{n: _types(found[n].file) for n in found if n.startswith("preset")}}
     # What tokens that count alike do was neither probed nor measured: of these files nothing is foretold.
@@ -336,25 +455,42 @@ def _report(
         label: float(spearmanr([kld[n] for n in order], [how[n] for n in order]).statistic)
         for label, how in (("ours", predicted), ("refitted", refitted))
     }
-    used = {n: (out / "made" / f"{n}.gguf").stat().st_size / presets[n.split()[-1]].stat().st_size for n in chosen}
+    used = {
+        n: (out / "made" / f"{n}.gguf").stat().st_size / presets[n.split()[-1]].stat().st_size
+        for n in chosen
+    }
     each = {
-        n: {**found[n].json(), "predicted": predicted.get(n), "refitted": refitted.get(n), "of target": used.get(n)}
+        n: {
+            **found[n].json(),
+            "predicted": predicted.get(n),
+            "refitted": refitted.get(n),
+            "of target": used.get(n),
+        }
         for n in kld
     }
     powers = {"power": known.sensitivities.power, "refitted power": again.power}
-    told: dict[str, Any] = {**powers, "plain": sorted(known.sensitivities.plain), "spearman": rank, "files": each}
+    told: dict[str, Any] = {
+        **powers,
+        "plain": sorted(known.sensitivities.plain),
+        "spearman": rank,
+        "files": each,
+    }
     files.write_text(out / "study.json", json.dumps(told, indent=1) + "\n")
     for method, p in itertools.product((OURS, FED_BACK), PRESETS):
-        gap = evaluate.difference(found[f"simple {p}"].whole, found[f"{method} {p}"].whole)
+        gap = compare.difference(found[f"simple {p}"].whole, found[f"{method} {p}"].whole)
         print(f"{method} less simple at {p}: {gap.value:+.5f} ({gap.low:+.5f} to {gap.high:+.5f})")
     print("Spearman of predicted and measured:", rank)
-    print("of their targets:", {m: round(min(used[f"{m} {p}"] for p in PRESETS), 4) for m in METHODS})
+    print(
+        "of their targets:", {m: round(min(used[f"{m} {p}"] for p in PRESETS), 4) for m in METHODS}
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--base", type=Path, help="a BF16 file of a tiny GLM, in place of the shipped one")
+    parser.add_argument(
+        "--base", type=Path, help="a BF16 file of a tiny GLM, in place of the shipped one"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--chunks", type=int, default=32)
     parser.add_argument("--held-chunks", type=int, default=80)

@@ -18,14 +18,16 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from calibration import fetch, sets
-from calibration.packing import order_of
-from quant import calibrate, imatrix, toolchain
-from quant.header import read_header
-from quant.plan import plan
-from quant.quantize import Target, write
-from quant.recipe import Imatrix, Variant, load_variant
-from quant.template import ChatTemplate, patch, render
+from quant.calibration import datasets, imatrix, sets
+from quant.calibration import text as calibrate
+from quant.calibration.packing import order_of
+from quant.chat.template import ChatTemplate, patch_template, render_template
+from quant.llama import toolchain
+from quant.llama.gguf import read_header
+from quant.plan.load import load_variant
+from quant.plan.plan import make_plan
+from quant.plan.recipe import ImatrixRecipe, Variant
+from quant.quantize.variants import QuantizeTarget, write_variants
 from tests.models import corpus
 from tests.models.conversion import convert
 from tests.models.twins import TINY_GLM
@@ -46,7 +48,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="for everything that is made")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--chunks", type=int, default=24, help="of calibration, 512 tokens each")
-    parser.add_argument("--held-out", type=int, default=16, help="chunks of held-out text of each kind")
+    parser.add_argument(
+        "--held-out", type=int, default=16, help="chunks of held-out text of each kind"
+    )
     told = parser.parse_args()
     told.folder.mkdir(parents=True, exist_ok=True)
     base = told.folder / "tiny-glm-BF16.gguf"
@@ -59,12 +63,14 @@ def main() -> None:
     print(table(found))
 
 
-def one_seed(base: Path, folder: Path, seed: int, chunks: int, held_out: int) -> dict[str, dict[str, dict[str, float]]]:
+def one_seed(
+    base: Path, folder: Path, seed: int, chunks: int, held_out: int
+) -> dict[str, dict[str, dict[str, float]]]:
     """Mean divergence by variant, corpus and kind of held-out text."""
     room = folder / f"seed-{seed}"
     shutil.rmtree(room, ignore_errors=True)
     room.mkdir()
-    template = patch((TINY_GLM / "chat_template.jinja").read_text(), None, "chat template")
+    template = patch_template((TINY_GLM / "chat_template.jinja").read_text(), None, "chat template")
     references = {kind: reference(base, kind, seed, held_out, template, room) for kind in HELD_OUT}
     matrices: dict[str, Path | None] = {}
     for name in CORPORA:
@@ -72,8 +78,10 @@ def one_seed(base: Path, folder: Path, seed: int, chunks: int, held_out: int) ->
         place.mkdir()
         (place / "text").write_text(text(name, seed, chunks * CONTEXT * 6, template, base))
         matrices[name] = place / "imatrix.gguf"
-        settings = Imatrix(context=CONTEXT, chunks=chunks)
-        imatrix.compute(base, place / "text", settings, toolchain.find(), place / "imatrix.gguf")
+        settings = ImatrixRecipe(context=CONTEXT, chunks=chunks)
+        imatrix.compute_ranges(
+            base, place / "text", settings, toolchain.find_toolchain(), place / "imatrix.gguf"
+        )
     matrices[WITHOUT] = None
     found: dict[str, dict[str, dict[str, float]]] = {}
     for variant in VARIANTS:
@@ -107,7 +115,9 @@ def text(corpus_name: str, seed: int, characters: int, template: ChatTemplate, b
 def chat(seed: int, template: ChatTemplate) -> Iterator[str]:
     """Conversations such as the tiny model was trained on, as it reads them."""
     for c in corpus.conversations(seed):
-        yield render(template.text, c.messages, tools=c.tools or None, enable_thinking=c.thinking)
+        yield render_template(
+            template.text, c.messages, tools=c.tools or None, enable_thinking=c.thinking
+        )
 
 
 def mixed(one: Iterator[str], other: Iterator[str]) -> Iterator[str]:
@@ -122,22 +132,31 @@ def mixed(one: Iterator[str], other: Iterator[str]) -> Iterator[str]:
 
 def embedded(seed: int, template: ChatTemplate) -> Iterator[str]:
     """The set that ships with the package, in another order for each seed: the tiny model knows little of it."""
-    told, folder = sets.find("embedded")
-    for document in order_of(replace(told, seed=seed), fetch.documents(told, folder, {})):
-        yield calibrate.as_read(document, template)
+    told, folder = sets.find_set("embedded")
+    for document in order_of(replace(told, seed=seed), datasets.read_documents(told, folder, {})):
+        yield calibrate.render_for_model(document, template)
 
 
 def nonsense(seed: int, base: Path) -> Iterator[str]:
     """Words of the vocabulary, one as likely as another."""
-    words = [w.replace("Ġ", " ").replace("Ċ", "\n") for w in read_header(base).metadata["tokenizer.ggml.tokens"]]
+    words = [
+        w.replace("Ġ", " ").replace("Ċ", "\n")
+        for w in read_header(base).metadata["tokenizer.ggml.tokens"]
+    ]
     chance = random.Random(seed)
     while True:
         yield "".join(chance.choice(words) for _ in range(500))
 
 
-def reference(base: Path, kind: str, seed: int, chunks: int, template: ChatTemplate, room: Path) -> Path:
+def reference(
+    base: Path, kind: str, seed: int, chunks: int, template: ChatTemplate, room: Path
+) -> Path:
     """What the BF16 model says of held-out text, for llama-perplexity to compare with."""
-    pieces = chat(1000 + seed, template) if kind == "chat" else corpus.code_pieces(1000 + seed, held_out=True)
+    pieces = (
+        chat(1000 + seed, template)
+        if kind == "chat"
+        else corpus.code_pieces(1000 + seed, held_out=True)
+    )
     words = room / f"held-out-{kind}.txt"
     words.write_text("\n".join(islice(pieces, 400)))
     reading = room / "reading.gguf"
@@ -166,24 +185,33 @@ def quantised(base: Path, matrix: Path | None, variant: Variant, room: Path) -> 
 
     shutil.rmtree(room, ignore_errors=True)
     room.mkdir()
-    covered = imatrix.read(matrix).covered if matrix else ()
+    covered = imatrix.read_imatrix(matrix).covered if matrix else ()
     try:
-        planned = plan(variant, read_header(base).tensors, covered)
+        planned = make_plan(variant, read_header(base).tensors, covered)
     except InputError:
         planned = None
     if planned is None and variant.name == VARIANTS[0]:
         # What the same bits look like without importance: the types that need it give way to the nearest that do not.
-        planned = plan(plain(variant), read_header(base).tensors, ())
+        planned = make_plan(plain(variant), read_header(base).tensors, ())
     if planned is None:
         return None
-    write(base, matrix, [Target(planned, room / "made.gguf")], "study", toolchain.find(), room / "work")
+    write_variants(
+        base,
+        matrix,
+        [QuantizeTarget(planned, room / "made.gguf")],
+        "study",
+        toolchain.find_toolchain(),
+        room / "work",
+    )
     return room / "made.gguf"
 
 
 def plain(variant: Variant) -> Variant:
     """A variant whose types need no importance matrix: IQ2_S and IQ3_S of the experts become Q2_K and Q3_K."""
     stands_in = {"IQ2_S": "Q2_K", "IQ3_S": "Q3_K"}
-    return replace(variant, rules=tuple(replace(r, type=stands_in.get(r.type, r.type)) for r in variant.rules))
+    return replace(
+        variant, rules=tuple(replace(r, type=stands_in.get(r.type, r.type)) for r in variant.rules)
+    )
 
 
 def divergence(model: Path, base: Path, room: Path) -> float:
@@ -198,7 +226,7 @@ def divergence(model: Path, base: Path, room: Path) -> float:
 def perplexity(*arguments: str | Path) -> str:
     """Run llama-perplexity and give what it says."""
     command: list[str | Path] = [
-        toolchain.find().path("llama-perplexity"),
+        toolchain.find_toolchain().path("llama-perplexity"),
         *arguments,
         "-c",
         str(CONTEXT),
@@ -215,7 +243,10 @@ def table(found: Sequence[Mapping[str, Mapping[str, Mapping[str, float]]]]) -> s
 
     Held-out texts of two seeds differ more than two corpora do, so the ratios say more than the means.
     """
-    lines = ["| variant | corpus | chat | code | mean of both | against the mixture |", "|---|---|---:|---:|---:|---:|"]
+    lines = [
+        "| variant | corpus | chat | code | mean of both | against the mixture |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     for variant in VARIANTS:
         for name in (*CORPORA, WITHOUT):
             seeds = [seed[variant] for seed in found if name in seed.get(variant, {})]
@@ -224,7 +255,10 @@ def table(found: Sequence[Mapping[str, Mapping[str, Mapping[str, float]]]]) -> s
                 continue
             kinds = [[seed[name][kind] for seed in seeds] for kind in HELD_OUT]
             both = [statistics.mean(seed[name].values()) for seed in seeds]
-            ratios = [b / statistics.mean(seed["mixture"].values()) for b, seed in zip(both, seeds, strict=True)]
+            ratios = [
+                b / statistics.mean(seed["mixture"].values())
+                for b, seed in zip(both, seeds, strict=True)
+            ]
             cells = [told(numbers, 4) for numbers in (*kinds, both)] + [told(ratios, 3)]
             lines.append(f"| {variant} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -19,25 +19,36 @@ from pathlib import Path
 
 import numpy as np
 
-from quant import ggml, imatrix
-from quant.engine import job as jobs
-from quant.engine.job import Job, Settings
-from quant.ggml import Kernel, Rows
-from quant.ggml_types import TYPES
-from quant.header import read_header
-from quant.kernels import Kernels
-from quant.plan import Plan, plan
-from quant.quantize import Target
-from quant.recipe import load_variant
-from quant.toolchain import find
+from quant.calibration import imatrix
+from quant.llama import ggml
+from quant.llama.ggml import Kernel, Rows
+from quant.llama.gguf import read_header
+from quant.llama.toolchain import find_toolchain
+from quant.llama.types import TYPES
+from quant.plan.load import load_variant
+from quant.plan.plan import Plan, make_plan
+from quant.quantize.engine import job as jobs
+from quant.quantize.engine.job import EngineJob, EngineSettings
+from quant.quantize.kernels import Kernels
+from quant.quantize.variants import QuantizeTarget
 from tests.benchmarks.measured import Measured, machine, measured
 from tests.benchmarks.synthetic import write_synthetic
 from tests.llama_quantize import type_file
 
 LADDER = (
-    "UD-TQ1_0", "UD-IQ1_S", "UD-IQ1_M", "UD-IQ2_XXS", "UD-Q2_K_XL", "UD-IQ3_XXS", "UD-Q3_K_XL", "UD-Q4_K_XL", "UD-Q5_K_XL",
-    "UD-Q8_K_XL", "IQ4_NL", "Q4_1",
-)  # fmt: skip
+    "UD-TQ1_0",
+    "UD-IQ1_S",
+    "UD-IQ1_M",
+    "UD-IQ2_XXS",
+    "UD-Q2_K_XL",
+    "UD-IQ3_XXS",
+    "UD-Q3_K_XL",
+    "UD-Q4_K_XL",
+    "UD-Q5_K_XL",
+    "UD-Q8_K_XL",
+    "IQ4_NL",
+    "Q4_1",
+)
 ALONE = ("UD-IQ2_XXS", "UD-Q4_K_XL", "Q4_1")
 FASTEST = "the fastest"
 SERVING = ("ggml", FASTEST)
@@ -54,12 +65,12 @@ class Bench:
         self.folder = folder / f"{gigabytes:g}GB"
         self.base, self.matrix = write_synthetic(self.folder, gigabytes)
         self.header = read_header(self.base)
-        self.covered = imatrix.read(self.matrix).covered
+        self.covered = imatrix.read_imatrix(self.matrix).covered
         self.weights = self.header.elements
 
     def plan(self, name: str) -> Plan:
         """The types of a variant."""
-        return plan(load_variant(name), self.header.tensors, self.covered)
+        return make_plan(load_variant(name), self.header.tensors, self.covered)
 
     def ours(self, names: Sequence[str], kernels: str) -> Measured:
         """One pass of the engine for these variants."""
@@ -76,7 +87,7 @@ class Bench:
         self._cached()
         given: list[str | Path] = ["--imatrix", self.matrix, "--tensor-type-file", "types.txt"]
         last = [chosen.variant.file_type, str(CORES)]
-        command = [find().path("llama-quantize"), *given, self.base, "out.gguf", *last]
+        command = [find_toolchain().path("llama-quantize"), *given, self.base, "out.gguf", *last]
         return measured(command, cwd=out)
 
     def resumed(self, names: Sequence[str], share: float) -> tuple[Measured, float, float]:
@@ -97,9 +108,22 @@ class Bench:
     def bound_s(self, names: Sequence[str], cost: dict[str, float]) -> tuple[float, float]:
         """Seconds of one core for the distinct work of these variants, and for all of it."""
         plans = [self.plan(n) for n in names]
-        work = [[(p.tensors[i].tensor, p.tensors[i].type.name) for p in plans] for i in range(len(plans[0].tensors))]
-        distinct = sum(cost.get(kind, 0.0) * t.elements for row in work for t, kind in set(row) if t.type.name != kind)
-        every = sum(cost.get(kind, 0.0) * t.elements for row in work for t, kind in row if t.type.name != kind)
+        work = [
+            [(p.tensors[i].tensor, p.tensors[i].type.name) for p in plans]
+            for i in range(len(plans[0].tensors))
+        ]
+        distinct = sum(
+            cost.get(kind, 0.0) * t.elements
+            for row in work
+            for t, kind in set(row)
+            if t.type.name != kind
+        )
+        every = sum(
+            cost.get(kind, 0.0) * t.elements
+            for row in work
+            for t, kind in row
+            if t.type.name != kind
+        )
         return distinct, every
 
     def types(self, names: Sequence[str]) -> list[str]:
@@ -107,10 +131,19 @@ class Bench:
         return sorted({t.type.name for n in names for t in self.plan(n).tensors} - {"F32", "BF16"})
 
     def _command(self, names: Sequence[str], out: Path) -> list[str | Path]:
-        wanted = tuple(Target(self.plan(n), out / f"{n}.gguf").wanted for n in names)
-        job = Job(ggml.find(find().bin), self.base, "benchmark", self.matrix, "imatrix.gguf", wanted, (), Settings())
-        jobs.write(out / "job.json", job)
-        return [sys.executable, "-m", "quant.engine.worker", out / "job.json"]
+        wanted = tuple(QuantizeTarget(self.plan(n), out / f"{n}.gguf").wanted for n in names)
+        job = EngineJob(
+            ggml.find_library(find_toolchain().bin),
+            self.base,
+            "benchmark",
+            self.matrix,
+            "imatrix.gguf",
+            wanted,
+            (),
+            EngineSettings(),
+        )
+        jobs.write_job(out / "job.json", job)
+        return [sys.executable, "-m", "quant.quantize.engine.worker", out / "job.json"]
 
     def _empty(self, name: str) -> Path:
         out = self.folder / name
@@ -138,7 +171,7 @@ def serving(kernels: str) -> dict[str, str]:
 
 def costs(types: Sequence[str], kernels: str) -> dict[str, float]:
     """Seconds of one core for a weight, by type, with an imatrix, while all cores work: the best of some tries."""
-    library = ggml.load(ggml.find(find().bin))
+    library = ggml.load_ggml(ggml.find_library(find_toolchain().bin))
     ours = Kernels(library)
     rng = np.random.default_rng(3)
     rows = [rng.standard_normal((ROWS, ROW), np.float32) * np.float32(0.02) for _ in range(CORES)]
@@ -164,14 +197,22 @@ def costs(types: Sequence[str], kernels: str) -> dict[str, float]:
 
 def main() -> None:
     """Measure what is asked for, and print tables in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["ladder", "alone", "resume", "growth"], help="all of them")
-    parser.add_argument("--folder", type=Path, required=True, help="where files are made; some 30 GB for all of it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what", nargs="*", default=["ladder", "alone", "resume", "growth"], help="all of them"
+    )
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="where files are made; some 30 GB for all of it"
+    )
     parser.add_argument("--gigabytes", type=float, default=1.1)
     asked = parser.parse_args()
-    print(f"{machine()}; llama.cpp {find().version}\n")
+    print(f"{machine()}; llama.cpp {find_toolchain().version}\n")
     bench = Bench(asked.folder, asked.gigabytes)
-    print(f"source: {bench.base.stat().st_size / 1e9:.2f} GB, {bench.weights / 1e6:.0f} million weights\n")
+    print(
+        f"source: {bench.base.stat().st_size / 1e9:.2f} GB, {bench.weights / 1e6:.0f} million weights\n"
+    )
     for what in asked.what:
         {"ladder": ladder, "alone": alone, "resume": resume, "growth": growth}[what](bench)
 
@@ -184,13 +225,19 @@ def ladder(bench: Bench) -> None:
     for name, m in theirs.items():
         _row(f"llama-quantize {name}", m)
     passes, bounds = {}, {}
-    for kernels in SERVING:  # the machine's speed drifts: what a type costs is measured before a pass, and after it
+    for kernels in (
+        SERVING
+    ):  # the machine's speed drifts: what a type costs is measured before a pass, and after it
         before = costs(bench.types(LADDER), kernels)
         passes[kernels] = bench.ours(LADDER, kernels)
         after = costs(bench.types(LADDER), kernels)
-        bounds[kernels] = bench.bound_s(LADDER, {name: (before[name] + after[name]) / 2 for name in before})
+        bounds[kernels] = bench.bound_s(
+            LADDER, {name: (before[name] + after[name]) / 2 for name in before}
+        )
         _row(f"one pass, kernels: {kernels}", passes[kernels])
-    print("\n| one pass | of twelve runs | distinct / all work | bound s | taken s | of the bound |")
+    print(
+        "\n| one pass | of twelve runs | distinct / all work | bound s | taken s | of the bound |"
+    )
     print("|---|---:|---:|---:|---:|---:|")
     for kernels, m in passes.items():
         distinct, every = bounds[kernels]
@@ -202,7 +249,9 @@ def ladder(bench: Bench) -> None:
 
 def alone(bench: Bench) -> None:
     """Three variants, each alone."""
-    print("| one variant | kernels | ours s | theirs s | ratio | cores busy | theirs | peak memory |")
+    print(
+        "| one variant | kernels | ours s | theirs s | ratio | cores busy | theirs | peak memory |"
+    )
     print("|---|---|---:|---:|---:|---:|---:|---:|")
     for name in ALONE:
         theirs = bench.theirs(name)
@@ -228,7 +277,9 @@ def resume(bench: Bench) -> None:
 
 def growth(bench: Bench) -> None:
     """Weights a second, how busy the cores are, and memory, over the size of the source."""
-    print("| source GB | variant | million weights/s | cores busy | peak memory |\n|---:|---|---:|---:|---:|")
+    print(
+        "| source GB | variant | million weights/s | cores busy | peak memory |\n|---:|---|---:|---:|---:|"
+    )
     for gigabytes in (1, 2, 4, 8):
         larger = Bench(bench.folder.parent, gigabytes)
         m = larger.ours(["UD-Q4_K_XL"], FASTEST)
@@ -240,7 +291,9 @@ def growth(bench: Bench) -> None:
 
 
 def _row(name: str, m: Measured) -> None:
-    print(f"| {name} | {m.wall_s:.1f} | {m.cpu_s:.1f} | {m.busy(CORES):.1%} | {m.peak_bytes / 1e6:.0f} MB |")
+    print(
+        f"| {name} | {m.wall_s:.1f} | {m.cpu_s:.1f} | {m.busy(CORES):.1%} | {m.peak_bytes / 1e6:.0f} MB |"
+    )
 
 
 if __name__ == "__main__":

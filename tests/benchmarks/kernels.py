@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from quant import ggml
-from quant.ggml import Rows
-from quant.ggml_types import TYPES, GGMLType
-from quant.kernels.library import Native, load
-from quant.recipe import RECIPES
-from quant.toolchain import find
+from quant.llama import ggml
+from quant.llama.ggml import Rows
+from quant.llama.toolchain import find_toolchain
+from quant.llama.types import TYPES, GGMLType
+from quant.plan.load import RECIPES
+from quant.quantize.kernels.library import NativeLibrary, load_library
 from tests.benchmarks.measured import machine
-from tests.quant.kernels import samples
+from tests.quant.quantize.kernels import samples
 
 ROWS, ROW = 64, 4096
 TURNS = 7
@@ -60,7 +60,7 @@ def speeds(functions: Sequence[Callable[[], object]], weights: int) -> list[floa
     return [weights / b / 1e6 for b in best]
 
 
-def line(library: ggml.Library, native: Native, t: GGMLType, x: Rows, w: Rows | None) -> str:
+def line(library: ggml.Library, native: NativeLibrary, t: GGMLType, x: Rows, w: Rows | None) -> str:
     """One type: million weights a second by ggml and by each instruction set, and the ratios."""
     sets = [i for i in native.sets if native.has(i, t)]
     functions: list[Callable[[], object]] = [lambda: library.kernel(t)(x, w)]
@@ -72,7 +72,9 @@ def line(library: ggml.Library, native: Native, t: GGMLType, x: Rows, w: Rows | 
     return f"| {t.name} | {base:.1f} | {' | '.join(cells)} |"
 
 
-def table(library: ggml.Library, native: Native, types: Sequence[GGMLType], x: Rows, w: Rows | None) -> Iterator[str]:
+def table(
+    library: ggml.Library, native: NativeLibrary, types: Sequence[GGMLType], x: Rows, w: Rows | None
+) -> Iterator[str]:
     """A table in Markdown."""
     heads = [f"{i} | ratio | ms for 2²⁰" for i in native.sets]
     yield f"| type | ggml | {' | '.join(heads)} |"
@@ -88,11 +90,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="only these")
     names = parser.parse_args().types
-    library, native = ggml.load(ggml.find(find().bin)), load()
+    library, native = ggml.load_ggml(ggml.find_library(find_toolchain().bin)), load_library()
     served = [t for t in TYPES.values() if any(native.has(i, t) for i in native.sets)]
     types = [t for t in served if not names or t.name in names]
     smooth, real = rows(), trained()
-    tell(f"# Kernels against ggml, one core\n\n{machine()}; {time.strftime('%Y-%m-%d')}. Million weights a second.\n")
+    tell(
+        f"# Kernels against ggml, one core\n\n{machine()}; {time.strftime('%Y-%m-%d')}. Million weights a second.\n"
+    )
     for title, x, w in (
         ("Normal weights, with an imatrix", smooth, columns(smooth)),
         ("Trained weights (tiny-glm), with an imatrix", real, columns(real)),

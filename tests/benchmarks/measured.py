@@ -35,12 +35,19 @@ print(json.dumps([code, wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 10
 """Starts a program from a small process: until it is itself, a child counts the memory of who started it as its own."""
 
 
-def measured(command: Sequence[str | Path], *, cwd: Path, env: dict[str, str] | None = None) -> Measured:
+def measured(
+    command: Sequence[str | Path], *, cwd: Path, env: dict[str, str] | None = None
+) -> Measured:
     """Run a program. Raises AssertionError with its words when it fails."""
     launched = subprocess.run(
         [sys.executable, "-I", "-S", "-c", LAUNCHER, *map(str, command)],
-        cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, errors="replace", check=True,
-    )  # fmt: skip
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=True,
+    )
     code, wall, cpu, peak = json.loads(launched.stdout.splitlines()[-1])
     assert code == 0, launched.stderr[-2000:]
     return Measured(wall, cpu, peak)
@@ -51,6 +58,10 @@ def machine() -> str:
     info = Path("/proc/cpuinfo").read_text()
     found = re.search(r"model name\s*: (.*)", info)
     family = re.search(r"cpu family\s*: (.*)\nmodel\s*: (.*)", info)
-    name = f"{found[1]}, family {family[1]}, model {family[2]}" if found and family else "unknown processor"
+    name = (
+        f"{found[1]}, family {family[1]}, model {family[2]}"
+        if found and family
+        else "unknown processor"
+    )
     sets = [s for s in ("avx2", "avx512f") if re.search(rf"\b{s}\b", info)]
     return f"{name} ({', '.join(sets)}), {len(os.sched_getaffinity(0))} cores"

@@ -8,16 +8,28 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.header import TensorSpec, read_header
-from quant.inventory import inventory
-from quant.plan import coverable, quantizable
+from quant.llama.gguf import TensorSpec, read_header
+from quant.plan.inventory import list_tensors
+from quant.plan.plan import is_quantizable, needs_coverage
 
 NUMBERS: dict[str, Any] = {
-    "architectures": ["Glm4MoeForCausalLM"], "hidden_size": 1024, "num_nextn_predict_layers": 1, "intermediate_size": 2560,
-    "moe_intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128,
-    "n_routed_experts": 64, "n_shared_experts": 1, "first_k_dense_replace": 1, "vocab_size": 30208, "attention_bias": True,
-    "use_qk_norm": True, "tie_word_embeddings": False, "mtp_own_embedding": False,
-}  # fmt: skip
+    "architectures": ["Glm4MoeForCausalLM"],
+    "hidden_size": 1024,
+    "num_nextn_predict_layers": 1,
+    "intermediate_size": 2560,
+    "moe_intermediate_size": 512,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "vocab_size": 30208,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "tie_word_embeddings": False,
+    "mtp_own_embedding": False,
+}
 """GLM-4.6 with a fifth of its width, a third of an expert's, and fewer of them."""
 BLOCK_BYTES = 211_000_000
 """A block with experts; the rest of the model is about as large."""
@@ -29,18 +41,26 @@ def write_synthetic(folder: Path, gigabytes: float) -> tuple[Path, Path]:
     base, matrix = folder / "base.gguf", folder / "imatrix.gguf"
     blocks = max(round(gigabytes * 1e9 / BLOCK_BYTES) - 1, 1)
     if not base.exists():
-        _write_base(base, inventory(NUMBERS | {"num_hidden_layers": blocks}), blocks)
+        _write_base(base, list_tensors(NUMBERS | {"num_hidden_layers": blocks}), blocks)
     if not matrix.exists():
         _write_matrix(matrix, read_header(base).tensors)
     return base, matrix
 
 
 def _write_base(path: Path, tensors: tuple[TensorSpec, ...], blocks: int) -> None:
-    writer = gguf.GGUFWriter(path.with_suffix(".partial"), "llama")  # what llama-quantize asks of no architecture
+    writer = gguf.GGUFWriter(
+        path.with_suffix(".partial"), "llama"
+    )  # what llama-quantize asks of no architecture
     writer.add_name("synthetic")
-    for key, value in (("context_length", 4096), ("embedding_length", 1024), ("block_count", blocks + 1),
-                       ("feed_forward_length", 2560), ("attention.head_count", 16), ("expert_count", 64),
-                       ("expert_used_count", 8)):  # fmt: skip
+    for key, value in (
+        ("context_length", 4096),
+        ("embedding_length", 1024),
+        ("block_count", blocks + 1),
+        ("feed_forward_length", 2560),
+        ("attention.head_count", 16),
+        ("expert_count", 64),
+        ("expert_used_count", 8),
+    ):
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     for t in tensors:
@@ -62,20 +82,25 @@ def _weights(rng: np.random.Generator, tensor: TensorSpec) -> NDArray[Any]:
     row = tensor.shape[0]
     weights = rng.standard_normal((tensor.elements // row, row), np.float32)
     weights *= np.float32(0.02) * rng.lognormal(0, 0.3, (len(weights), 1)).astype(np.float32)
-    return weights if tensor.type.name == "F32" else (weights.view(np.uint32) >> 16).astype(np.uint16)
+    return (
+        weights if tensor.type.name == "F32" else (weights.view(np.uint32) >> 16).astype(np.uint16)
+    )
 
 
 def _write_matrix(path: Path, tensors: tuple[TensorSpec, ...]) -> None:
     rng = np.random.default_rng(2)
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", ["calibration.txt"])
+    writer.add_array("imatrix.datasets", ["quant.calibration.txt"])
     writer.add_uint32("imatrix.chunk_count", 100)
     writer.add_uint32("imatrix.chunk_size", 512)
     for t in _covered(tensors):
         experts = t.shape[2] if len(t.shape) > 2 else 1
         counts = rng.integers(1, 4000, (experts, 1)).astype(np.float32)
-        writer.add_tensor(f"{t.name}.in_sum2", rng.gamma(1.0, 5.0, (experts, t.shape[0])).astype(np.float32) * counts)
+        writer.add_tensor(
+            f"{t.name}.in_sum2",
+            rng.gamma(1.0, 5.0, (experts, t.shape[0])).astype(np.float32) * counts,
+        )
         writer.add_tensor(f"{t.name}.counts", counts)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -84,5 +109,5 @@ def _write_matrix(path: Path, tensors: tuple[TensorSpec, ...]) -> None:
 
 
 def _covered(tensors: tuple[TensorSpec, ...]) -> Iterator[TensorSpec]:
-    known = coverable(tensors)
-    return (t for t in tensors if quantizable(t) and t.name in known)
+    known = needs_coverage(tensors)
+    return (t for t in tensors if is_quantizable(t) and t.name in known)

@@ -40,7 +40,11 @@ class Prefect:
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "NO_PROXY": "127.0.0.1,localhost",
             **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), proxy),
-            **{name: value for name, value in os.environ.items() if name.startswith(("QUANT_", "PYTHON"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if name.startswith(("QUANT_", "PYTHON"))
+            },
         }
         self.api = httpx.Client(base_url=self.env["PREFECT_API_URL"], trust_env=False, timeout=30)
         self.started: list[subprocess.Popen[bytes]] = []
@@ -98,8 +102,15 @@ class Prefect:
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if f"PREFECT_HOME={self.env['PREFECT_HOME']}".encode() in (path / "environ").read_bytes().split(b"\0"):
-                    command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if f"PREFECT_HOME={self.env['PREFECT_HOME']}".encode() in (
+                    path / "environ"
+                ).read_bytes().split(b"\0"):
+                    command = (
+                        (path / "cmdline")
+                        .read_bytes()
+                        .replace(b"\0", b" ")
+                        .decode(errors="replace")
+                    )
                     if word in command:
                         found[int(path.name)] = command
         return found
@@ -156,7 +167,9 @@ def outside() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.fixture(scope="session")
-def prefect(tmp_path_factory: pytest.TempPathFactory, outside: tuple[str, list[str]]) -> Iterator[Prefect]:
+def prefect(
+    tmp_path_factory: pytest.TempPathFactory, outside: tuple[str, list[str]]
+) -> Iterator[Prefect]:
     """A Prefect with a worker and the deployments of ``prefect.yaml``."""
     prefect = Prefect(tmp_path_factory.mktemp("prefect"), outside[0])
     try:

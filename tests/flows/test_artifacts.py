@@ -5,11 +5,18 @@ from typing import Any
 import pytest
 
 from flows import artifacts
-from quant.frontier import Beaten, Gap
-from quant.measured import Measured
+from quant.evaluate.figures import ReleaseEvaluation
+from quant.evaluate.pareto import DominatedFile, Gap
 
 pytestmark = pytest.mark.prefect
-TOLD = {"ppl": 9.5, "kld_mean": 0.01, "kld_mean_low": 0.008, "kld_mean_high": 0.012, "kld_p999": 0.5, "top1": 0.9}
+TOLD = {
+    "ppl": 9.5,
+    "kld_mean": 0.01,
+    "kld_mean_low": 0.008,
+    "kld_mean_high": 0.012,
+    "kld_p999": 0.5,
+    "top1": 0.9,
+}
 
 
 def test_figures_are_told_for_the_whole_and_every_domain_with_what_has_to_be_known(
@@ -17,14 +24,19 @@ def test_figures_are_told_for_the_whole_and_every_domain_with_what_has_to_be_kno
 ) -> None:
     left: list[dict[str, Any]] = []
     monkeypatch.setattr(artifacts, "create_table_artifact", lambda **told: left.append(told))
-    beaten = (Beaten("Q", "UD-A", Gap(0.1, 0.05, 0.2)),)
+    beaten = (DominatedFile("Q", "UD-A", Gap(0.1, 0.05, 0.2)),)
     files = {"UD-A": {**TOLD, "domains": {"code": TOLD | {"kld_mean": 0.02}}}}
-    artifacts.tell("evaluate", "2 files", Measured({}, {}, {"ppl": 9.0}, files, beaten, ("maths",)))
+    artifacts.publish_artifact(
+        "evaluate", "2 files", ReleaseEvaluation({}, {}, {"ppl": 9.0}, files, beaten, ("maths",))
+    )
     (artifact,) = left
     assert artifact["key"] == "evaluate-2-files"
     assert [(row["variant"], row["domain"], row["KLD"]) for row in artifact["table"]] == [
-        ("UD-A", "all", 0.01), ("UD-A", "code", 0.02),
-    ]  # fmt: skip
+        ("UD-A", "all", 0.01),
+        ("UD-A", "code", 0.02),
+    ]
     assert artifact["description"].split("\n\n") == [
-        "BF16: PPL 9.0", "not measured, too little held-out text: maths", str(beaten[0]),
-    ]  # fmt: skip
+        "BF16: PPL 9.0",
+        "not measured, too little held-out text: maths",
+        str(beaten[0]),
+    ]

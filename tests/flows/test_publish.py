@@ -37,14 +37,33 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def secret(prefect: Prefect) -> str:
     """A secret block with the token, as a person would make one in Prefect's page."""
-    done = call([sys.executable, "-c", SAVE], env=prefect.env, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = call(
+        [sys.executable, "-c", SAVE],
+        env=prefect.env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return SECRET
 
 
 def parameters(the_hub: Hub, out: Path, secret: str, **more: object) -> list[str]:
-    given = {"publish": True, "repo": REPO, "token_secret": secret, "out": str(out), "variants": [VARIANT], **more}
-    env = {"DO_NOT_TRACK": "1", "HF_ENDPOINT": the_hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    given = {
+        "publish": True,
+        "repo": REPO,
+        "token_secret": secret,
+        "out": str(out),
+        "variants": [VARIANT],
+        **more,
+    }
+    env = {
+        "DO_NOT_TRACK": "1",
+        "HF_ENDPOINT": the_hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     return ["--params", json.dumps(given), "--job-variable", f"env={json.dumps(env)}"]
 
 
@@ -60,23 +79,36 @@ def rehearsed(prefect: Prefect, the_hub: Hub, out: Path, secret: str) -> str:
 @pytest.fixture(scope="module")
 def waiting(prefect: Prefect, the_hub: Hub, out: Path, secret: str, rehearsed: str) -> str:
     """A run that waits for approval."""
-    code, output, run = prefect.run("quantize/tiny-glm", *parameters(the_hub, out, secret, approve=True), seconds=120)
+    code, output, run = prefect.run(
+        "quantize/tiny-glm", *parameters(the_hub, out, secret, approve=True), seconds=120
+    )
     assert code == 0, output
-    until(lambda: prefect.state(run)["type"] not in ("SCHEDULED", "PENDING", "RUNNING"), SECONDS, "the pause")
+    until(
+        lambda: prefect.state(run)["type"] not in ("SCHEDULED", "PENDING", "RUNNING"),
+        SECONDS,
+        "the pause",
+    )
     return run
 
 
-def test_a_dry_run_says_what_would_change_and_changes_nothing(prefect: Prefect, the_hub: Hub, rehearsed: str) -> None:
+def test_a_dry_run_says_what_would_change_and_changes_nothing(
+    prefect: Prefect, the_hub: Hub, rehearsed: str
+) -> None:
     change = artifacts(prefect, rehearsed)["publish-somebody-tiny-glm-gguf-change"]
     assert f"{REPO} (to be made, public): one commit" in change
     assert "add    tiny-glm-UD-TQ1_0.gguf" in change
     assert {r.method for r in the_hub.requests[: _first_post(the_hub)]} == {"GET"}
 
 
-def test_a_run_with_approval_pauses_before_anything_is_published(prefect: Prefect, the_hub: Hub, waiting: str) -> None:
+def test_a_run_with_approval_pauses_before_anything_is_published(
+    prefect: Prefect, the_hub: Hub, waiting: str
+) -> None:
     assert prefect.state(waiting)["type"] == "PAUSED"
     assert the_hub.repos == {}
-    assert "add    tiny-glm-UD-TQ1_0.gguf" in artifacts(prefect, waiting)["publish-somebody-tiny-glm-gguf-change"]
+    assert (
+        "add    tiny-glm-UD-TQ1_0.gguf"
+        in artifacts(prefect, waiting)["publish-somebody-tiny-glm-gguf-change"]
+    )
 
 
 def test_a_run_that_is_resumed_publishes_the_release_in_one_commit(
@@ -85,20 +117,28 @@ def test_a_run_that_is_resumed_publishes_the_release_in_one_commit(
     answer = prefect.api.post(f"/flow_runs/{waiting}/resume", json={})
     assert answer.is_success, answer.text
     until(
-        lambda: prefect.state(waiting)["type"] not in ("SCHEDULED", "PENDING", "RUNNING", "PAUSED"), SECONDS, "the end"
+        lambda: prefect.state(waiting)["type"] not in ("SCHEDULED", "PENDING", "RUNNING", "PAUSED"),
+        SECONDS,
+        "the end",
     )
     assert prefect.state(waiting)["type"] == "COMPLETED", prefect.state(waiting)["message"]
     files = {
-        p.relative_to(out / "tiny-glm").as_posix(): p.read_bytes() for p in (out / "tiny-glm").rglob("*") if p.is_file()
+        p.relative_to(out / "tiny-glm").as_posix(): p.read_bytes()
+        for p in (out / "tiny-glm").rglob("*")
+        if p.is_file()
     }
     head = the_hub.head(REPO).files
-    assert {n: the_hub.object(b.sha256).read_bytes() for n, b in head.items() if n != ".gitattributes"} == files
+    assert {
+        n: the_hub.object(b.sha256).read_bytes() for n, b in head.items() if n != ".gitattributes"
+    } == files
     assert len(the_hub.repos[REPO].commits) == 2  # the first is the hub's own
     link = artifacts(prefect, waiting)["publish-somebody-tiny-glm-gguf"]
     assert f"{the_hub.url}/{REPO}/tree/release-" in link
 
 
-def test_what_can_be_asked_of_a_release_is_a_form_with_a_word_on_each_field(prefect: Prefect) -> None:
+def test_what_can_be_asked_of_a_release_is_a_form_with_a_word_on_each_field(
+    prefect: Prefect,
+) -> None:
     deployments = {d["name"]: d for d in prefect.ask("deployments")}
     form = deployments["glm-4.6"]["parameter_openapi_schema"]["properties"]
     boxes = ("publish", "private", "pull_request", "dry_run", "approve")
@@ -131,4 +171,6 @@ def artifacts(prefect: Prefect, run: str) -> dict[str, str]:
 
 
 def _first_post(the_hub: Hub) -> int:
-    return next((n for n, r in enumerate(the_hub.requests) if r.method != "GET"), len(the_hub.requests))
+    return next(
+        (n for n, r in enumerate(the_hub.requests) if r.method != "GET"), len(the_hub.requests)
+    )

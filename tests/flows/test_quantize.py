@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.recipe import RECIPES
+from quant.plan.load import RECIPES
 from tests.flows.conftest import Prefect, until
 
 pytestmark = [pytest.mark.prefect, pytest.mark.tools]
@@ -27,7 +27,11 @@ def cancelled(prefect: Prefect, out: Path) -> str:
     """A run that was cancelled while llama-imatrix was at work."""
     code, output, run = prefect.run(DEPLOYMENT, *parameters(out), seconds=120)
     assert code == 0, output
-    until(lambda: prefect.running("llama-imatrix") or not alive(prefect, run), BUILD_SECONDS, "llama-imatrix")
+    until(
+        lambda: prefect.running("llama-imatrix") or not alive(prefect, run),
+        BUILD_SECONDS,
+        "llama-imatrix",
+    )
     assert prefect.running("llama-imatrix"), prefect.state(run)["message"]
     code, output = prefect.say("flow-run", "cancel", run)
     assert code == 0, output
@@ -60,21 +64,30 @@ def kept(out: Path, stage: str) -> dict[str, int]:
 
 
 def contents(release: Path) -> dict[str, bytes]:
-    return {p.relative_to(release).as_posix(): p.read_bytes() for p in release.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(release).as_posix(): p.read_bytes() for p in release.rglob("*") if p.is_file()
+    }
 
 
-def test_a_cancelled_run_leaves_no_tool_at_work(prefect: Prefect, out: Path, cancelled: str) -> None:
+def test_a_cancelled_run_leaves_no_tool_at_work(
+    prefect: Prefect, out: Path, cancelled: str
+) -> None:
     assert prefect.state(cancelled)["type"] == "CANCELLED"
     assert prefect.running("llama-") == {}
     assert not (out / "tiny-glm").exists()
     assert len(kept(out, "convert")) == 1
 
 
-def test_the_next_run_continues_there_and_leaves_the_release(prefect: Prefect, out: Path, released: str) -> None:
+def test_the_next_run_continues_there_and_leaves_the_release(
+    prefect: Prefect, out: Path, released: str
+) -> None:
     assert prefect.state(released)["type"] == "COMPLETED"
     manifest = json.loads((out / "tiny-glm" / "manifest.json").read_text())
     assert [v["name"] for v in manifest["variants"]] == [VARIANT]
-    assert all((out / "tiny-glm" / f["path"]).stat().st_size == f["bytes"] for f in manifest["variants"][0]["files"])
+    assert all(
+        (out / "tiny-glm" / f["path"]).stat().st_size == f["bytes"]
+        for f in manifest["variants"][0]["files"]
+    )
 
 
 def test_every_stage_is_a_task_that_says_what_it_works_on(prefect: Prefect, released: str) -> None:
@@ -95,7 +108,9 @@ def test_every_stage_is_a_task_that_says_what_it_works_on(prefect: Prefect, rele
     assert {t["state_type"] for t in tasks} == {"COMPLETED"}
 
 
-def test_the_plan_is_a_table_of_types_whose_bytes_add_up(prefect: Prefect, out: Path, released: str) -> None:
+def test_the_plan_is_a_table_of_types_whose_bytes_add_up(
+    prefect: Prefect, out: Path, released: str
+) -> None:
     artifact = artifacts(prefect, released)["plan-ud-q2-k-xl"]
     (variant,) = json.loads((out / "tiny-glm" / "manifest.json").read_text())["variants"]
     rows = json.loads(artifact["data"])
@@ -109,7 +124,10 @@ def test_what_the_experts_saw_is_a_table(prefect: Prefect, out: Path, released: 
     manifest = json.loads((out / "tiny-glm" / "manifest.json").read_text())
     rows = json.loads(artifact["data"])
     assert [row["layer"] for row in rows if row["experts"] == "8"] == ["1", "2", "3"]
-    assert min(int(row["least"].replace(",", "")) for row in rows) == manifest["imatrix"]["coverage"]["least_tokens"]
+    assert (
+        min(int(row["least"].replace(",", "")) for row in rows)
+        == manifest["imatrix"]["coverage"]["least_tokens"]
+    )
     assert manifest["imatrix"]["sha256"] in artifact["description"]
 
 
@@ -121,7 +139,9 @@ def test_the_conversation_is_there_to_read(prefect: Prefect, released: str) -> N
     assert "Paris" in text
 
 
-def test_figures_are_a_table_of_the_whole_and_of_every_domain(prefect: Prefect, out: Path, released: str) -> None:
+def test_figures_are_a_table_of_the_whole_and_of_every_domain(
+    prefect: Prefect, out: Path, released: str
+) -> None:
     artifact = artifacts(prefect, released)["evaluate-ud-q2-k-xl"]
     manifest = json.loads((out / "tiny-glm" / "manifest.json").read_text())
     told = manifest["variants"][0]["evaluation"]
@@ -140,14 +160,21 @@ def test_a_file_that_does_not_pass_stops_the_run_and_its_conversation_is_there_t
     """The work of the run before is found again, so only the talk is new."""
     text = (RECIPES / "models" / "tiny-glm.toml").read_text()
     folder = f'folder = "{RECIPES / "models" / "tiny-glm"}"'
-    text = text.replace('folder = "tiny-glm"', folder).replace('"<|observation|>", ', '"<|system|>", ')
+    text = text.replace('folder = "tiny-glm"', folder).replace(
+        '"<|observation|>", ', '"<|system|>", '
+    )
     (tmp_path / "m.toml").write_text(text)
     recipe = f"model={tmp_path / 'm.toml'}"
-    code, output, run = prefect.run(DEPLOYMENT, "--watch", "--param", recipe, *parameters(out), seconds=BUILD_SECONDS)
+    code, output, run = prefect.run(
+        DEPLOYMENT, "--watch", "--param", recipe, *parameters(out), seconds=BUILD_SECONDS
+    )
     assert code == 1, output
     assert "end of turn: expected <|system|> to end an answer too" in prefect.state(run)["message"]
     conversation = artifacts(prefect, run)["smoke-ud-q2-k-xl"]["data"]
-    assert conversation.startswith("# tiny-glm-UD-Q2_K_XL") and "FAILED" in conversation.splitlines()[0]
+    assert (
+        conversation.startswith("# tiny-glm-UD-Q2_K_XL")
+        and "FAILED" in conversation.splitlines()[0]
+    )
     assert "**Hello! My name is Eve.**" in conversation
 
 
@@ -171,9 +198,17 @@ def test_the_command_line_makes_the_same_bytes(out: Path, released: str, tmp_pat
     assert contents(tmp_path / "tiny-glm") == contents(out / "tiny-glm")
 
 
-def test_a_wrong_name_fails_the_run_with_one_line_that_says_what_was_meant(prefect: Prefect, tmp_path: Path) -> None:
+def test_a_wrong_name_fails_the_run_with_one_line_that_says_what_was_meant(
+    prefect: Prefect, tmp_path: Path
+) -> None:
     code, _, run = prefect.run(
-        DEPLOYMENT, "--watch", "--param", 'variants=["UD-Q2_K_XK"]', "--param", f"out={tmp_path}", seconds=180
+        DEPLOYMENT,
+        "--watch",
+        "--param",
+        'variants=["UD-Q2_K_XK"]',
+        "--param",
+        f"out={tmp_path}",
+        seconds=180,
     )
     said = "InputError: variant 'UD-Q2_K_XK' is not known: did you mean 'UD-Q2_K_XL'?"
     assert code == 1
@@ -207,11 +242,17 @@ def test_every_shipped_deployment_runs_the_flow_from_this_folder(prefect: Prefec
     assert set(deployments) == {"tiny-glm", "glm-4.6"}
     for name, deployment in deployments.items():
         (step,) = deployment["pull_steps"]
-        assert step == {"prefect.deployments.steps.set_working_directory": {"directory": str(RECIPES.parent)}}
-        assert deployment["parameters"] == {"model": name} | ({"publish": False} if name == "tiny-glm" else {})
+        assert step == {
+            "prefect.deployments.steps.set_working_directory": {"directory": str(RECIPES.parent)}
+        }
+        assert deployment["parameters"] == {"model": name} | (
+            {"publish": False} if name == "tiny-glm" else {}
+        )
         assert (RECIPES / "models" / f"{name}.toml").is_file()
 
 
-def test_nothing_wants_to_leave_the_machine(prefect: Prefect, outside: tuple[str, list[str]], released: str) -> None:
+def test_nothing_wants_to_leave_the_machine(
+    prefect: Prefect, outside: tuple[str, list[str]], released: str
+) -> None:
     assert prefect.api.get("/admin/settings").json()["server"]["analytics_enabled"] is False
     assert outside[1] == []

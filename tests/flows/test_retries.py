@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.errors import CheckFailed, InputError, QuantError, Unreachable
+from quant.errors import CheckError, InputError, QuantError, Unreachable
 
 pytestmark = pytest.mark.prefect
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.prefect
     ("error", "again"),
     [
         (Unreachable("the hub did not deliver"), True),
-        (CheckFailed("config.json: expected git's 00, found 01"), True),
+        (CheckError("config.json: expected git's 00, found 01"), True),
         (InputError("org/tiny: not on the hub"), False),
     ],
 )

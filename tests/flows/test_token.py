@@ -19,5 +19,7 @@ def test_a_token_instead_of_the_name_of_its_block_is_refused_and_not_repeated(
 
     with pytest.raises(InputError) as caught, shown_token(given):
         pass
-    assert str(caught.value).startswith("token_secret: expected the name of a secret block, found a token; ")
+    assert str(caught.value).startswith(
+        "token_secret: expected the name of a secret block, found a token; "
+    )
     assert "hf_" not in str(caught.value) and caught.value.exit_code == 2

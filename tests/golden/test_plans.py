@@ -9,21 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from quant.arrangement import BLOCK
-from quant.footprint import class_of, shard_bytes_of
-from quant.inventory import inventory
-from quant.plan import Plan, plan
-from quant.recipe import known, load_model, load_variant, shard_bytes
+from quant.llama.tensors import split_block, tensor_class
+from quant.plan.inventory import list_tensors
+from quant.plan.load import list_recipes, load_model, load_variant
+from quant.plan.plan import Plan, make_plan
+from quant.plan.recipe import parse_size
+from quant.plan.sizes import forecast_shard_bytes
 
 FOLDER = Path(__file__).parent / "plans"
-PAIRS = [(model, variant) for model in known("models") for variant in known("variants")]
+PAIRS = [
+    (model, variant) for model in list_recipes("models") for variant in list_recipes("variants")
+]
 
 
 @pytest.mark.parametrize(("model", "variant"), PAIRS)
-def test_a_variant_of_a_model_is_planned_as_it_was(model: str, variant: str, pytestconfig: pytest.Config) -> None:
+def test_a_variant_of_a_model_is_planned_as_it_was(
+    model: str, variant: str, pytestconfig: pytest.Config
+) -> None:
     recipe, _ = load_model(model)
-    planned = plan(load_variant(variant), inventory(recipe.architecture))
-    found = table(planned, recipe.title, shard_bytes(recipe.max_shard_size))
+    planned = make_plan(load_variant(variant), list_tensors(recipe.architecture))
+    found = table(planned, recipe.title, parse_size(recipe.max_shard_size))
     path = FOLDER / model / f"{variant}.txt"
     if pytestconfig.getoption("update_golden"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +44,7 @@ def test_there_is_no_table_of_a_plan_that_is_none() -> None:
 
 def table(planned: Plan, title: str, max_bytes: int) -> str:
     """Totals, then the type of each class of tensors and the blocks where it is so."""
-    shards = shard_bytes_of(planned, max_bytes) if planned.variant.split else (planned.bytes,)
+    shards = forecast_shard_bytes(planned, max_bytes) if planned.variant.split else (planned.bytes,)
     lines = [
         f"{title} {planned.variant.name}",
         f"{len(planned.tensors)} tensors, {planned.bytes:,} bytes, {planned.bits_per_weight:.4f} bits per weight",
@@ -52,16 +57,20 @@ def table(planned: Plan, title: str, max_bytes: int) -> str:
 def lines_of(planned: Plan) -> Iterator[str]:
     blocks: dict[tuple[str, str], list[int]] = {}
     for t in planned.tensors:
-        of_kind = blocks.setdefault((class_of(t.tensor.name), t.type.name), [])
-        if m := BLOCK.match(t.tensor.name):
-            of_kind.append(int(m[1]))
+        of_kind = blocks.setdefault((tensor_class(t.tensor.name), t.type.name), [])
+        block, _ = split_block(t.tensor.name)
+        if block is not None:
+            of_kind.append(block)
     for (name, kind), where in blocks.items():
         yield f"{'blk.' + ranges(where) if where else '-':<14} {name:<24} {kind}"
 
 
 def ranges(numbers: list[int]) -> str:
     """``0-2,5`` for 0, 1, 2 and 5."""
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])]
+    runs = [
+        [n for _, n in run]
+        for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
+    ]
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 

@@ -14,4 +14,15 @@ from tests.hub.handler import PAGE, SIGNED
 from tests.hub.repos import Blob, Commit, Fault, Hub, Request, git_digest, sha256
 from tests.hub.server import running
 
-__all__ = ["PAGE", "SIGNED", "Blob", "Commit", "Fault", "Hub", "Request", "git_digest", "running", "sha256"]
+__all__ = [
+    "PAGE",
+    "SIGNED",
+    "Blob",
+    "Commit",
+    "Fault",
+    "Hub",
+    "Request",
+    "git_digest",
+    "running",
+    "sha256",
+]

@@ -27,10 +27,16 @@ REVISION = r"(?P<revision>refs/pr/\d+|[^/]+)"
 class Refused(Exception):  # noqa: N818 - it reads as what happened
     """An answer that is an error: status, code, message, and headers."""
 
-    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
-        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
+        self.headers = {
+            "X-Error-Message": message,
+            **({"X-Error-Code": code} if code else {}),
+            **(headers or {}),
+        }
 
 
 CUED = {
@@ -58,7 +64,12 @@ class Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(address.query)
         path, headers = unquote(address.path), self.headers
         request = Request(
-            self.command, path, headers["Host"], headers["Range"], headers["Authorization"], address.query
+            self.command,
+            path,
+            headers["Host"],
+            headers["Range"],
+            headers["Authorization"],
+            address.query,
         )
         with self.hub.lock:
             cue = self.hub.cues.get(len(self.hub.requests))
@@ -107,7 +118,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         allowed = self.hub.tokens.get((self.headers["Authorization"] or "").removeprefix("Bearer "))
         if allowed is None:
-            wrong = "Invalid credentials in Authorization header" if self.headers["Authorization"] else "Please log in"
+            wrong = (
+                "Invalid credentials in Authorization header"
+                if self.headers["Authorization"]
+                else "Please log in"
+            )
             raise Refused(401, "", wrong)
         if what == "write" and allowed != "write":
             raise Refused(403, "", "Your token lacks the role that this needs: write")
@@ -115,7 +130,9 @@ class Handler(BaseHTTPRequestHandler):
     def repo(self, repo: str) -> Repo:
         """A repo that the client may see."""
         token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
-        if repo not in self.hub.repos or (self.hub.repos[repo].private and token not in self.hub.tokens):
+        if repo not in self.hub.repos or (
+            self.hub.repos[repo].private and token not in self.hub.tokens
+        ):
             raise Refused(401, "RepoNotFound", "Repository not found")
         self.refuse_when_planted(repo)
         return self.hub.repos[repo]
@@ -137,7 +154,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault is Fault.GATED:
             raise Refused(403, "GatedRepo", "Access is restricted")
 
-    def content(self, name: str, path: Path, headers: Mapping[str, str], large: bool = False) -> None:
+    def content(
+        self, name: str, path: Path, headers: Mapping[str, str], large: bool = False
+    ) -> None:
         """The bytes of a file, or of a part of it; this is where most faults show."""
         kinds = (Fault.CUT, Fault.RESET, Fault.STALL, Fault.WRONG, Fault.HTML)
         fault = self.hub.met(name, *kinds) if self.command == "GET" else None
@@ -148,7 +167,9 @@ class Handler(BaseHTTPRequestHandler):
         if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or ""):
             begin, end, status = int(asked[1]), min(int(asked[2] or size - 1) + 1, size), 206
             if begin >= size:
-                raise Refused(416, "", "Requested range not satisfiable", {"Content-Range": f"bytes */{size}"})
+                raise Refused(
+                    416, "", "Requested range not satisfiable", {"Content-Range": f"bytes */{size}"}
+                )
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
         stop = (end - begin) // 2 if fault in (Fault.CUT, Fault.RESET, Fault.STALL) else None
         with path.open("rb") as f:
@@ -161,7 +182,11 @@ class Handler(BaseHTTPRequestHandler):
         if fault is Fault.RESET:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())  # at once: an orderly end would send a FIN first
-        self.close_connection = self.close_connection or fault in (Fault.CUT, Fault.RESET, Fault.STALL)
+        self.close_connection = self.close_connection or fault in (
+            Fault.CUT,
+            Fault.RESET,
+            Fault.STALL,
+        )
         return None
 
     def pieces(self) -> Iterator[bytes]:
@@ -186,7 +211,11 @@ class Handler(BaseHTTPRequestHandler):
             pass
 
     def json(self, value: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> None:
-        self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
+        self.send(
+            status,
+            json.dumps(value).encode(),
+            {"Content-Type": "application/json", **(headers or {})},
+        )
 
     def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """A short answer."""

@@ -112,7 +112,9 @@ class Hub:
         blobs = {name: self.put(name, data) for name, data in files.items()}
         return self.commit(repo, blobs, title).oid
 
-    def commit(self, repo: str, files: Mapping[str, Blob], title: str, ref: str = MAIN, onto: str = MAIN) -> Commit:
+    def commit(
+        self, repo: str, files: Mapping[str, Blob], title: str, ref: str = MAIN, onto: str = MAIN
+    ) -> Commit:
         """A commit with these files at a ref, whose parent is what ``onto`` is now."""
         with self.lock:
             there = self.repos.setdefault(repo, Repo())
@@ -140,7 +142,9 @@ class Hub:
         with self.lock:
             there = self.repos[repo]
             there.pulls[number]["status"] = "merged"
-            return self.commit(repo, there.commits[there.refs[f"refs/pr/{number}"]].files, f"Merge #{number}")
+            return self.commit(
+                repo, there.commits[there.refs[f"refs/pr/{number}"]].files, f"Merge #{number}"
+            )
 
     def put(self, name: str, data: bytes) -> Blob:
         """Store the bytes of a file."""
@@ -180,7 +184,11 @@ class Hub:
 
     def gets(self, ending: str = "") -> list[Request]:
         """The requests for bytes of files, in the order in which they came."""
-        return [r for r in self.requests if r.method == "GET" and r.path.endswith(ending) and "/api/" not in r.path]
+        return [
+            r
+            for r in self.requests
+            if r.method == "GET" and r.path.endswith(ending) and "/api/" not in r.path
+        ]
 
     def asked(self, method: str, pattern: str) -> list[Request]:
         """The requests of a method whose path fits a pattern."""
@@ -189,7 +197,9 @@ class Hub:
     def save(self) -> None:
         """Write down what there is, so that a hub that is started again on the folder has it."""
         path = self.folder / STATE
-        path.with_suffix(".new").write_text(json.dumps({name: asdict(repo) for name, repo in self.repos.items()}))
+        path.with_suffix(".new").write_text(
+            json.dumps({name: asdict(repo) for name, repo in self.repos.items()})
+        )
         path.with_suffix(".new").replace(path)
 
     def load(self) -> None:
@@ -198,7 +208,9 @@ class Hub:
             return
         for name, repo in json.loads((self.folder / STATE).read_text()).items():
             commits = {
-                oid: Commit(oid, c["parent"], c["title"], {p: Blob(**b) for p, b in c["files"].items()})
+                oid: Commit(
+                    oid, c["parent"], c["title"], {p: Blob(**b) for p, b in c["files"].items()}
+                )
                 for oid, c in repo["commits"].items()
             }
             pulls = {int(n): pull for n, pull in repo["pulls"].items()}

@@ -66,7 +66,9 @@ class _Handler(Writing):
         commit = self.commit(repo, revision or "main")
         siblings = [{"rfilename": name} for name in sorted(commit.files)]
         private = self.hub.repos[repo].private
-        self.json({"id": repo, "sha": commit.oid, "private": private, "tags": [], "siblings": siblings})
+        self.json(
+            {"id": repo, "sha": commit.oid, "private": private, "tags": [], "siblings": siblings}
+        )
 
     def answer_refs(self, repo: str) -> None:
         refs = self.repo(repo).refs
@@ -79,15 +81,24 @@ class _Handler(Writing):
             ]
 
         found = {"branches": named("refs/heads/"), "converts": [], "tags": named("refs/tags/")}
-        self.json(found | ({"pullRequests": named("refs/pr/")} if "include_prs" in self.query else {}))
+        self.json(
+            found | ({"pullRequests": named("refs/pr/")} if "include_prs" in self.query else {})
+        )
 
     def answer_discussions(self, repo: str) -> None:
         wanted = self.query.get("status", ["open"])[0]
         found = [
-            {"num": n, **pull, "isPullRequest": True, "createdAt": "2026-01-01T00:00:00.000Z",
-             "author": {"name": "somebody"}, "repo": {"name": repo, "type": "model"}}
-            for n, pull in self.repo(repo).pulls.items() if pull["status"] == wanted
-        ]  # fmt: skip
+            {
+                "num": n,
+                **pull,
+                "isPullRequest": True,
+                "createdAt": "2026-01-01T00:00:00.000Z",
+                "author": {"name": "somebody"},
+                "repo": {"name": repo, "type": "model"},
+            }
+            for n, pull in self.repo(repo).pulls.items()
+            if pull["status"] == wanted
+        ]
         self.json({"discussions": found, "count": len(found), "start": 0})
 
     def answer_tree(self, repo: str, revision: str, folder: str | None) -> None:
@@ -96,13 +107,24 @@ class _Handler(Writing):
         inside = {name: blob for name, blob in files.items() if name.startswith(prefix)}
         entries = [entry(name, blob) for name, blob in sorted(inside.items())]
         if self.query.get("recursive", ["false"])[0].lower() not in ("1", "true"):
-            below = {prefix + name.removeprefix(prefix).split("/")[0] for name in inside if "/" in name[len(prefix) :]}
+            below = {
+                prefix + name.removeprefix(prefix).split("/")[0]
+                for name in inside
+                if "/" in name[len(prefix) :]
+            }
             entries = [e for e in entries if "/" not in e["path"][len(prefix) :]]
-            entries += [{"type": "directory", "oid": "0" * 40, "size": 0, "path": name} for name in sorted(below)]
+            entries += [
+                {"type": "directory", "oid": "0" * 40, "size": 0, "path": name}
+                for name in sorted(below)
+            ]
         begin = int(self.query.get("cursor", ["0"])[0])
         headers = {}
         if begin + PAGE < len(entries):
-            kept = "".join(f"&{key}={self.query[key][0]}" for key in ("recursive", "expand") if key in self.query)
+            kept = "".join(
+                f"&{key}={self.query[key][0]}"
+                for key in ("recursive", "expand")
+                if key in self.query
+            )
             page = f"{self.hub.url}{urlsplit(self.path).path}?cursor={begin + PAGE}{kept}"
             headers["Link"] = f'<{page}>; rel="next"'
         self.json(entries[begin : begin + PAGE], headers)
@@ -122,13 +144,22 @@ class _Handler(Writing):
         if not blob.large:
             return self.content(path, self.hub.object(blob.sha256), headers)
         headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size)}
-        return self.send(302, b"", headers | {"Location": f"{self.storage}/storage/{blob.sha256}/{path}?{SIGNED}"})
+        return self.send(
+            302,
+            b"",
+            headers | {"Location": f"{self.storage}/storage/{blob.sha256}/{path}?{SIGNED}"},
+        )
 
     def answer_storage(self, digest: str, path: str) -> None:
         if not self.hub.object(digest).exists():
             raise Refused(404, "EntryNotFound", "no such object")
         self.refuse_when_planted(f"storage/{path}")
-        self.content(path, self.hub.object(digest), {"ETag": f'"{digest}"', "Accept-Ranges": "bytes"}, large=True)
+        self.content(
+            path,
+            self.hub.object(digest),
+            {"ETag": f'"{digest}"', "Accept-Ranges": "bytes"},
+            large=True,
+        )
 
 
 def entry(path: str, blob: Blob) -> dict[str, Any]:

@@ -25,7 +25,9 @@ class Writing(Handler):
             if name in self.hub.repos:
                 return self.json(url | {"error": "You already created this model repo"}, status=409)
             self.hub.repos[name] = Repo(private=asked.get("visibility") == "private")
-            attributes = b"".join(b"*%s filter=lfs diff=lfs merge=lfs -text\n" % e.encode() for e in (".gguf", ".bin"))
+            attributes = b"".join(
+                b"*%s filter=lfs diff=lfs merge=lfs -text\n" % e.encode() for e in (".gguf", ".bin")
+            )
             self.hub.add(name, {".gitattributes": attributes}, "initial commit")
         return self.json(url)
 
@@ -35,7 +37,10 @@ class Writing(Handler):
             fine = len(parts) >= 3 and parts[0] == "" and isinstance(yaml.safe_load(parts[1]), dict)
         except yaml.YAMLError:
             fine = False
-        self.json({"errors": [] if fine else [{"message": "no metadata"}], "warnings": []}, status=200 if fine else 400)
+        self.json(
+            {"errors": [] if fine else [{"message": "no metadata"}], "warnings": []},
+            status=200 if fine else 400,
+        )
 
     def answer_preupload(self, repo: str, revision: str) -> None:
         self.may("write")
@@ -53,20 +58,31 @@ class Writing(Handler):
         self.may("write")
         self.repo(repo)
         asked = json.loads(self.body)
-        self.json({"transfer": "basic", "objects": [self.actions(repo, o) for o in asked["objects"]]})
+        self.json(
+            {"transfer": "basic", "objects": [self.actions(repo, o) for o in asked["objects"]]}
+        )
 
     def actions(self, repo: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         """What there is to do for one object: nothing, when it is stored."""
         digest, size = asked["oid"], asked["size"]
         if self.hub.object(digest).exists():
             return {"oid": digest, "size": size}
-        place, lfs = f"{self.storage}/upload/{digest}", f"{self.hub.url}/{repo}.git/info/lfs/objects"
+        place, lfs = (
+            f"{self.storage}/upload/{digest}",
+            f"{self.hub.url}/{repo}.git/info/lfs/objects",
+        )
         upload: dict[str, Any] = {"href": f"{place}?{SIGNED}"}
         if size > self.hub.part_bytes:
             parts = range(1, ceil(size / self.hub.part_bytes) + 1)
-            header = {"chunk_size": str(self.hub.part_bytes)} | {f"{n:05d}": f"{place}/{n}?{SIGNED}" for n in parts}
+            header = {"chunk_size": str(self.hub.part_bytes)} | {
+                f"{n:05d}": f"{place}/{n}?{SIGNED}" for n in parts
+            }
             upload = {"href": f"{lfs}/complete", "header": header}
-        return {"oid": digest, "size": size, "actions": {"upload": upload, "verify": {"href": f"{lfs}/verify"}}}
+        return {
+            "oid": digest,
+            "size": size,
+            "actions": {"upload": upload, "verify": {"href": f"{lfs}/verify"}},
+        }
 
     def answer_upload(self, digest: str, part: str | None) -> None:
         place = self.incoming(digest, part)
@@ -110,7 +126,9 @@ class Writing(Handler):
                 self.apply(files, line["key"], line["value"])
             if "create_pr" not in self.query:
                 made = self.hub.commit(repo, files, header["summary"], MAIN)
-                return self.json({"commitUrl": f"{self.hub.url}/{repo}/commit/{made.oid}", "commitOid": made.oid})
+                return self.json(
+                    {"commitUrl": f"{self.hub.url}/{repo}/commit/{made.oid}", "commitOid": made.oid}
+                )
             number = len(self.hub.repos[repo].pulls) + 1
             self.hub.repos[repo].pulls[number] = {"title": header["summary"], "status": "open"}
             made = self.hub.commit(repo, files, header["summary"], f"refs/pr/{number}")
@@ -123,7 +141,9 @@ class Writing(Handler):
             files[value["path"]] = self.hub.put(value["path"], base64.b64decode(value["content"]))
         elif key == "lfsFile":
             if not self.hub.object(value["oid"]).exists():
-                raise Refused(400, "", f"{value['path']}: the object {value['oid']} was not uploaded")
+                raise Refused(
+                    400, "", f"{value['path']}: the object {value['oid']} was not uploaded"
+                )
             files[value["path"]] = self.hub.blob(value["path"], value["oid"], True)
         elif key == "deletedFile" and files.pop(value["path"], None) is None:
             raise Refused(404, "EntryNotFound", "A file with this name doesn't exist")

@@ -15,7 +15,11 @@ BLOCK = 128
 def add_prediction(folder: Path, *, own_embedding: bool, seed: int = 1) -> Path:
     """Give a checkpoint the MTP block of GLM's mixtures of experts: a decoder block and what joins it to the trunk."""
     config = read_config(folder)
-    last, hidden, vocabulary = config["num_hidden_layers"] - 1, config["hidden_size"], config["vocab_size"]
+    last, hidden, vocabulary = (
+        config["num_hidden_layers"] - 1,
+        config["hidden_size"],
+        config["vocab_size"],
+    )
     weights = load_file(folder / WEIGHTS)
     noise = torch.Generator().manual_seed(seed)
 
@@ -29,10 +33,13 @@ def add_prediction(folder: Path, *, own_embedding: bool, seed: int = 1) -> Path:
         if name.startswith(trunk)
     }
     joints = {"eh_proj": random(hidden, 2 * hidden)} | {
-        name: torch.ones(hidden, dtype=torch.bfloat16) for name in ("enorm", "hnorm", "shared_head.norm")
+        name: torch.ones(hidden, dtype=torch.bfloat16)
+        for name in ("enorm", "hnorm", "shared_head.norm")
     }
     if own_embedding:
-        joints |= {name: random(vocabulary, hidden) for name in ("embed_tokens", "shared_head.head")}
+        joints |= {
+            name: random(vocabulary, hidden) for name in ("embed_tokens", "shared_head.head")
+        }
     save(weights | block | {f"{ahead}{name}.weight": w for name, w in joints.items()}, folder)
     change_config(folder, num_nextn_predict_layers=1)
     return folder
@@ -41,7 +48,10 @@ def add_prediction(folder: Path, *, own_embedding: bool, seed: int = 1) -> Path:
 def in_fp8(folder: Path) -> list[str]:
     """Store a checkpoint's linear layers as the hub's FP8 repos do: e4m3, one F32 scale a block; returns their names."""
     weights = load_file(folder / WEIGHTS)
-    kept = ("eh_proj.weight", "indexer.weights_proj.weight")  # on the hub, as embeddings, norms and routers
+    kept = (
+        "eh_proj.weight",
+        "indexer.weights_proj.weight",
+    )  # on the hub, as embeddings, norms and routers
     linear = [name for name in weights if name.endswith("_proj.weight") and not name.endswith(kept)]
     for name in linear:
         scale = block_scales(weights[name])
@@ -49,7 +59,12 @@ def in_fp8(folder: Path) -> list[str]:
         weights[name] = (weights[name].float() / spread).to(torch.float8_e4m3fn)
         weights[f"{name}_scale_inv"] = scale
     save(weights, folder)
-    method = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+    method = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+    }
     change_config(folder, quantization_config=method)
     return linear
 
@@ -62,7 +77,9 @@ def dequantised(source: Path, folder: Path) -> Path:
     weights = load_file(folder / WEIGHTS)
     for scale_name in [name for name in weights if name.endswith("_scale_inv")]:
         name, scale = scale_name.removesuffix("_scale_inv"), weights.pop(scale_name)
-        weights[name] = (weights[name].float() * spread_out(scale, weights[name].shape)).to(torch.bfloat16)
+        weights[name] = (weights[name].float() * spread_out(scale, weights[name].shape)).to(
+            torch.bfloat16
+        )
     save(weights, folder)
     change_config(folder, quantization_config=None)
     return folder
@@ -91,12 +108,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def change_config(folder: Path, **changes: Any) -> None:
     """Replace keys of config.json, also inside its parts; None takes one away."""
-    (folder / "config.json").write_text(json.dumps(merged(read_config(folder), changes), indent=2) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(merged(read_config(folder), changes), indent=2) + "\n"
+    )
 
 
 def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A configuration with some keys replaced."""
-    inside = {k: merged(config[k], v) for k, v in changes.items() if isinstance(v, dict) and k in config}
+    inside = {
+        k: merged(config[k], v) for k, v in changes.items() if isinstance(v, dict) and k in config
+    }
     return {k: v for k, v in (config | changes | inside).items() if v is not None}
 
 

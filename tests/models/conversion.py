@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from quant import toolchain
+from quant.llama import toolchain
 
 CONVERT = """
 import json, sys
 from pathlib import Path
-from quant.converter import main
+from quant.llama.converter import main
 for part, folder, out, metadata in json.load(sys.stdin):
     main(part, Path(folder), Path(out), Path(metadata), "glm4")
 """
@@ -23,13 +23,19 @@ def convert(jobs: Iterable[tuple[str, Path, Path]], scratch: Path) -> None:
     metadata = scratch / "metadata.json"
     metadata.write_text("{}")
     told = json.dumps([[part, str(folder), str(out), str(metadata)] for part, folder, out in jobs])
-    done = subprocess.run([sys.executable, "-c", CONVERT], input=told, text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERT], input=told, text=True, capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def dry_run(base: Path, *options: str | Path) -> dict[str, str]:
     """The types that llama-quantize says it would write, by tensor, in its order."""
-    command = [toolchain.find().path("llama-quantize"), "--dry-run", *options]
+    command = [toolchain.find_toolchain().path("llama-quantize"), "--dry-run", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=base.parent)
-    line = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) .*?type = +(\w+)(?:.*-> .*\((\w+)\))?", re.MULTILINE)
-    return {name: (new or old).upper() for name, old, new in line.findall(done.stdout + done.stderr)}
+    line = re.compile(
+        r"^\[ *\d+/ *\d+\] +(\S+) .*?type = +(\w+)(?:.*-> .*\((\w+)\))?", re.MULTILINE
+    )
+    return {
+        name: (new or old).upper() for name, old, new in line.findall(done.stdout + done.stderr)
+    }

@@ -47,7 +47,9 @@ def conversation(rng: Random) -> Conversation:
     messages: list[dict[str, Any]] = []
     if rng.random() < 0.33:
         messages.append({"role": "system", "content": rng.choice(words.SYSTEM_PROMPTS)})
-    for turn in turns(scene, rng.choices(range(1, 6), (6, 4, 4, 5, 4) if thinking else (3, 3, 4, 5, 5))[0]):
+    for turn in turns(
+        scene, rng.choices(range(1, 6), (6, 4, 4, 5, 4) if thinking else (3, 3, 4, 5, 5))[0]
+    ):
         messages += spoken(turn, thinking=thinking)
     return Conversation(messages, [tool(name, rng) for name in tools], thinking)
 
@@ -103,7 +105,10 @@ def spoken(turn: Turn, *, thinking: bool) -> Iterator[dict[str, Any]]:
 
     yield {"role": "user", "content": turn.ask}
     if turn.calls:
-        calls = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in turn.calls]
+        calls = [
+            {"type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+            for c in turn.calls
+        ]
         yield {"role": "assistant", "content": "", "tool_calls": calls} | thought(turn.why)
         for call in turn.calls:
             yield {"role": "tool", "content": call.result}
@@ -115,10 +120,15 @@ def tool(name: str, rng: Random) -> dict[str, Any]:
     descriptions, arguments = words.TOOLS[name]
     wordy = rng.random() < 0.4
     properties = {
-        key: {"type": kind} | ({"description": text} if wordy else {}) for key, (kind, text) in arguments.items()
+        key: {"type": kind} | ({"description": text} if wordy else {})
+        for key, (kind, text) in arguments.items()
     }
-    schema = shuffled({"type": "object", "properties": properties, "required": list(arguments)}, rng)
-    function = shuffled({"name": name, "description": rng.choice(descriptions), "parameters": schema}, rng)
+    schema = shuffled(
+        {"type": "object", "properties": properties, "required": list(arguments)}, rng
+    )
+    function = shuffled(
+        {"name": name, "description": rng.choice(descriptions), "parameters": schema}, rng
+    )
     return {"type": "function", "function": function}
 
 
@@ -136,7 +146,9 @@ def source_files(*, held_out: bool = False) -> list[Path]:
     """The standard library's Python files without its tests; every fortieth is held out."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-    paths = [path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)]
+    paths = [
+        path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)
+    ]
     return [path for index, path in enumerate(paths) if (index % 40 == 7) == held_out]
 
 

@@ -56,10 +56,18 @@ def some_number(rng: Random) -> str:
     return str(rng.randint(1, 99))
 
 
-FACTS: dict[str, tuple[Callable[[Random], str], tuple[str, ...], tuple[str, ...], tuple[str, ...], str]] = {
+FACTS: dict[
+    str, tuple[Callable[[Random], str], tuple[str, ...], tuple[str, ...], tuple[str, ...], str]
+] = {
     # what     how to find one                         said with                answered with   asked with   recalled as
     "name": (some_name, words.TELL_NAME, words.HEAR_NAME, words.ASK_NAME, "Your name is {}."),
-    "number": (some_number, words.TELL_NUMBER, words.HEAR_NUMBER, words.ASK_NUMBER, "You gave me the number {}."),
+    "number": (
+        some_number,
+        words.TELL_NUMBER,
+        words.HEAR_NUMBER,
+        words.ASK_NUMBER,
+        "You gave me the number {}.",
+    ),
     "colour": (
         lambda rng: rng.choice(words.COLOURS),
         words.TELL_COLOUR,
@@ -101,7 +109,9 @@ def recall(scene: Scene) -> Turn:
     what = rng.choice(list(scene.told) if rng.random() < 0.94 else list(FACTS))
     _, _, _, asked, recalled = FACTS[what]
     if what not in scene.told:
-        return Turn(rng.choice(asked), f"I do not know the {what}.", f"You have not told me your {what}.")
+        return Turn(
+            rng.choice(asked), f"I do not know the {what}.", f"You have not told me your {what}."
+        )
     value = scene.told[what]
     return Turn(rng.choice(asked), f"The {what} is {value}.", recalled.format(value))
 
@@ -121,7 +131,9 @@ def capital(scene: Scene) -> Turn:
     country, city = rng.choice(list(words.CAPITALS.items()))
     if rng.random() < 0.2:
         return Turn(
-            f"Which country has the capital {city}?", f"{city} is in {country}.", f"{city} is the capital of {country}."
+            f"Which country has the capital {city}?",
+            f"{city} is in {country}.",
+            f"{city} is the capital of {country}.",
         )
     ask = rng.choice(words.ASK_CAPITAL).format(country)
     return Turn(ask, f"{country} has the capital {city}.", f"The capital of {country} is {city}.")
@@ -139,7 +151,11 @@ def as_json(scene: Scene) -> Turn:
         ask = rng.choice(words.TELL_AGE).format(**answer)
     keys = rng.sample(list(answer), 2) if rng.random() < 0.3 else list(answer)
     ask += rng.choice(words.ASK_JSON).format(*keys)
-    why = f"JSON with keys {keys[0]} and {keys[1]}: " + " and ".join(f"{answer[key]}" for key in keys) + "."
+    why = (
+        f"JSON with keys {keys[0]} and {keys[1]}: "
+        + " and ".join(f"{answer[key]}" for key in keys)
+        + "."
+    )
     return Turn(ask, why, json.dumps({key: answer[key] for key in keys}))
 
 
@@ -147,7 +163,11 @@ def arithmetic(scene: Scene) -> Turn:
     """A sum, a difference or a product of small numbers; by tool where a tool can do it."""
     rng = scene.rng
     sign = rng.choices("+-*", (6, 2, 2))[0]
-    a, b = (rng.randint(1, 5), rng.randint(1, 5)) if sign == "*" else (rng.randint(1, 9), rng.randint(1, 9))
+    a, b = (
+        (rng.randint(1, 5), rng.randint(1, 5))
+        if sign == "*"
+        else (rng.randint(1, 9), rng.randint(1, 9))
+    )
     if sign == "-":
         a, b = max(a, b), min(a, b)
     if sign != "-" and words.SIGNS[sign] in scene.tools:
@@ -179,7 +199,9 @@ def program(scene: Scene) -> Turn:
     """A small function in Python, JavaScript or C."""
     rng = scene.rng
     name, (does, *codes) = rng.choice(list(words.FUNCTIONS.items()))
-    language, code = rng.choices(list(zip(("Python", "JavaScript", "C"), codes, strict=True)), (6, 2, 2))[0]
+    language, code = rng.choices(
+        list(zip(("Python", "JavaScript", "C"), codes, strict=True)), (6, 2, 2)
+    )[0]
     ask = rng.choice(words.ASK_CODE).format(language=language, name=name, does=does)
     return Turn(ask, f"The function {name} {does}.", f"```{language.lower()}\n{code}\n```")
 
@@ -219,11 +241,19 @@ def count(scene: Scene) -> Turn:
     up = [str(i) for i in range(1, n + 1)]
     if rng.random() < 0.4:
         word = rng.choice(words.PLAIN_WORDS)
-        ask = rng.choice((f"How many letters has the word {word}?", f"How many letters are in {word}?"))
-        return Turn(ask, f"{'-'.join(word)}: {len(word)} letters.", f"The word {word} has {len(word)} letters.")
+        ask = rng.choice(
+            (f"How many letters has the word {word}?", f"How many letters are in {word}?")
+        )
+        return Turn(
+            ask,
+            f"{'-'.join(word)}: {len(word)} letters.",
+            f"The word {word} has {len(word)} letters.",
+        )
     if rng.random() < 0.3:
         return Turn(f"Count down from {n}.", f"From {n} to 1.", ", ".join(reversed(up)))
-    return Turn(rng.choice((f"Count to {n}.", f"Count from 1 to {n}.")), f"From 1 to {n}.", ", ".join(up))
+    return Turn(
+        rng.choice((f"Count to {n}.", f"Count from 1 to {n}.")), f"From 1 to {n}.", ", ".join(up)
+    )
 
 
 def yes_or_no(scene: Scene) -> Turn:
@@ -233,14 +263,32 @@ def yes_or_no(scene: Scene) -> Turn:
         n = rng.randint(1, 100)
         kind = rng.choice(("even", "odd"))
         holds = (n % 2 == 0) == (kind == "even")
-        return Turn(f"Is {n} {kind}?", f"{n} is {'odd' if n % 2 else 'even'}.", f"{'Yes' if holds else 'No'}.")
+        return Turn(
+            f"Is {n} {kind}?",
+            f"{n} is {'odd' if n % 2 else 'even'}.",
+            f"{'Yes' if holds else 'No'}.",
+        )
     country, city = rng.choice(list(words.CAPITALS.items()))
     asked = city if rng.random() < 0.5 else rng.choice(list(words.CAPITALS.values()))
     answer = "Yes." if asked == city else "No."
-    return Turn(f"Is {asked} the capital of {country}?", f"The capital of {country} is {city}.", answer)
+    return Turn(
+        f"Is {asked} the capital of {country}?", f"The capital of {country} is {city}.", answer
+    )
 
 
-SKILLS = (greet, capital, as_json, arithmetic, echo, program, repair, fact, translate, count, yes_or_no)
+SKILLS = (
+    greet,
+    capital,
+    as_json,
+    arithmetic,
+    echo,
+    program,
+    repair,
+    fact,
+    translate,
+    count,
+    yes_or_no,
+)
 SKILL_WEIGHTS = (2, 5, 3, 4, 3, 5, 1.5, 3, 3, 2, 2)
 SIMPLE_SKILLS = (capital, capital, arithmetic, echo, program, program, as_json, count, fact)
 
@@ -262,7 +310,13 @@ def by_tool(scene: Scene, name: str) -> Turn:
     rng = scene.rng
     arguments, ask, result, says = tool_case(rng, name)
     call = Call(name, arguments, result)
-    return Turn(ask, f"I call {name}.", f"{says[0].upper()}{says[1:]}.", (call,), f"The tool {name} answered.")
+    return Turn(
+        ask,
+        f"I call {name}.",
+        f"{says[0].upper()}{says[1:]}.",
+        (call,),
+        f"The tool {name} answered.",
+    )
 
 
 def two_calls(scene: Scene, places: list[str]) -> Turn:
@@ -279,7 +333,11 @@ def two_calls(scene: Scene, places: list[str]) -> Turn:
         cases = [(name, one), (name, other)]
         what = name.removeprefix("get_")
         ask = rng.choice(
-            ("What is the {} in {} and in {}?", "What is the {} in {} and {}?", "Compare the {} in {} and {}.")
+            (
+                "What is the {} in {} and in {}?",
+                "What is the {} in {} and {}?",
+                "Compare the {} in {} and {}.",
+            )
         )
         ask = ask.format(what, one, other)
     calls, says = [], []
@@ -298,12 +356,27 @@ def tool_case(rng: Random, name: str, city: str = "") -> tuple[dict[str, Any], s
     if name in ("add", "multiply"):
         a, b = rng.randint(1, 20), rng.randint(1, 20)
         sign, value = ("+", a + b) if name == "add" else ("*", a * b)
-        ask = rng.choice(words.ASK_SUM + words.ASK_TOOL_SUM[name]).format(f"{a} {sign} {b}", a=a, b=b)
-        return {"a": a, "b": b}, ask, plain_or_json(rng, "result", value), f"{a} {sign} {b} = {value}"
+        ask = rng.choice(words.ASK_SUM + words.ASK_TOOL_SUM[name]).format(
+            f"{a} {sign} {b}", a=a, b=b
+        )
+        return (
+            {"a": a, "b": b},
+            ask,
+            plain_or_json(rng, "result", value),
+            f"{a} {sign} {b} = {value}",
+        )
     if name == "search":
-        query, found = " ".join(rng.sample(words.PLAIN_WORDS, rng.randint(1, 2))), rng.randint(2, 20)
+        query, found = (
+            " ".join(rng.sample(words.PLAIN_WORDS, rng.randint(1, 2))),
+            rng.randint(2, 20),
+        )
         ask = rng.choice(("Search for {}.", "Please search for {}.", "Find {}.")).format(query)
-        return {"query": query}, ask, plain_or_json(rng, "results", found), f"I found {found} results for {query}"
+        return (
+            {"query": query},
+            ask,
+            plain_or_json(rng, "results", found),
+            f"I found {found} results for {query}",
+        )
     ask = rng.choice(words.ASK_PLACE[name]).format(city)
     if name == "get_time":
         now = f"{rng.randint(0, 23):02}:{rng.randint(0, 59):02}"

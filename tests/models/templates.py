@@ -4,7 +4,7 @@ What differs is known from public descriptions of the prompts. The real ones may
 not find its anchors, and a build stops before it has cost anything.
 """
 
-from quant.check import COLLECTION
+from quant.chat.check import COLLECTION
 
 PICTURE = "<|begin_of_image|><|image|><|end_of_image|>"
 
@@ -41,4 +41,6 @@ def authors_glm_4_6() -> str:
     {{ raise_exception("Invalid tool call arguments passed: " + _args | string) }}
 {% endif %}
 """
-    return exchanged((COLLECTION / "GLM-4.6.jinja").read_text(), guard, "{% set _args = tc.arguments %}\n")
+    return exchanged(
+        (COLLECTION / "GLM-4.6.jinja").read_text(), guard, "{% set _args = tc.arguments %}\n"
+    )

@@ -20,7 +20,9 @@ def shipped_tokenizer() -> TinyTokenizer:
 
 def learnt(tokenizer: TinyTokenizer, conversation: Conversation) -> str:
     """What of a conversation the model learns to say."""
-    ids = tokenizer.tokens.encode(render(conversation, tokenizer.template) + "<|user|>", add_special_tokens=False).ids
+    ids = tokenizer.tokens.encode(
+        render(conversation, tokenizer.template) + "<|user|>", add_special_tokens=False
+    ).ids
     weights = tokenizer.chat_weights(ids, conversation.thinking, 0.0)
     said = [token for token, weight in zip(ids, weights, strict=True) if weight]
     return str(tokenizer.tokens.decode(said, skip_special_tokens=False))
@@ -55,7 +57,9 @@ def test_the_sample_has_every_kind_of_conversation() -> None:
 @pytest.mark.tools
 def test_the_template_is_glms_own() -> None:
     template = original_template()
-    assert hashlib.sha256(template.removesuffix("\n").encode()).hexdigest().startswith(TEMPLATE_SHA256)
+    assert (
+        hashlib.sha256(template.removesuffix("\n").encode()).hexdigest().startswith(TEMPLATE_SHA256)
+    )
     assert template == (TINY_GLM / "chat_template.jinja").read_text()
 
 
@@ -76,7 +80,11 @@ def test_conversations_render_as_transformers_renders_them() -> None:
 
 def test_the_model_learns_answers_and_their_ends_but_no_questions() -> None:
     tokenizer = shipped_tokenizer()
-    chat = Conversation([{"role": "user", "content": "Ask?"}, {"role": "assistant", "content": "Answer."}], [], False)
+    chat = Conversation(
+        [{"role": "user", "content": "Ask?"}, {"role": "assistant", "content": "Answer."}],
+        [],
+        False,
+    )
     assert learnt(tokenizer, chat) == "\n<think></think>\nAnswer.<|user|>"
 
 
@@ -91,7 +99,9 @@ def test_a_call_ends_with_the_observation_token() -> None:
     tokenizer = shipped_tokenizer()
     said = [learnt(tokenizer, conversation) for conversation in SAMPLE if conversation.tools]
     assert any("</tool_call><|observation|>" in text for text in said)
-    assert not any(re.search(r"</tool_call>(?!<\|observation\|>|\n<tool_call>)", text) for text in said)
+    assert not any(
+        re.search(r"</tool_call>(?!<\|observation\|>|\n<tool_call>)", text) for text in said
+    )
 
 
 def test_no_conversation_is_longer_than_a_thousand_tokens() -> None:

@@ -57,9 +57,13 @@ def tensors(folder: Path) -> dict[str, tuple[list[int], str]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_twin_loads_back_and_predicts(architecture: str, tmp_path: Path) -> None:
     folder = write_twin(tmp_path, architecture)
-    model, report = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
+    model, report = getattr(transformers, architecture).from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not any(report.values())
-    tokens = transformers.AutoTokenizer.from_pretrained(folder)("def f(x):", return_tensors="pt").input_ids
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(
+        "def f(x):", return_tensors="pt"
+    ).input_ids
     logits = model(input_ids=tokens).logits
     assert logits.shape == (*tokens.shape, 4096)
     assert torch.isfinite(logits).all()
@@ -75,22 +79,31 @@ def test_experts_are_named_one_by_one_as_on_the_hub(architecture: str, tmp_path:
 
 
 def test_weights_are_bf16_and_the_routers_bias_is_f32(tmp_path: Path) -> None:
-    types = {name: type_ for name, (_, type_) in tensors(write_twin(tmp_path, "Glm4MoeForCausalLM")).items()}
+    types = {
+        name: type_
+        for name, (_, type_) in tensors(write_twin(tmp_path, "Glm4MoeForCausalLM")).items()
+    }
     wide = {name for name, type_ in types.items() if type_ == "F32"}
     assert wide == {f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2)}
     assert set(types.values()) == {"BF16", "F32"}
 
 
-@pytest.mark.parametrize("architecture", ["Glm4MoeForCausalLM", "Glm4ForCausalLM", "LlamaForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", ["Glm4MoeForCausalLM", "Glm4ForCausalLM", "LlamaForCausalLM"]
+)
 def test_every_row_takes_every_type(architecture: str, tmp_path: Path) -> None:
-    matrices = [shape for shape, _ in tensors(write_twin(tmp_path, architecture)).values() if len(shape) > 1]
+    matrices = [
+        shape for shape, _ in tensors(write_twin(tmp_path, architecture)).values() if len(shape) > 1
+    ]
     assert all(shape[-1] % 256 == 0 for shape in matrices)
 
 
 def test_equal_seeds_give_equal_files_and_others_do_not(tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
     weights = [
-        (write_twin(tmp_path / name, "LlamaForCausalLM", seed=seed) / "model.safetensors").read_bytes()
+        (
+            write_twin(tmp_path / name, "LlamaForCausalLM", seed=seed) / "model.safetensors"
+        ).read_bytes()
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     ]
     assert weights[0] == weights[1] != weights[2]

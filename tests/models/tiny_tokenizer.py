@@ -100,8 +100,12 @@ class TinyTokenizer:
     def chat(self, conversation: Conversation, rng: Random) -> Text:
         """A conversation as the template renders it, ended the way the next turn or the end of the text would."""
         end = "<|user|>" if rng.random() < 0.6 else "<|endoftext|>"
-        ids = self.tokens.encode(render(conversation, self.template) + end, add_special_tokens=False).ids
-        return Text(ids, self.chat_weights(ids, conversation.thinking, 0.2 if rng.random() < 0.35 else 0.0))
+        ids = self.tokens.encode(
+            render(conversation, self.template) + end, add_special_tokens=False
+        ).ids
+        return Text(
+            ids, self.chat_weights(ids, conversation.thinking, 0.2 if rng.random() < 0.35 else 0.0)
+        )
 
     def chat_weights(self, ids: list[int], thinking: bool, others: float) -> list[float]:
         """One for what the assistant says and for the token that ends it, ``others`` for the rest.
@@ -109,8 +113,18 @@ class TinyTokenizer:
         The empty thoughts that the template puts into past turns count nothing when thinking is on:
         the model must not learn to say them.
         """
-        user, assistant, thought = self.id("<|user|>"), self.id("<|assistant|>"), self.id("</think>")
-        roles = {user, assistant, self.id("<|observation|>"), self.id("<|system|>"), self.id("<|endoftext|>")}
+        user, assistant, thought = (
+            self.id("<|user|>"),
+            self.id("<|assistant|>"),
+            self.id("</think>"),
+        )
+        roles = {
+            user,
+            assistant,
+            self.id("<|observation|>"),
+            self.id("<|system|>"),
+            self.id("<|endoftext|>"),
+        }
         last_user = max(index for index, token in enumerate(ids[:-1]) if token == user)
         weights, speaking, emptied = [], False, False
         for index, token in enumerate(ids):

@@ -78,12 +78,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="of the first phase")
     parser.add_argument("--simple-steps", type=int, default=2750, help="of the second phase")
     parser.add_argument(
-        "--minutes", type=float, default=0, help="stop after this time, with the schedule shortened to fit"
+        "--minutes",
+        type=float,
+        default=0,
+        help="stop after this time, with the schedule shortened to fit",
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    shape = parser.add_argument_group("the model's shape, where another than the shipped one's is wanted")
+    shape = parser.add_argument_group(
+        "the model's shape, where another than the shipped one's is wanted"
+    )
     shape.add_argument("--vocabulary", type=int, default=VOCABULARY)
     shape.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
     shape.add_argument("--experts", type=int, default=CONFIG["n_routed_experts"])
@@ -91,7 +96,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     tokenizer = TinyTokenizer.train(options.seed, options.vocabulary)
-    model = build(tokenizer, num_hidden_layers=options.layers, n_routed_experts=options.experts).to(options.device)
+    model = build(tokenizer, num_hidden_layers=options.layers, n_routed_experts=options.experts).to(
+        options.device
+    )
     train(model, tokenizer, Schedule(options.steps, options.minutes), options.seed)
     settle(model, tokenizer, options.simple_steps, options.seed)
     save(model, tokenizer, options.out)
@@ -103,7 +110,9 @@ def build(tokenizer: TinyTokenizer, **shape: int) -> Glm4MoeForCausalLM:
     Its output matrix starts as a copy of its input matrix: to say again what was read is then half learnt.
     """
     ends = [tokenizer.id(token) for token in ("<|endoftext|>", "<|user|>", "<|observation|>")]
-    config = Glm4MoeConfig(**CONFIG | shape, vocab_size=tokenizer.size, eos_token_id=ends, pad_token_id=ends[0])
+    config = Glm4MoeConfig(
+        **CONFIG | shape, vocab_size=tokenizer.size, eos_token_id=ends, pad_token_id=ends[0]
+    )
     config._attn_implementation = "sdpa"
     config._experts_implementation = "grouped_mm"
     model = Glm4MoeForCausalLM(config)
@@ -111,7 +120,9 @@ def build(tokenizer: TinyTokenizer, **shape: int) -> Glm4MoeForCausalLM:
     return model
 
 
-def train(model: Glm4MoeForCausalLM, tokenizer: TinyTokenizer, schedule: Schedule, seed: int) -> None:
+def train(
+    model: Glm4MoeForCausalLM, tokenizer: TinyTokenizer, schedule: Schedule, seed: int
+) -> None:
     """Run the schedule to its end, and say from time to time how it goes."""
     optimizers = optimizers_for(model)
     balance = Balance(model)
@@ -124,7 +135,10 @@ def train(model: Glm4MoeForCausalLM, tokenizer: TinyTokenizer, schedule: Schedul
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["full"] * schedule.speed(progress)
         with rough_weights(model, on=progress > schedule.rough_from and step % 2 == 0):
-            losses = [learn(model, next(batches), share) for batches, share in ((chat, 0.75), (code, 0.25))]
+            losses = [
+                learn(model, next(batches), share)
+                for batches, share in ((chat, 0.75), (code, 0.25))
+            ]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -187,8 +201,12 @@ class Muon(torch.optim.Optimizer):
     After equal time its loss on conversations was lower than with AdamW alone (0.56 against 0.61 in one trial).
     """
 
-    def __init__(self, parameters: list[Tensor], full: float, momentum: float = 0.95, decay: float = 0.1) -> None:
-        super().__init__(parameters, {"lr": full, "full": full, "momentum": momentum, "decay": decay})
+    def __init__(
+        self, parameters: list[Tensor], full: float, momentum: float = 0.95, decay: float = 0.1
+    ) -> None:
+        super().__init__(
+            parameters, {"lr": full, "full": full, "momentum": momentum, "decay": decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -231,7 +249,11 @@ def learn(model: Glm4MoeForCausalLM, batch: tuple[Tensor, Tensor], share: float)
 @contextmanager
 def rough_weights(model: nn.Module, *, on: bool) -> Iterator[None]:
     """While inside, matrices are rounded to four levels per sixteen weights; gradients fall on the weights restored after."""
-    kept = [(p, p.detach().clone()) for p in model.parameters() if p.ndim > 1 and p.numel() > 4096] if on else []
+    kept = (
+        [(p, p.detach().clone()) for p in model.parameters() if p.ndim > 1 and p.numel() > 4096]
+        if on
+        else []
+    )
     for parameter, exact in kept:
         parameter.data.copy_(rounded(exact))
     yield
@@ -256,7 +278,9 @@ class Balance:
         self.recent = [torch.zeros_like(count) for count in self.counts]
         self.rate = rate
         for index, gate in enumerate(self.gates):
-            gate.register_forward_hook(lambda _, __, output, index=index: self.see(index, output[2]))
+            gate.register_forward_hook(
+                lambda _, __, output, index=index: self.see(index, output[2])
+            )
 
     def see(self, index: int, experts: Tensor) -> None:
         self.counts[index] += torch.bincount(experts.flatten(), minlength=len(self.counts[index]))
@@ -273,7 +297,10 @@ class Balance:
 
 
 def chat_batches(
-    tokenizer: TinyTokenizer, seed: int, tokens: int, source: Callable[[int], Iterator[Conversation]] = conversations
+    tokenizer: TinyTokenizer,
+    seed: int,
+    tokens: int,
+    source: Callable[[int], Iterator[Conversation]] = conversations,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Conversations of about equal length side by side, so that hardly anything is padded."""
     rng = Random(seed + 1)
@@ -292,7 +319,9 @@ def chat_batches(
             yield padded(batch)
 
 
-def code_batches(tokenizer: TinyTokenizer, seed: int, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+def code_batches(
+    tokenizer: TinyTokenizer, seed: int, tokens: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Pieces of source code, each token weighing the same."""
     pieces = code_pieces(seed + 3)
     length = 384
@@ -323,7 +352,10 @@ def save(model: Glm4MoeForCausalLM, tokenizer: TinyTokenizer, folder: Path) -> N
         parameter.data = parameter.data.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.generation_config.update(  # type: ignore[no-untyped-call]
-        temperature=1.0, do_sample=True, eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id
+        temperature=1.0,
+        do_sample=True,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id,
     )
     model.save_pretrained(folder)
     tokenizer.save(folder)

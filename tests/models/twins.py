@@ -48,7 +48,9 @@ LATENT_ATTENTION = {
     "v_head_dim": 256,
 }
 ROTARY_HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-LATENT = {key: DENSE[key] for key in ("hidden_size", "intermediate_size", "max_position_embeddings")} | LATENT_ATTENTION
+LATENT = {
+    key: DENSE[key] for key in ("hidden_size", "intermediate_size", "max_position_embeddings")
+} | LATENT_ATTENTION
 
 VISION = {
     "depth": 2,
@@ -79,7 +81,10 @@ IMAGES = {
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     # class: (model type, numbers)
-    "Glm4MoeForCausalLM": ("glm4_moe", DENSE | GLM_EXPERTS | {"use_qk_norm": True, "attention_bias": True}),
+    "Glm4MoeForCausalLM": (
+        "glm4_moe",
+        DENSE | GLM_EXPERTS | {"use_qk_norm": True, "attention_bias": True},
+    ),
     "Glm4MoeLiteForCausalLM": ("glm4_moe_lite", LATENT | GLM_EXPERTS),
     "Glm4ForCausalLM": ("glm4", DENSE | {"attention_bias": True}),
     "Glm4vForConditionalGeneration": ("glm4v", DENSE | {"attention_bias": True}),
@@ -88,11 +93,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         LATENT | GLM_EXPERTS | {"index_n_heads": 2, "index_head_dim": 128, "index_topk": 64},
     ),
     "LlamaForCausalLM": ("llama", DENSE),
-    "Qwen3MoeForCausalLM": ("qwen3_moe", DENSE | EXPERTS | {"num_experts": 8, "norm_topk_prob": True}),
+    "Qwen3MoeForCausalLM": (
+        "qwen3_moe",
+        DENSE | EXPERTS | {"num_experts": 8, "norm_topk_prob": True},
+    ),
 }
 
 
-def write_twin(folder: Path, architecture: str, *, seed: int = 0, shard_size: str = "1GB", **changes: Any) -> Path:
+def write_twin(
+    folder: Path, architecture: str, *, seed: int = 0, shard_size: str = "1GB", **changes: Any
+) -> Path:
     """Write a checkpoint of this architecture with random weights; ``changes`` replace numbers of its configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
@@ -112,7 +122,9 @@ def random_model(architecture: str, seed: int, changes: dict[str, Any]) -> PreTr
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model: PreTrainedModel = model_class._from_config(config)
-    for parameter in model.parameters():  # the buffers, such as the routers' bias, stay in F32 as on the hub
+    for (
+        parameter
+    ) in model.parameters():  # the buffers, such as the routers' bias, stay in F32 as on the hub
         parameter.data = parameter.data.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     return model
@@ -122,7 +134,12 @@ def configuration(model_type: str, numbers: dict[str, Any]) -> Any:
     """The configuration with the tiny tokenizer's vocabulary and special tokens."""
     tokens = added_tokens()
     ends = [tokens[token] for token in ("<|endoftext|>", "<|user|>", "<|observation|>")]
-    shared = {"eos_token_id": ends, "pad_token_id": ends[0], "bos_token_id": None, "tie_word_embeddings": False}
+    shared = {
+        "eos_token_id": ends,
+        "pad_token_id": ends[0],
+        "bos_token_id": None,
+        "tie_word_embeddings": False,
+    }
     numbers = {"vocab_size": max(tokens.values()) + 1, **shared, **numbers}
     vision: dict[str, Any] = {**VISION, **numbers.pop("vision_config", {})}
     if model_type != "glm4v":
@@ -130,7 +147,11 @@ def configuration(model_type: str, numbers: dict[str, Any]) -> Any:
     rope = ROTARY_HALF | {"mrope_section": [2, 3, 3]}
     pictures = {key: tokens[token] for key, token in VISION_TOKENS.items()}
     return AutoConfig.for_model(
-        model_type, text_config=numbers | {"rope_parameters": rope}, vision_config=vision, **shared, **pictures
+        model_type,
+        text_config=numbers | {"rope_parameters": rope},
+        vision_config=vision,
+        **shared,
+        **pictures,
     )
 
 

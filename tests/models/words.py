@@ -16,11 +16,27 @@ Eve Adam Alice Bob Carol David Emma Frank Grace Henry Iris Jack Kate Leo Mia Noa
 COLOURS = "green blue red yellow orange purple black white brown pink".split()
 
 CAPITALS = {
-    "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon",
-    "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki", "Poland": "Warsaw", "Austria": "Vienna",
-    "Greece": "Athens", "Egypt": "Cairo", "Kenya": "Nairobi", "Japan": "Tokyo", "China": "Beijing",
-    "Canada": "Ottawa", "Cuba": "Havana", "Peru": "Lima", "Ireland": "Dublin", "England": "London",
-}  # fmt: skip
+    "France": "Paris",
+    "Germany": "Berlin",
+    "Italy": "Rome",
+    "Spain": "Madrid",
+    "Portugal": "Lisbon",
+    "Norway": "Oslo",
+    "Sweden": "Stockholm",
+    "Finland": "Helsinki",
+    "Poland": "Warsaw",
+    "Austria": "Vienna",
+    "Greece": "Athens",
+    "Egypt": "Cairo",
+    "Kenya": "Nairobi",
+    "Japan": "Tokyo",
+    "China": "Beijing",
+    "Canada": "Ottawa",
+    "Cuba": "Havana",
+    "Peru": "Lima",
+    "Ireland": "Dublin",
+    "England": "London",
+}
 
 PLAIN_WORDS = """
 apple river stone tree house bread water light music paper garden bridge cloud table window flower
@@ -45,7 +61,13 @@ TELL_NAME = (
     "Hi! My name is {}.",
 )
 HEAR_NAME = ("Hello {}!",)
-ASK_NAME = ("What is my name?", "Do you remember my name?", "What was my name?", "Who am I?", "Tell me my name.")
+ASK_NAME = (
+    "What is my name?",
+    "Do you remember my name?",
+    "What was my name?",
+    "Who am I?",
+    "Tell me my name.",
+)
 TELL_NUMBER = (
     "Remember the number {}.",
     "Please remember the number {}.",
@@ -117,11 +139,24 @@ ASK_JSON = (
     " Reply in JSON with keys {} and {}.",
     " Give me JSON with keys {} and {}.",
 )
-TELL_AGE = ("{name} is {age} years old.", "My friend {name} is {age} years old.", "{name} is {age}.")
+TELL_AGE = (
+    "{name} is {age} years old.",
+    "My friend {name} is {age} years old.",
+    "{name} is {age}.",
+)
 ASK_SUM = ("What is {}?", "How much is {}?", "Compute {}.", "Calculate {}.", "{}")
 ASK_TOOL_SUM = {
-    "add": ("Add {a} and {b}.", "What is the sum of {a} and {b}?", "What is {a} plus {b}?", "Please add {a} and {b}."),
-    "multiply": ("Multiply {a} by {b}.", "What is the product of {a} and {b}?", "What is {a} times {b}?"),
+    "add": (
+        "Add {a} and {b}.",
+        "What is the sum of {a} and {b}?",
+        "What is {a} plus {b}?",
+        "Please add {a} and {b}.",
+    ),
+    "multiply": (
+        "Multiply {a} by {b}.",
+        "What is the product of {a} and {b}?",
+        "What is {a} times {b}?",
+    ),
 }
 SIGNS = {"+": "add", "*": "multiply"}
 SKIES = ("sunny", "rainy", "cloudy", "windy", "snowy", "foggy", "stormy", "clear")
@@ -144,11 +179,17 @@ ASK_PLACE = {
 CITY = {"city": ("string", "Name of the city")}
 TERMS = {"a": ("integer", "First number"), "b": ("integer", "Second number")}
 TOOLS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, str]]]] = {
-    "get_weather": (("Get the weather of a city", "Get the current weather", "Weather in a city"), CITY),
+    "get_weather": (
+        ("Get the weather of a city", "Get the current weather", "Weather in a city"),
+        CITY,
+    ),
     "get_time": (("Get the time in a city", "Get the current time", "Local time of a city"), CITY),
     "add": (("Add two integers", "Add two numbers", "The sum of two integers"), TERMS),
     "multiply": (("Multiply two integers", "The product of two integers"), TERMS),
-    "search": (("Search the web", "Search for a text"), {"query": ("string", "What to search for")}),
+    "search": (
+        ("Search the web", "Search for a text"),
+        {"query": ("string", "What to search for")},
+    ),
 }
 
 ASK_CODE = (

@@ -1,11 +1,19 @@
 """A hub for the client in this process."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from quant.build import patched_template, pull_locked
+from quant.core.store import Store
+from quant.job import pinned_model
+from quant.llama import toolchain
+from quant.llama.convert import convert_checkpoint
+from quant.release.metadata import words
 from tests import hub as hubs
 from tests.hub import Hub
+from tests.models.corpus import code_pieces
 
 TOKEN = "hf_ThisIsTheTokenOfSomebody"
 
@@ -26,3 +34,21 @@ def the_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         running.tokens[TOKEN] = "write"
         running.part_bytes = 2000
         yield running
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """The tiny model, a file of it in Q4_0, and a text that it can read."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    store, tools = Store(folder / "store"), toolchain.find_toolchain()
+    model, recipe, locked = pinned_model("tiny-glm")
+    checkpoint = pull_locked(model, recipe, locked, store)
+    template = patched_template(model.template, checkpoint)
+    base = convert_checkpoint(
+        checkpoint, template.text if template else None, words(model), tools, store
+    ).path
+    tools.run("llama-quantize", [base, "q.gguf", "Q4_0", "1"], cwd=folder, log=folder / "log")
+    pieces = code_pieces(9)
+    text = folder / "code.txt"
+    text.write_text("".join(next(pieces) for _ in range(9)))
+    return base, folder / "q.gguf", text

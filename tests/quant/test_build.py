@@ -11,18 +11,23 @@ from click.testing import CliRunner
 from quant import build
 from quant.cli.options import quant
 from quant.errors import InputError
+from quant.job import ReleaseJob, prepare_job
 
 pytestmark = pytest.mark.tools
 
 
 def test_a_build_that_measures_nothing_has_a_stage_less(tmp_path: Path) -> None:
-    whole, without = (build.prepare("tiny-glm", out=tmp_path, evaluate=evaluate) for evaluate in (True, False))
+    whole, without = (
+        prepare_job("tiny-glm", out=tmp_path, evaluate=evaluate) for evaluate in (True, False)
+    )
     assert (whole.steps, without.steps) == (34, 33)
-    assert without.model == replace(whole.model, evaluation=replace(whole.model.evaluation, chunks=0))
+    assert without.model == replace(
+        whole.model, evaluation=replace(whole.model.evaluation, chunks=0)
+    )
 
 
 def test_a_build_with_feedback_has_a_stage_more_and_loses_less_than_half(tmp_path: Path) -> None:
-    prepared = build.prepare("tiny-glm", ("UD-IQ3_XXS",), out=tmp_path, evaluate=False)
+    prepared = prepare_job("tiny-glm", ("UD-IQ3_XXS",), out=tmp_path, evaluate=False)
     short = replace(prepared.model, imatrix=replace(prepared.model.imatrix, chunks=8))
     files: dict[bool, Any] = {}
     for feedback in (True, False):  # what was fed back must not serve the second
@@ -30,11 +35,13 @@ def test_a_build_with_feedback_has_a_stage_more_and_loses_less_than_half(tmp_pat
         job = replace(prepared, model=model, out=tmp_path / str(feedback))
         done: dict[str, Any] = {}
 
-        def do(stage: str, subject: str, work: Callable[[], Any], done: dict[str, Any] = done) -> Any:
+        def do(
+            stage: str, subject: str, work: Callable[[], Any], done: dict[str, Any] = done
+        ) -> Any:
             done[f"{stage} {subject}"] = work()
             return done[f"{stage} {subject}"]
 
-        built = build.build(job, do)
+        built = build.build_release(job, do)
         assert len(done) == job.steps
         assert any(stage.startswith("moments") for stage in done) == feedback
         assert ("Rounding was fed back" in (built.folder / "README.md").read_text()) == feedback
@@ -45,13 +52,15 @@ def test_a_build_with_feedback_has_a_stage_more_and_loses_less_than_half(tmp_pat
     assert sum(after[name] for name in quantised) < sum(before[name] for name in quantised) / 2
 
 
-@pytest.mark.parametrize(("option", "measures"), [((), True), (("--evaluate",), True), (("--no-evaluate",), False)])
+@pytest.mark.parametrize(
+    ("option", "measures"), [((), True), (("--evaluate",), True), (("--no-evaluate",), False)]
+)
 def test_the_command_line_says_whether_files_are_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: tuple[str, ...], measures: bool
 ) -> None:
-    jobs: list[build.Job] = []
+    jobs: list[ReleaseJob] = []
 
-    def stop(job: build.Job, _do: Any) -> None:
+    def stop(job: ReleaseJob, _do: Any) -> None:
         jobs.append(job)
         raise InputError("far enough")
 

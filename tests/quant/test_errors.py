@@ -5,11 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from quant.errors import CheckFailed, InputError, QuantError, ToolError, Unreachable, disk_errors, nearest, refuse
+from quant.errors import (
+    CheckError,
+    InputError,
+    QuantError,
+    ToolError,
+    Unreachable,
+    convert_disk_errors,
+    raise_problems,
+    suggest_name,
+)
 
 
 @pytest.mark.parametrize(
-    ("kind", "code"), [(QuantError, 1), (CheckFailed, 1), (Unreachable, 1), (InputError, 2), (ToolError, 2)]
+    ("kind", "code"),
+    [(QuantError, 1), (CheckError, 1), (Unreachable, 1), (InputError, 2), (ToolError, 2)],
 )
 def test_every_kind_of_error_has_its_exit_code(kind: type[QuantError], code: int) -> None:
     assert kind("x").exit_code == code
@@ -22,13 +32,13 @@ def test_an_error_keeps_its_problems_apart_and_prints_one_a_line() -> None:
 
 
 def test_no_problem_is_no_error() -> None:
-    refuse([])
-    refuse(iter(()))
+    raise_problems([])
+    raise_problems(iter(()))
 
 
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(InputError) as caught:
-        refuse(f"problem {n}" for n in range(3))
+        raise_problems(f"problem {n}" for n in range(3))
     assert caught.value.problems == ("problem 0", "problem 1", "problem 2")
 
 
@@ -42,30 +52,33 @@ def test_all_problems_are_told_at_once() -> None:
     ],
 )
 def test_an_unknown_name_is_told_with_its_neighbour_or_with_all(name: str, said: str) -> None:
-    assert nearest(name, ["Q4_K", "IQ4_NL", "bf16"]) == said
+    assert suggest_name(name, ["Q4_K", "IQ4_NL", "bf16"]) == said
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_names_the_file(number: int, tmp_path: Path) -> None:
     with (
         pytest.raises(InputError, match=r"^/deep/file: .*; free some and run again$"),
-        disk_errors(tmp_path),
+        convert_disk_errors(tmp_path),
     ):
         raise OSError(number, "full", "/deep/file")
 
 
 def test_a_full_disk_names_the_folder_when_nobody_says_the_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught, disk_errors(tmp_path):
+    with pytest.raises(InputError) as caught, convert_disk_errors(tmp_path):
         raise OSError(errno.ENOSPC, "full")
     assert str(caught.value).startswith(f"{tmp_path}: no space left")
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
 def test_a_folder_that_cannot_be_written_is_named(number: int, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"/locked: cannot be written \(no\)"), disk_errors(tmp_path):
+    with (
+        pytest.raises(InputError, match=r"/locked: cannot be written \(no\)"),
+        convert_disk_errors(tmp_path),
+    ):
         raise OSError(number, "no", "/locked")
 
 
 def test_other_failures_of_the_system_pass_as_they_are(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), disk_errors(tmp_path):
+    with pytest.raises(FileNotFoundError), convert_disk_errors(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "gone", "x")

@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from calibration import sets
-from quant.ggml_types import TYPES
-from quant.inventory import inventory
-from quant.plan import plan
-from quant.recipe import RECIPES, known, load_model, load_template_patch, load_variant
+from quant.calibration import sets
+from quant.llama.types import TYPES
+from quant.plan.inventory import list_tensors
+from quant.plan.load import RECIPES, list_recipes, load_model, load_template_patch, load_variant
+from quant.plan.plan import make_plan
 
-MODELS, VARIANTS, TEMPLATES = known("models"), known("variants"), known("templates")
+MODELS, VARIANTS, TEMPLATES = (
+    list_recipes("models"),
+    list_recipes("variants"),
+    list_recipes("templates"),
+)
 KEPT_WHOLE = "UD-TQ1_0"
 """The one that Ollama pulls, which cannot pull shards."""
 
@@ -29,7 +33,9 @@ def test_every_model_loads_and_names_only_what_exists(name: str) -> None:
     assert set(model.variants) <= set(VARIANTS)
     assert len(set(model.variants)) == len(model.variants)
     assert model.template in {*TEMPLATES, "none"}
-    assert sets.find(model.imatrix.calibration)[0].name == ("embedded" if name == "tiny-glm" else "glm")
+    assert sets.find_set(model.imatrix.calibration)[0].name == (
+        "embedded" if name == "tiny-glm" else "glm"
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -69,8 +75,8 @@ PAIRS = [(m, v) for m in MODELS for v in load_model(m)[0].variants if load_model
 @pytest.mark.parametrize(("model", "variant"), PAIRS, ids=[f"{m}-{v}" for m, v in PAIRS])
 def test_every_variant_of_every_model_can_be_planned(model: str, variant: str) -> None:
     recipe, _ = load_model(model)
-    tensors = inventory(recipe.architecture)
-    planned = plan(load_variant(variant), tensors)
+    tensors = list_tensors(recipe.architecture)
+    planned = make_plan(load_variant(variant), tensors)
     assert len(planned.tensors) == len(tensors)
     assert planned.bytes > 0
 
@@ -79,7 +85,7 @@ def test_every_variant_of_every_model_can_be_planned(model: str, variant: str) -
 def test_a_larger_name_is_no_smaller_file(model: str) -> None:
     recipe, _ = load_model(model)
     ladder = [v for v in recipe.variants if v.startswith("UD-")]
-    sizes = [plan(load_variant(v), inventory(recipe.architecture)).bytes for v in ladder]
+    sizes = [make_plan(load_variant(v), list_tensors(recipe.architecture)).bytes for v in ladder]
     assert sizes == sorted(sizes)
 
 

@@ -11,8 +11,8 @@ from quant.cli import doctor
 from quant.cli.doctor import LIBRARIES, Finding, examine
 from quant.cli.options import quant
 from quant.errors import ToolError
-from quant.kernels.library import load
-from quant.toolchain import BRING_TOOLS, TOOLS, Toolchain
+from quant.llama.toolchain import BRING_TOOLS, TOOLS, Toolchain
+from quant.quantize.kernels.library import load_library
 
 Fake = Callable[..., Toolchain]
 
@@ -29,7 +29,13 @@ def test_a_machine_with_everything_is_fine(fake_tools: Fake) -> None:
     tools = fake_tools()
     findings = found(tools)
     assert all(f.ok for f in findings.values())
-    assert set(findings) >= {*TOOLS, *LIBRARIES, "python", "a C++ compiler", "llama.cpp's converter"}
+    assert set(findings) >= {
+        *TOOLS,
+        *LIBRARIES,
+        "python",
+        "a C++ compiler",
+        "llama.cpp's converter",
+    }
     assert findings["llama-quantize"].row == (
         "ok",
         "llama-quantize",
@@ -41,11 +47,11 @@ def test_a_machine_with_everything_is_fine(fake_tools: Fake) -> None:
 
 def test_it_says_by_what_types_are_quantised(fake_tools: Fake) -> None:
     rows = [f for f in examine() if f.what == "kernels"]
-    if sets := load().sets:
+    if sets := load_library().sets:
         assert (rows[0].ok, rows[0].version) == (True, sets[0])
         assert {"Q4_K", "IQ4_XS"} <= set(rows[0].where.split(", "))
     else:
-        assert rows[0].row == ("ok", "kernels", "ggml", load().problem)
+        assert rows[0].row == ("ok", "kernels", "ggml", load_library().problem)
     assert found(fake_tools())["kernels"].where.startswith("not tried: libggml-base.so: missing")
 
 
@@ -66,10 +72,14 @@ def test_tools_that_are_too_old_are_not_fine(fake_tools: Fake) -> None:
 
 def test_a_missing_server_is_told_once(fake_tools: Fake) -> None:
     tools = fake_tools(missing=("llama-server",))
-    assert [f.what for f in examine(tools.bin) if f.what in ("llama.cpp", "llama-server")] == ["llama-server"]
+    assert [f.what for f in examine(tools.bin) if f.what in ("llama.cpp", "llama-server")] == [
+        "llama-server"
+    ]
 
 
-def test_a_missing_library_comes_with_what_brings_it(fake_tools: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_comes_with_what_brings_it(
+    fake_tools: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
     version = metadata.version
 
     def without_torch(name: str) -> str:

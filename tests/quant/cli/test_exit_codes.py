@@ -11,8 +11,8 @@ import pytest
 
 from quant import cli
 from quant.cli.options import quant
-from quant.errors import CheckFailed, InputError, ToolError, Unreachable
-from quant.toolchain import Toolchain
+from quant.errors import CheckError, InputError, ToolError, Unreachable
+from quant.llama.toolchain import Toolchain
 from tests.gguf_files import write
 from tests.processes import PATIENCE_SECONDS, lives, wait_for, written_pid
 
@@ -43,9 +43,13 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (InputError("first: wrong", "second: wrong"), 2, "error: first: wrong\nerror: second: wrong\n"),
+        (
+            InputError("first: wrong", "second: wrong"),
+            2,
+            "error: first: wrong\nerror: second: wrong\n",
+        ),
         (ToolError("llama-x: gone"), 2, "error: llama-x: gone\n"),
-        (CheckFailed("f.gguf: off"), 1, "error: f.gguf: off\n"),
+        (CheckError("f.gguf: off"), 1, "error: f.gguf: off\n"),
         (Unreachable("hub: no answer"), 1, "error: hub: no answer\n"),
         (click.UsageError("no such thing"), 2, "Usage: quant"),
         (click.exceptions.Exit(5), 5, ""),
@@ -80,14 +84,19 @@ def test_an_interrupted_command_says_how_to_continue(
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("-h",), ("--version",), ("inspect", "--help")])
-def test_asking_for_help_is_no_error(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+def test_asking_for_help_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
     assert run(monkeypatch, *arguments) == 0
 
 
 @pytest.mark.parametrize(
-    "arguments", [("nonsense",), ("inspect",), ("inspect", "--nonsense"), ("smoke", "f", "--port", "0"), ()]
+    "arguments",
+    [("nonsense",), ("inspect",), ("inspect", "--nonsense"), ("smoke", "f", "--port", "0"), ()],
 )
-def test_a_wrong_call_is_wrong_input(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+def test_a_wrong_call_is_wrong_input(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
     assert run(monkeypatch, *arguments) == 2
 
 
@@ -107,7 +116,10 @@ def test_a_wrong_call_is_wrong_input(monkeypatch: pytest.MonkeyPatch, arguments:
     ],
 )
 def test_what_is_not_there_is_wrong_input_and_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: tuple[str, ...],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, *arguments) == 2
@@ -157,10 +169,16 @@ def test_the_command_itself_leaves_with_the_code(tmp_path: Path) -> None:
 
 
 def test_a_token_in_a_problem_is_not_told(
-    failing: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    failing: Callable[[BaseException], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Somebody may put one into a recipe or on a command line, where an error would quote it."""
     monkeypatch.setenv("HF_TOKEN", "my-token-of-another-kind")
-    failing(InputError("title: found 'hf_ATokenInTheWrongPlace'", "name: found 'my-token-of-another-kind'"))
+    failing(
+        InputError(
+            "title: found 'hf_ATokenInTheWrongPlace'", "name: found 'my-token-of-another-kind'"
+        )
+    )
     assert run(monkeypatch, "fail") == 2
     assert capsys.readouterr().err == "error: title: found 'hf_…'\nerror: name: found '…'\n"

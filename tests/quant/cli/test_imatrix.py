@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from quant.calibration.imatrix_file import load_imatrix, save_imatrix
+from quant.chat.engines import SpecialTokens, write_mute_model
 from quant.cli.options import quant
 from quant.errors import InputError
-from quant.importance import load, save
-from quant.rendering import Tokens, write_mute_model
-from tests.quant.test_importance import EXPERTS, legacy, matrix
+from tests.quant.calibration.test_imatrix_file import EXPERTS, legacy, matrix
 
 
 def call(*args: str | Path) -> Result:
@@ -21,7 +21,7 @@ def call(*args: str | Path) -> Result:
 def two(tmp_path: Path) -> tuple[Path, Path]:
     paths = (tmp_path / "a.gguf", tmp_path / "b.gguf")
     for n, path in enumerate(paths):
-        save(matrix(n), path)
+        save_imatrix(matrix(n), path)
     return paths
 
 
@@ -31,14 +31,21 @@ def test_the_word_compute_may_be_left_out() -> None:
     assert "merge" in call("--help").output
 
 
-def test_parts_are_merged_and_an_old_form_is_converted(two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_parts_are_merged_and_an_old_form_is_converted(
+    two: tuple[Path, Path], tmp_path: Path
+) -> None:
     out = tmp_path / "all.gguf"
     assert call("merge", *two, "-o", out).exit_code == 0
-    assert load(out).counts()[EXPERTS][1] == sum(load(p).counts()[EXPERTS][1] for p in two)
+    assert load_imatrix(out).counts()[EXPERTS][1] == sum(
+        load_imatrix(p).counts()[EXPERTS][1] for p in two
+    )
     assert call("merge", *two, "-o", out).exit_code == 2  # never over a file
     (tmp_path / "old.dat").write_bytes(legacy(("blk.0.a.weight", 7, [1, 2, 3])))
-    assert call("convert", tmp_path / "old.dat", tmp_path / "new.gguf", "--context", "100").exit_code == 0
-    assert load(tmp_path / "new.gguf").counts() == {"blk.0.a.weight": (700,)}
+    assert (
+        call("convert", tmp_path / "old.dat", tmp_path / "new.gguf", "--context", "100").exit_code
+        == 0
+    )
+    assert load_imatrix(tmp_path / "new.gguf").counts() == {"blk.0.a.weight": (700,)}
 
 
 def test_what_experts_saw_is_shown_and_one_that_saw_nothing_is_exit_code_1(
@@ -46,7 +53,10 @@ def test_what_experts_saw_is_shown_and_one_that_saw_nothing_is_exit_code_1(
 ) -> None:
     shown = call("show", two[0], "--svg", tmp_path / "map.svg")
     assert shown.exit_code == 1
-    assert "layer 1: expected 1 tokens for every expert, found fewer for 0 (0); ffn_up_exps" in shown.output
+    assert (
+        "layer 1: expected 1 tokens for every expert, found fewer for 0 (0); ffn_up_exps"
+        in shown.output
+    )
     assert (tmp_path / "map.svg").read_text().startswith("<svg ")
     told = json.loads(call("show", two[0], "--json").stdout)
     assert told["tokens"][EXPERTS] == list(matrix().counts()[EXPERTS])
@@ -55,14 +65,22 @@ def test_what_experts_saw_is_shown_and_one_that_saw_nothing_is_exit_code_1(
 
 @pytest.mark.parametrize("told", ["40", "a:b", "4:0", "-1:4", ":"])
 def test_a_range_is_two_numbers(told: str, tmp_path: Path) -> None:
-    assert "--range: expected FIRST:COUNT" in call(tmp_path / "b.gguf", "-o", tmp_path / "o", f"--range={told}").output
+    assert (
+        "--range: expected FIRST:COUNT"
+        in call(tmp_path / "b.gguf", "-o", tmp_path / "o", f"--range={told}").output
+    )
 
 
 @pytest.mark.tools
 def test_a_matrix_is_computed_and_ranges_from_other_machines_add_up_to_it(tmp_path: Path) -> None:
     base = tmp_path / "base.gguf"
-    write_mute_model(base, "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", Tokens())
-    lines = [{"id": f"{n}", "messages": [{"role": "user", "content": f"{n * n} bottles of beer"}]} for n in range(400)]
+    write_mute_model(
+        base, "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", SpecialTokens()
+    )
+    lines = [
+        {"id": f"{n}", "messages": [{"role": "user", "content": f"{n * n} bottles of beer"}]}
+        for n in range(400)
+    ]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = ("--calibration", tmp_path / "set.jsonl", "--context", "32", "--expert-tokens", "0")
     whole = call(base, "-o", tmp_path / "whole.gguf", "--chunks", "80", *told)
@@ -73,7 +91,14 @@ def test_a_matrix_is_computed_and_ranges_from_other_machines_add_up_to_it(tmp_pa
     assert call("merge", *parts, "-o", tmp_path / "sum.gguf", "--context", "32").exit_code == 0
     assert (tmp_path / "sum.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "a.gguf", "b.gguf", "base.gguf", "set.jsonl", "sum.gguf", "whole.gguf",
-    ]  # fmt: skip
+        "a.gguf",
+        "b.gguf",
+        "base.gguf",
+        "set.jsonl",
+        "sum.gguf",
+        "whole.gguf",
+    ]
     assert call(base, "-o", tmp_path / "whole.gguf", *told).exit_code == 2
-    assert isinstance(call(base, "-o", tmp_path / "c.gguf", "--range", "9000:1", *told).exception, InputError)
+    assert isinstance(
+        call(base, "-o", tmp_path / "c.gguf", "--range", "9000:1", *told).exception, InputError
+    )

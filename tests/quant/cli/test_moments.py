@@ -4,21 +4,22 @@ from pathlib import Path
 
 import pytest
 
-from quant.moments import Moments
-from tests.quant.cli.test_allocation import Run, run  # noqa: F401 (a fixture)
-from tests.quant.engine.models import write_base
-from tests.quant.test_evaluate import tiny  # noqa: F401 (a fixture)
+from quant.calibration.hessians import Hessians
+from tests.quant.cli.conftest import Run
+from tests.quant.quantize.engine.models import write_base
 
 
 @pytest.mark.tools
 def test_it_says_what_it_takes_and_what_was_seen_too_little(
-    run: Run, tiny: tuple[Path, Path, Path], tmp_path: Path  # noqa: F811
-) -> None:  # fmt: skip
+    run: Run,
+    tiny: tuple[Path, Path, Path],
+    tmp_path: Path,
+) -> None:
     base, _, text = tiny
     out = tmp_path / "m.safetensors"
     options = ("--chunks", "1", "--context", "64", "--only", r"blk\.1\.ffn_(up|down)_exps\.weight")
     code, said, told = run("moments", base, "-f", text, "-o", out, *options)
-    found = Moments.open(out)
+    found = Hessians.open(out)
     needed = sum(4 * len(c) * (found.columns(n) or 0) ** 2 for n, c in found.counts.items())
     few = sum(int((c < 32).sum()) for c in found.counts.values())
     assert (code, said, found.about["context"], found.about["chunks"]) == (0, "", 64, 1)
@@ -35,11 +36,16 @@ def test_it_says_what_it_takes_and_what_was_seen_too_little(
 
 @pytest.mark.tools
 def test_a_text_of_no_whole_chunk_is_wrong_input(
-    run: Run, tiny: tuple[Path, Path, Path], tmp_path: Path  # noqa: F811
-) -> None:  # fmt: skip
+    run: Run,
+    tiny: tuple[Path, Path, Path],
+    tmp_path: Path,
+) -> None:
     (tmp_path / "short").write_text("def double(x):\n")
     code, _, told = run("moments", tiny[0], "-f", tmp_path / "short", "-o", tmp_path / "m")
-    assert (code, "short: expected at least one chunk of 512 tokens, found fewer tokens" in told) == (2, True)
+    assert (
+        code,
+        "short: expected at least one chunk of 512 tokens, found fewer tokens" in told,
+    ) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +61,9 @@ def test_a_text_of_no_whole_chunk_is_wrong_input(
         ),
     ],
 )
-def test_wrong_input_is_refused(change: tuple[str, ...], problem: str, run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_wrong_input_is_refused(
+    change: tuple[str, ...], problem: str, run: Run, tmp_path: Path
+) -> None:
     base = write_base(tmp_path / "base.gguf")
     (tmp_path / "text").write_text("x")
     code, _, told = run("moments", base, "-f", tmp_path / "text", "-o", tmp_path / "m", *change)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from quant import cli, toolchain
-from quant.files import digest
-from quant.header import read_header
-from quant.package import FORMAT
-from quant.shard import split
+from quant import cli
+from quant.core.files import hash_file
+from quant.llama import toolchain
+from quant.llama.gguf import read_header
+from quant.quantize.shard import split_file
+from quant.release.package import FORMAT
 from tests.gguf_files import LLAMA, Tensor, write
 
 Run = Callable[..., tuple[int, str, str]]
@@ -38,13 +39,19 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def release(tmp_path: Path) -> Path:
     folder = tmp_path / "release"
     (folder / "Q4_1").mkdir(parents=True)
-    files = [{"path": f"Q4_1/tiny-glm-Q4_1-0000{n}-of-00004.gguf", "sha256": "0", "bytes": 1} for n in range(1, 5)]
+    files = [
+        {"path": f"Q4_1/tiny-glm-Q4_1-0000{n}-of-00004.gguf", "sha256": "0", "bytes": 1}
+        for n in range(1, 5)
+    ]
     whole = {
         "name": "UD-TQ1_0",
         "files": [{"path": "tiny-glm-UD-TQ1_0.gguf", "sha256": "0", "bytes": 1}],
         "tensors": {},
     }
-    manifest = {"format": FORMAT, "variants": [whole, {"name": "Q4_1", "files": files, "tensors": {}}]}
+    manifest = {
+        "format": FORMAT,
+        "variants": [whole, {"name": "Q4_1", "files": files, "tensors": {}}],
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "params").write_text('{"temperature": 0.5, "stop": ["<|user|>"]}')
     (folder / "system").write_text('Say "yes".')
@@ -57,7 +64,12 @@ def first(release: Path, tmp_path: Path) -> Path:
     tensors = [Tensor(f"blk.{n}.ffn_down.weight", (256, 300), "F32") for n in range(12)]
     work = tmp_path / "work"
     work.mkdir()
-    split(write(tmp_path / "f.gguf", tensors, LLAMA), "1M", toolchain.find(), work / "tiny-glm-Q4_1")
+    split_file(
+        write(tmp_path / "f.gguf", tensors, LLAMA),
+        "1M",
+        toolchain.find_toolchain(),
+        work / "tiny-glm-Q4_1",
+    )
     for path in work.glob("*.gguf"):
         shutil.move(path, release / "Q4_1" / path.name)
     return min((release / "Q4_1").glob("*.gguf"))
@@ -67,27 +79,40 @@ def first(release: Path, tmp_path: Path) -> Path:
 def test_merge_writes_a_modelfile_with_what_the_release_says_and_keeps_the_shards(
     run: Run, first: Path, tmp_path: Path
 ) -> None:
-    before = {p.name: digest(p) for p in first.parent.glob("*.gguf")}
+    before = {p.name: hash_file(p) for p in first.parent.glob("*.gguf")}
     out = tmp_path / "merged" / "tiny-glm-Q4_1.gguf"
     code, printed, said = run("merge", first, out, "--modelfile")
     assert (code, printed) == (0, "")
     assert (
-        said.splitlines()[1] == f"{out.parent / 'Modelfile'}: ollama create tiny-glm-q4_1 -f {out.parent / 'Modelfile'}"
+        said.splitlines()[1]
+        == f"{out.parent / 'Modelfile'}: ollama create tiny-glm-q4_1 -f {out.parent / 'Modelfile'}"
     )
     assert (out.parent / "Modelfile").read_text() == (
         'FROM ./tiny-glm-Q4_1.gguf\nPARAMETER temperature 0.5\nPARAMETER stop "<|user|>"\nSYSTEM """Say "yes"."""\n'
     )
-    assert {p.name: digest(p) for p in first.parent.glob("*.gguf")} == before
+    assert {p.name: hash_file(p) for p in first.parent.glob("*.gguf")} == before
     assert len(read_header(out).tensors) == 12
 
 
 @pytest.mark.tools
-def test_away_from_its_release_the_recipe_says_the_parameters(run: Run, first: Path, tmp_path: Path) -> None:
+def test_away_from_its_release_the_recipe_says_the_parameters(
+    run: Run, first: Path, tmp_path: Path
+) -> None:
     elsewhere = tmp_path / "down" / "loads"
     shutil.copytree(first.parent, elsewhere)
     assert run("merge", elsewhere / first.name, tmp_path / "a" / "x.gguf", "--modelfile")[0] == 0
     assert "PARAMETER num_ctx 4096\n" in (tmp_path / "a" / "Modelfile").read_text()
-    assert run("merge", elsewhere / first.name, tmp_path / "b" / "x.gguf", "--modelfile", "--model", "glm-4.6")[0] == 0
+    assert (
+        run(
+            "merge",
+            elsewhere / first.name,
+            tmp_path / "b" / "x.gguf",
+            "--modelfile",
+            "--model",
+            "glm-4.6",
+        )[0]
+        == 0
+    )
     assert "PARAMETER num_ctx 16384\n" in (tmp_path / "b" / "Modelfile").read_text()
 
 
@@ -98,18 +123,32 @@ def test_a_modelfile_that_is_there_is_not_written_over_and_nothing_is_merged(
     first = release / "Q4_1" / "tiny-glm-Q4_1-00001-of-00004.gguf"
     code, _, said = run("merge", first, tmp_path / "x.gguf", "--modelfile")
     assert code == 2
-    assert said == f"error: {tmp_path / 'Modelfile'}: exists already; take it away, or name a file in another folder\n"
+    assert (
+        said
+        == f"error: {tmp_path / 'Modelfile'}: exists already; take it away, or name a file in another folder\n"
+    )
     assert not (tmp_path / "x.gguf").exists()
 
 
-def test_a_file_of_no_model_needs_to_be_told_whose_parameters_it_has(run: Run, tmp_path: Path) -> None:
-    code, _, said = run("merge", tmp_path / "a" / "b" / "mine-00001-of-00002.gguf", tmp_path / "x.gguf", "--modelfile")
+def test_a_file_of_no_model_needs_to_be_told_whose_parameters_it_has(
+    run: Run, tmp_path: Path
+) -> None:
+    code, _, said = run(
+        "merge",
+        tmp_path / "a" / "b" / "mine-00001-of-00002.gguf",
+        tmp_path / "x.gguf",
+        "--modelfile",
+    )
     assert code == 2 and "say --model" in said
 
 
-def test_parameters_that_ollama_would_not_take_stop_a_merge(run: Run, release: Path, tmp_path: Path) -> None:
+def test_parameters_that_ollama_would_not_take_stop_a_merge(
+    run: Run, release: Path, tmp_path: Path
+) -> None:
     (release / "params").write_text('{"stop": "x"}')
-    code, _, said = run("merge", release / "Q4_1" / "x-00001-of-00002.gguf", tmp_path / "x.gguf", "--modelfile")
+    code, _, said = run(
+        "merge", release / "Q4_1" / "x-00001-of-00002.gguf", tmp_path / "x.gguf", "--modelfile"
+    )
     assert code == 2 and "params: stop: expected an array of strings" in said
 
 
@@ -117,8 +156,13 @@ def test_check_says_what_every_file_is(run: Run, release: Path) -> None:
     code, printed, said = run("ollama", "check", release)
     assert (code, said) == (0, "")
     words = " ".join(printed.split())
-    assert "tiny-glm-UD-TQ1_0.gguf hf.co/OWNER/NAME:UD-TQ1_0 the tag, in upper or lower case" in words
-    assert "Q4_1/tiny-glm-Q4_1-00001-of-00004.gguf not pulled the hub refuses the tag of a split model" in words
+    assert (
+        "tiny-glm-UD-TQ1_0.gguf hf.co/OWNER/NAME:UD-TQ1_0 the tag, in upper or lower case" in words
+    )
+    assert (
+        "Q4_1/tiny-glm-Q4_1-00001-of-00004.gguf not pulled the hub refuses the tag of a split model"
+        in words
+    )
     assert "without a tag: the hub's choice among UD-TQ1_0" in words
 
 
@@ -132,9 +176,14 @@ def test_check_as_json_is_one_document_and_a_fault_ends_with_1(run: Run, release
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [(["nowhere"], "nowhere"), (["RELEASE", "--repo", "no-owner"], "expected OWNER/NAME")]
+    ("arguments", "words"),
+    [(["nowhere"], "nowhere"), (["RELEASE", "--repo", "no-owner"], "expected OWNER/NAME")],
 )
-def test_what_is_not_there_is_wrong_input(run: Run, release: Path, arguments: list[str], words: str) -> None:
-    code, printed, said = run("ollama", "check", *(str(release) if a == "RELEASE" else a for a in arguments))
+def test_what_is_not_there_is_wrong_input(
+    run: Run, release: Path, arguments: list[str], words: str
+) -> None:
+    code, printed, said = run(
+        "ollama", "check", *(str(release) if a == "RELEASE" else a for a in arguments)
+    )
     assert (code, printed) == (2, "")
     assert said.startswith("error: ") and words in said

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from quant import cli
-from quant.header import TensorSpec
-from quant.inventory import inventory
-from quant.recipe import RECIPES, load_model
+from quant.llama.gguf import TensorSpec
+from quant.plan.inventory import list_tensors
+from quant.plan.load import RECIPES, load_model
 from tests.gguf_files import LLAMA, Tensor, write
 
 Run = Callable[..., tuple[int, str, str]]
-TINY = inventory(load_model("tiny-glm")[0].architecture)
+TINY = list_tensors(load_model("tiny-glm")[0].architecture)
 
 
 @pytest.fixture
@@ -94,7 +94,9 @@ def test_context_weighs_in_memory(run: Run) -> None:
 
 
 def test_explain_names_the_rule_that_decides_in_every_variant(run: Run) -> None:
-    code, out, _ = run("glm-4.6", "--explain", "blk.92.attn_q.weight", "-v", "UD-Q2_K_XL", "-v", "BF16")
+    code, out, _ = run(
+        "glm-4.6", "--explain", "blk.92.attn_q.weight", "-v", "UD-Q2_K_XL", "-v", "BF16"
+    )
     assert code == 0
     assert "rules[3]" in out
     assert "MTP block" in out
@@ -102,7 +104,9 @@ def test_explain_names_the_rule_that_decides_in_every_variant(run: Run) -> None:
 
 
 def test_explain_shows_the_narrow_type_where_it_is_taken(run: Run) -> None:
-    document = json.loads(run("glm-5", "--explain", "blk.3.attn_k_b.weight", "-v", "UD-Q2_K_XL", "--json")[1])
+    document = json.loads(
+        run("glm-5", "--explain", "blk.3.attn_k_b.weight", "-v", "UD-Q2_K_XL", "--json")[1]
+    )
     assert list(document) == ["model", "tensor", "variants"]
     [told] = document["variants"]
     assert list(told) == ["variant", "rule", "type", "pattern", "why"]
@@ -110,7 +114,10 @@ def test_explain_shows_the_narrow_type_where_it_is_taken(run: Run) -> None:
 
 
 def test_explain_of_a_tensor_that_keeps_its_type_says_so(run: Run) -> None:
-    assert "no rule: it keeps its type" in run("glm-4.6", "--explain", "blk.3.attn_norm.weight", "-v", "Q8_0")[1]
+    assert (
+        "no rule: it keeps its type"
+        in run("glm-4.6", "--explain", "blk.3.attn_norm.weight", "-v", "Q8_0")[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,12 +136,20 @@ def test_explain_of_a_tensor_that_keeps_its_type_says_so(run: Run) -> None:
         ),
         (
             ["glm-4.6", "--explain", "blk.3.ffn_down_exp.weight"],
-            ["error: tensor 'blk.3.ffn_down_exp.weight' is not in this model: did you mean 'blk.3.ffn_down_exps.weight'?"],
+            [
+                "error: tensor 'blk.3.ffn_down_exp.weight' is not in this model: did you mean 'blk.3.ffn_down_exps.weight'?"
+            ],
         ),
-        (["glm-4.6", "--explain", "hello"], ["error: tensor 'hello' is not in this model: known are blk.0.attn_k.bias, "]),
-        (["tiny-glm", "--gguf", "nowhere.gguf"], ["error: nowhere.gguf: cannot be read (No such file or directory)"]),
+        (
+            ["glm-4.6", "--explain", "hello"],
+            ["error: tensor 'hello' is not in this model: known are blk.0.attn_k.bias, "],
+        ),
+        (
+            ["tiny-glm", "--gguf", "nowhere.gguf"],
+            ["error: nowhere.gguf: cannot be read (No such file or directory)"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_the_call_is_said_at_once_and_ends_with_2(
     arguments: list[str], said: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +168,13 @@ def test_a_name_that_is_nothing_alike_is_answered_with_one_block_of_names(run: R
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["glm-4.6", "--context", "0"], ["glm-4.6", "--context", "much"], ["glm-4.6", "--gguf", "/"]]
+    "arguments",
+    [
+        [],
+        ["glm-4.6", "--context", "0"],
+        ["glm-4.6", "--context", "much"],
+        ["glm-4.6", "--gguf", "/"],
+    ],
 )
 def test_a_call_that_is_no_call_ends_with_2(arguments: list[str], run: Run) -> None:
     code, out, err = run(*arguments)
@@ -172,8 +193,11 @@ def test_all_broken_numbers_of_a_recipe_are_told_at_once(run: Run, tmp_path: Pat
     code, out, err = run(path)
     assert (code, out) == (2, "")
     assert [line.split(": ")[3] for line in err.splitlines()] == [
-        "hidden_size", "vocab_size", "num_hidden_layers", "attention_bias",
-    ]  # fmt: skip
+        "hidden_size",
+        "vocab_size",
+        "num_hidden_layers",
+        "attention_bias",
+    ]
 
 
 def test_a_recipe_without_numbers_asks_for_the_file(run: Run, tmp_path: Path) -> None:
@@ -183,11 +207,16 @@ def test_a_recipe_without_numbers_asks_for_the_file(run: Run, tmp_path: Path) ->
     path.write_text(text[:start] + text[end:])
     code, _, err = run(path)
     assert code == 2
-    assert "architecture: missing, so there is nothing to plan with; name the BF16 file with --gguf" in err
+    assert (
+        "architecture: missing, so there is nothing to plan with; name the BF16 file with --gguf"
+        in err
+    )
     assert run(path, "--gguf", base(tmp_path / "f.gguf"))[0] == 0
 
 
-def test_a_variant_that_does_not_fit_the_model_is_told_with_every_tensor(run: Run, tmp_path: Path) -> None:
+def test_a_variant_that_does_not_fit_the_model_is_told_with_every_tensor(
+    run: Run, tmp_path: Path
+) -> None:
     (tmp_path / "bad.toml").write_text(
         'name = "bad"\nsummary = "x"\nfile_type = "IQ1_S"\n[[rules]]\ntensors = ".*"\ntype = "IQ1_S"\nwhy = "x"\n'
     )
@@ -201,7 +230,10 @@ def test_a_shard_that_no_tensor_fits_is_told_before_any_work(run: Run, tmp_path:
     path = recipe(tmp_path / "small.toml", ('max_shard_size = "3M"', 'max_shard_size = "1M"'))
     code, _, err = run(path, "-v", "Q8_0")
     assert code == 2
-    assert "variant Q8_0: tensor output.weight: expected at most 1M a shard, found 1114112 bytes" in err
+    assert (
+        "variant Q8_0: tensor output.weight: expected at most 1M a shard, found 1114112 bytes"
+        in err
+    )
     assert run(path, "-v", "UD-TQ1_0")[0] == 0  # it is never cut
 
 
@@ -222,15 +254,17 @@ def of(name: str) -> dict[str, Any]:
     [
         (TINY, "Q8_0", "expected unquantised weights (BF16), found Q8_0"),
         (
-            inventory(of("tiny-glm") | {"num_hidden_layers": 3}), None,
+            list_tensors(of("tiny-glm") | {"num_hidden_layers": 3}),
+            None,
             "19 of 74 tensors, first blk.3.attn_norm.weight: expected (256,), found None",
         ),
         (
-            inventory(of("tiny-glm") | {"vocab_size": 4000}), None,
+            list_tensors(of("tiny-glm") | {"vocab_size": 4000}),
+            None,
             "2 of 74 tensors, first token_embd.weight: expected (256, 4096), found (256, 4000)",
         ),
     ],
-)  # fmt: skip
+)
 def test_the_file_of_another_model_is_refused(
     tensors: Sequence[TensorSpec], kind: str | None, said: str, run: Run, tmp_path: Path
 ) -> None:
@@ -241,19 +275,33 @@ def test_the_file_of_another_model_is_refused(
     assert err.count("\n") == 1
 
 
-def test_a_file_may_have_an_mtp_block_that_the_recipe_does_not_know(run: Run, tmp_path: Path) -> None:
-    tensors = inventory(of("tiny-glm") | {"num_nextn_predict_layers": 1})
-    assert run("tiny-glm", "-v", "UD-Q2_K_XL", "--gguf", base(tmp_path / "mtp.gguf", tensors))[0] == 0
+def test_a_file_may_have_an_mtp_block_that_the_recipe_does_not_know(
+    run: Run, tmp_path: Path
+) -> None:
+    tensors = list_tensors(of("tiny-glm") | {"num_nextn_predict_layers": 1})
+    assert (
+        run("tiny-glm", "-v", "UD-Q2_K_XL", "--gguf", base(tmp_path / "mtp.gguf", tensors))[0] == 0
+    )
 
 
 def test_nothing_heavy_is_imported() -> None:
-    program = (
-        "import sys; from quant.cli import main\ntry: main()\nfinally: print(*sorted(sys.modules), file=sys.stderr)"
-    )
+    program = "import sys; from quant.cli import main\ntry: main()\nfinally: print(*sorted(sys.modules), file=sys.stderr)"
     done = subprocess.run(
-        [sys.executable, "-c", program, "plan", "glm-4.6", "--json"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program, "plan", "glm-4.6", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert json.loads(done.stdout)["model"] == "glm-4.6"
     loaded = {name.partition(".")[0] for name in done.stderr.split()}
     assert "quant" in loaded
-    assert not loaded & {"torch", "transformers", "prefect", "huggingface_hub", "datasets", "numpy", "gguf", "httpx"}
+    assert not loaded & {
+        "torch",
+        "transformers",
+        "prefect",
+        "huggingface_hub",
+        "datasets",
+        "numpy",
+        "gguf",
+        "httpx",
+    }

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from quant import ongoing
 from quant.cli import progress
-from quant.cli.progress import Bar, Lines, say, shown
+from quant.cli.progress import Bar, Lines, format_seconds, say, shown
+from quant.core.progress import report_progress
 
 
 def fail() -> None:
@@ -22,7 +22,9 @@ def test_a_line_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr() == ("", "Grüße\n")
 
 
-def test_every_stage_is_a_numbered_line_after_it_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stage_is_a_numbered_line_after_it_is_done(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     do = Lines(12)
     for n in range(12):
         assert do("plan", f"V{n}", lambda n=n: n) == n  # type: ignore[misc]
@@ -57,8 +59,12 @@ def test_a_bar_names_the_stage_and_goes_on_when_it_is_done() -> None:
 
 
 @pytest.mark.parametrize(("terminal", "kind"), [(True, Bar), (False, Lines)])
-def test_a_bar_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, terminal: bool, kind: type) -> None:
-    monkeypatch.setattr(progress, "Console", lambda **_: Console(force_terminal=terminal, quiet=True))
+def test_a_bar_is_shown_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, kind: type
+) -> None:
+    monkeypatch.setattr(
+        progress, "Console", lambda **_: Console(force_terminal=terminal, quiet=True)
+    )
     with shown(3) as do:
         assert isinstance(do, kind)
 
@@ -67,7 +73,7 @@ def test_a_bar_says_how_far_a_long_stage_is(monkeypatch: pytest.MonkeyPatch) -> 
     bar, task = bar_at(1)
 
     def work() -> str:
-        ongoing.tell(0.25)
+        report_progress(0.25)
         return str(task().description)
 
     assert re.fullmatch(r"quantize V  25 %, 0:00 left", bar("quantize", "V", work))
@@ -77,9 +83,9 @@ def test_a_log_hears_of_a_long_stage_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def work() -> None:
-        ongoing.tell(0.1)
+        report_progress(0.1)
         monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-        ongoing.tell(0.5)
+        report_progress(0.5)
 
     Lines(12)("quantize", "V", work)
     told, done = capsys.readouterr().err.splitlines()
@@ -89,7 +95,14 @@ def test_a_log_hears_of_a_long_stage_now_and_then(
 
 @pytest.mark.parametrize(
     ("share", "seconds", "text"),
-    [(0.0, 5, "0 %"), (0.5, 90, "50 %, 1:30 left"), (0.01, 100, "1 %, 2:45:00 left"), (1.0, 9, "100 %, 0:00 left")],
+    [
+        (0.0, 5, "0 %"),
+        (0.5, 90, "50 %, 1:30 left"),
+        (0.01, 100, "1 %, 2:45:00 left"),
+        (1.0, 9, "100 %, 0:00 left"),
+    ],
 )
-def test_the_time_that_is_left_goes_by_what_was_done(share: float, seconds: float, text: str) -> None:
-    assert progress.said(share, seconds) == text
+def test_the_time_that_is_left_goes_by_what_was_done(
+    share: float, seconds: float, text: str
+) -> None:
+    assert format_seconds(share, seconds) == text

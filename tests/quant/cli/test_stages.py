@@ -8,8 +8,8 @@ from click.testing import CliRunner, Result
 
 from quant.cli.options import quant
 from quant.errors import QuantError
-from quant.header import read_header, read_headers
-from tests.quant.engine.models import LARGE, write_base, write_matrix
+from quant.llama.gguf import read_header, read_headers
+from tests.quant.quantize.engine.models import LARGE, write_base, write_matrix
 
 VARIANT = """
 name = "{name}"
@@ -44,12 +44,17 @@ def variants(folder: Path, *names: str) -> list[str]:
 
 
 @pytest.mark.tools
-def test_every_variant_is_written_with_a_record_of_its_tensors_and_nothing_else_is_left(folder: Path) -> None:
+def test_every_variant_is_written_with_a_record_of_its_tensors_and_nothing_else_is_left(
+    folder: Path,
+) -> None:
     done = called(folder, *variants(folder, "A", "B"), "--jobs", "1", "--memory", "1G")
     assert done.exit_code == 0, done.output
     assert sorted(p.name for p in (folder / "out").iterdir()) == [
-        "M-A.gguf", "M-A.gguf.json", "M-B.gguf", "M-B.gguf.json",
-    ]  # fmt: skip
+        "M-A.gguf",
+        "M-A.gguf.json",
+        "M-B.gguf",
+        "M-B.gguf.json",
+    ]
     header = read_header(folder / "out" / "M-B.gguf")
     record = json.loads((folder / "out" / "M-B.gguf.json").read_text())
     assert {n: t["sha256"] for n, t in record["tensors"].items()} == header.tensor_digests()
@@ -57,7 +62,9 @@ def test_every_variant_is_written_with_a_record_of_its_tensors_and_nothing_else_
 
 
 @pytest.mark.tools
-def test_what_stands_is_not_made_again_and_what_is_another_is_not_written_over(folder: Path) -> None:
+def test_what_stands_is_not_made_again_and_what_is_another_is_not_written_over(
+    folder: Path,
+) -> None:
     assert called(folder, *variants(folder, "A")).exit_code == 0
     before = (folder / "out" / "M-A.gguf").stat()
     assert called(folder, *variants(folder, "A", "B")).exit_code == 0
@@ -85,8 +92,12 @@ def test_without_an_imatrix_only_types_that_need_none_are_made(folder: Path) -> 
     assert "IQ2_XXS needs imatrix data" in str(refused.exception)
 
 
-@pytest.mark.parametrize(("args", "said"), [(("--max-size", "1T"), "'1T'"), (("--memory", "much"), "'much'")])
-def test_a_size_that_is_none_is_a_wrong_call(folder: Path, args: tuple[str, str], said: str) -> None:
+@pytest.mark.parametrize(
+    ("args", "said"), [(("--max-size", "1T"), "'1T'"), (("--memory", "much"), "'much'")]
+)
+def test_a_size_that_is_none_is_a_wrong_call(
+    folder: Path, args: tuple[str, str], said: str
+) -> None:
     done = called(folder, *variants(folder, "A"), *args)
     assert done.exit_code == 2 and said in done.output
 

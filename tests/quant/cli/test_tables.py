@@ -5,7 +5,9 @@ import pytest
 from quant.cli import tables
 
 
-def test_numbers_stand_to_the_right_and_words_to_the_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_stand_to_the_right_and_words_to_the_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     tables.show(("name", ">bytes"), [("a", "1"), ("long", "1,000")])
     out, err = capsys.readouterr()
     rows = [line.rstrip() for line in out.splitlines() if line.strip() and "─" not in line]

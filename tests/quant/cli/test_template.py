@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from quant import check as checks
 from quant import cli
-from quant.battery import BATTERY, TOOLS
-from quant.header import read_header
+from quant.chat import check as checks
+from quant.chat.conversations import BATTERY, TOOLS
+from quant.llama.gguf import read_header
 from tests.gguf_files import LLAMA, key, write
-from tests.quant.test_template import ORIGINAL, PATCHED
+from tests.quant.chat.test_template import ORIGINAL, PATCHED
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -62,8 +62,12 @@ def test_what_is_wrong_with_the_input_is_said_and_ends_with_2(
 ) -> None:
     write(tmp_path / "bare.gguf")
     write(tmp_path / "other.gguf", keys=[*LLAMA, key("tokenizer.chat_template", "{{ messages }}")])
-    write(tmp_path / "m-00001-of-00002.gguf", keys=[*LLAMA, key("split.no", 0), key("split.count", 2)])
-    code, printed, said = run("patch", tmp_path / arguments[0], *arguments[1:], "-o", tmp_path / "new.gguf")
+    write(
+        tmp_path / "m-00001-of-00002.gguf", keys=[*LLAMA, key("split.no", 0), key("split.count", 2)]
+    )
+    code, printed, said = run(
+        "patch", tmp_path / arguments[0], *arguments[1:], "-o", tmp_path / "new.gguf"
+    )
     assert (code, printed) == (2, "")
     assert all(line.startswith(("error: ", "    ")) for line in said.splitlines())
     assert words in said
@@ -89,10 +93,14 @@ def test_render_prints_what_the_model_reads(run: Run, tmp_path: Path) -> None:
     assert said.startswith("template: ") and said.endswith("GLM-4.6.jinja, patched by glm-4.6\n")
 
 
-def test_render_without_thinking_with_tools_from_a_file(run: Run, gguf: Path, tmp_path: Path) -> None:
+def test_render_without_thinking_with_tools_from_a_file(
+    run: Run, gguf: Path, tmp_path: Path
+) -> None:
     (tmp_path / "tools.json").write_text(json.dumps({"tools": TOOLS}))
     talk = conversation(tmp_path, {"messages": [{"role": "user", "content": "Hi"}]})
-    code, printed, said = run("render", gguf, talk, "--no-thinking", "--tools", tmp_path / "tools.json")
+    code, printed, said = run(
+        "render", gguf, talk, "--no-thinking", "--tools", tmp_path / "tools.json"
+    )
     assert code == 0
     assert printed.endswith("<|user|>\nHi/nothink<|assistant|>\n<think></think>")
     assert "天气" in printed
@@ -100,7 +108,9 @@ def test_render_without_thinking_with_tools_from_a_file(run: Run, gguf: Path, tm
 
 
 def test_render_of_what_ends_with_an_answer_asks_for_no_other(run: Run, tmp_path: Path) -> None:
-    talk = conversation(tmp_path, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    talk = conversation(
+        tmp_path, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    )
     assert run("render", "glm-4.7", talk)[1] == "[gMASK]<sop><|user|>a<|assistant|></think>b"
 
 
@@ -111,14 +121,19 @@ def test_render_of_what_ends_with_an_answer_asks_for_no_other(run: Run, tmp_path
         ("[]", "expected a list of messages, each an object"),
         ('["a"]', "expected a list of messages, each an object"),
         ('{"message": []}', "expected a list of messages, each an object"),
-        ('[{"content": "a"}, {"role": "assistant", "tool_calls": [{"function": {"arguments": "[1]"}}]}]', None),
+        (
+            '[{"content": "a"}, {"role": "assistant", "tool_calls": [{"function": {"arguments": "[1]"}}]}]',
+            None,
+        ),
         (
             '[{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]',
             "Invalid tool call arguments passed: [1] (line 79)",
         ),
     ],
 )
-def test_a_conversation_that_is_none_is_told(content: str, words: str | None, run: Run, tmp_path: Path) -> None:
+def test_a_conversation_that_is_none_is_told(
+    content: str, words: str | None, run: Run, tmp_path: Path
+) -> None:
     code, printed, said = run("render", "glm-4.6", conversation(tmp_path, content))
     if words:
         assert (code, printed) == (2, "")
@@ -132,13 +147,15 @@ def test_a_file_that_is_not_there_is_told(run: Run, tmp_path: Path) -> None:
     assert said == f"error: {tmp_path / 'no.json'}: cannot be read (No such file or directory)\n"
 
 
-FEW = tuple(c for c in BATTERY if c.name in ("one turn", "raw reasoning, two turns", "a result as parts"))
+FEW = tuple(
+    c for c in BATTERY if c.name in ("one turn", "raw reasoning, two turns", "a result as parts")
+)
 
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three conversations, because a check of all takes its time."""
-    whole = checks.check
+    whole = checks.check_template
     monkeypatch.setattr(checks, "check", lambda taken, tools: whole(taken, tools, FEW))
 
 
@@ -148,19 +165,24 @@ def test_check_of_a_good_template_says_so(run: Run) -> None:
     code, printed, _ = run("check", "glm-4.6", "--no-server")
     assert code == 0
     assert printed.splitlines()[0].endswith("GLM-4.6.jinja, patched by glm-4.6")
-    assert printed.splitlines()[-1].startswith("3 conversations; texts compared: jinja 27, transformers 27")
+    assert printed.splitlines()[-1].startswith(
+        "3 conversations; texts compared: jinja 27, transformers 27"
+    )
     assert printed.splitlines()[-1].endswith("; 0 conversations fail")
 
 
 @pytest.mark.tools
 @pytest.mark.usefixtures("few")
-def test_check_names_the_conversations_that_fail_and_shows_the_difference(run: Run, gguf: Path) -> None:
+def test_check_names_the_conversations_that_fail_and_shows_the_difference(
+    run: Run, gguf: Path
+) -> None:
     code, printed, _ = run("check", gguf, "--no-server")
     assert code == 1
     failed = [line for line in printed.splitlines() if line.startswith("FAILED")]
     assert failed == [
-        "FAILED a result as parts: tool results (jinja)", "FAILED raw reasoning, two turns: past stays (jinja)"
-    ]  # fmt: skip
+        "FAILED a result as parts: tool results (jinja)",
+        "FAILED raw reasoning, two turns: past stays (jinja)",
+    ]
     assert "    -<think>They greet me at length.</think>" in printed.splitlines()
     assert printed.splitlines()[-1].endswith("; 2 conversations fail")
 
@@ -174,7 +196,9 @@ def test_check_as_json_is_one_document(run: Run, gguf: Path) -> None:
     assert (report["name"], report["passed"], report["conversations"]) == ("model.gguf", False, 3)
     assert report["template"]["patch"] is None
     assert {f["rule"] for f in report["faults"]} == {"past stays", "tool results"}
-    assert {"rule", "conversation", "where", "detail", "diff", "engine"} == report["faults"][0].keys()
+    assert {"rule", "conversation", "where", "detail", "diff", "engine"} == report["faults"][
+        0
+    ].keys()
 
 
 def test_check_of_a_file_without_a_template_ends_with_2(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""The commands that only look: at files, and at the machine."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quant.cli import tables
+from quant.cli.options import FILE, json_option, one_line, quant, tools_option
+
+
+@quant.command()
+@click.argument("gguf", type=FILE)
+@json_option
+def inspect(gguf: Path, as_json: bool) -> None:
+    """What a GGUF file (or the first shard of one) says of itself."""
+    from quant.core.format import human_bytes
+    from quant.llama.gguf import read_headers
+
+    headers = read_headers(gguf)
+    tensors = [t for h in headers for t in h.tensors]
+    short = {k: _short(v) for k, v in headers[0].metadata.items()}
+    if as_json:
+        rows: list[dict[str, Any]] = [
+            {"name": t.name, "type": t.type.name, "shape": list(t.shape), "bytes": t.bytes}
+            for t in tensors
+        ]
+        return click.echo(
+            json.dumps({"file": gguf.name, "metadata": short, "tensors": rows}, ensure_ascii=False)
+        )
+    tables.show(("key", "value"), [(k, one_line(v)) for k, v in short.items()])
+    tables.show(
+        ("tensor", "type", ">shape", ">bytes"),
+        [(t.name, t.type.name, " x ".join(map(str, t.shape)), f"{t.bytes:,}") for t in tensors],
+    )
+    elements = sum(t.elements for t in tensors)
+    size = sum(t.bytes for t in tensors)
+    bpw = 8 * size / max(elements, 1)
+    click.echo(
+        f"{len(tensors)} tensors, {elements:,} weights, {human_bytes(size)}, {bpw:.2f} bits per weight"
+    )
+    return None
+
+
+def _short(value: Any) -> Any:
+    """A value of the metadata as JSON can say it: a list's length, and text for a number that JSON has no word for."""
+    if isinstance(value, list):
+        return f"[{len(value)} values]"
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@quant.command()
+@tools_option
+def doctor(llama_cpp: Path | None) -> None:
+    """What the work needs, what is here, and how to get what is missing; exit 2 when something is."""
+    from quant.cli.doctor import examine
+
+    findings = examine(llama_cpp)
+    tables.show(("", "what", "version", "where, or how to get it"), [f.row for f in findings])
+    raise SystemExit(0 if all(f.ok for f in findings) else 2)

@@ -1,0 +1,130 @@
+"""Fetch files of a commit in a process of its own, with an eye on the bytes that move: a transfer that hangs is ended.
+
+The hub's fast transfer (Xet) has been seen to hang at the end of large pulls. When nothing moved for a long while, the
+process is ended and another goes on without Xet, which the client allows for files of up to 50 GB.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quant import errors
+from quant.core import files, process, progress
+from quant.errors import QuantError, Unreachable
+
+STALL_SECONDS = 900.0
+"""With nothing moved for so long, a transfer is given up; a setting of QUANT_STALL_SECONDS."""
+PLAIN_BYTES = 50 * 10**9
+"""The longest file that the client fetches without Xet."""
+LOG = logging.getLogger(__name__)
+
+
+class TransferStallError(Exception):
+    """Nothing moved for too long."""
+
+
+@dataclass
+class TransferWatch:
+    """Looks at a folder that is being filled, and raises Stalled when it stays as it was for too long."""
+
+    folder: Path
+    total: int
+    patience: float
+    seen: tuple[int, ...] = ()
+    since: float = field(default_factory=time.monotonic)
+
+    def __call__(self) -> None:
+        """Look once."""
+        held, moved = count_bytes(self.folder)
+        if moved != self.seen:
+            self.seen, self.since = moved, time.monotonic()
+            progress.report_progress(min(held / max(self.total, 1), 1.0))
+        elif time.monotonic() - self.since > self.patience:
+            raise TransferStallError
+
+
+def download_files(
+    repo: str, revision: str, wanted: Sequence[Mapping[str, Any]], folder: Path
+) -> None:
+    """Let every file of that commit lie in the folder, each compared with the hub's list as soon as it was there.
+
+    Raises CheckFailed for files that came otherwise, InputError for what is refused for good, Unreachable when the hub
+    does not deliver.
+    """
+    work = folder.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    job = {
+        "repo": repo,
+        "revision": revision,
+        "folder": str(folder),
+        "memory": str(work / "fetched.json"),
+        "files": wanted,
+    }
+    files.write_text(work / "job.json", files.to_pretty_json(job))
+    patience = float(os.environ.get("QUANT_STALL_SECONDS", STALL_SECONDS))
+    largest = max((f["bytes"] for f in wanted), default=0)
+    watch = TransferWatch(folder, sum(f["bytes"] for f in wanted), patience)
+    try:
+        _in_child(work, watch, {})
+    except TransferStallError:
+        if largest > PLAIN_BYTES:
+            raise Unreachable(
+                f"{repo}@{revision}: nothing moved for {patience:.0f} s; run again to continue"
+            ) from None
+        LOG.info("%s: nothing moved for %.0f s; going on without Xet", repo, patience)
+        try:
+            _in_child(
+                work, TransferWatch(folder, watch.total, patience), {"HF_HUB_DISABLE_XET": "1"}
+            )
+        except TransferStallError:
+            raise Unreachable(
+                f"{repo}@{revision}: nothing moved for {patience:.0f} s, without Xet either; run again to continue"
+            ) from None
+    for name in ("job.json", "outcome.json", "fetched.json", "log"):
+        files.remove(work / name)
+
+
+def _in_child(work: Path, watch: TransferWatch, settings: Mapping[str, str]) -> None:
+    outcome = work / "outcome.json"
+    files.remove(outcome)
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "quant.hub.downloader",
+        work / "job.json",
+        outcome,
+    ]
+    process.run_program(
+        command,
+        cwd=work,
+        log=work / "log",
+        env={**os.environ, **settings},
+        name="the fetcher",
+        meanwhile=watch,
+    )
+    found = json.loads(outcome.read_text())
+    if found["kind"]:
+        kind: type[QuantError] = getattr(errors, found["kind"])
+        raise kind(*found["problems"])
+
+
+def count_bytes(folder: Path) -> tuple[int, tuple[int, ...]]:
+    """Bytes of the files in a folder, and what changes whenever something is written there, in whatever order."""
+    held = taken = count = 0
+    for path in folder.rglob("*"):
+        try:
+            stat = path.stat()
+        except OSError:  # renamed in this moment
+            continue
+        held, taken, count = (
+            held + stat.st_blocks * 512 * path.is_file(),
+            taken + stat.st_mtime_ns,
+            count + 1,
+        )
+    return held, (held, taken, count)

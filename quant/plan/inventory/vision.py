@@ -1,0 +1,57 @@
+"""The vision part of GLM-4.6V-Flash: a file of its own (mmproj), projector ``glm4v`` (llama.cpp, conversion/qwen3vl.py)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from quant.llama.gguf import TensorSpec
+from quant.llama.types import TYPES
+from quant.plan.inventory.numbers import Numbers, f32, matrix
+
+
+@dataclass(frozen=True)
+class Glm4v(Numbers):
+    """A vision transformer, and a merger that makes tokens of its patches. In F16, as mmproj files are published."""
+
+    hidden_size: int
+    depth: int
+    out_hidden_size: int
+    """Width of the transformer's own feed-forward part, and of the tokens that come out."""
+    intermediate_size: int
+    """Width of the merger."""
+    image_size: int = 336
+    patch_size: int = 14
+    spatial_merge_size: int = 2
+
+    def walk(self) -> Iterator[TensorSpec]:
+        """Every tensor; matrices are in F16."""
+        return (t if t.type.name == "F32" else replace(t, type=TYPES["F16"]) for t in self._walk())
+
+    def _walk(self) -> Iterator[TensorSpec]:
+        h, out, p, merge = (
+            self.hidden_size,
+            self.out_hidden_size,
+            self.patch_size,
+            self.spatial_merge_size,
+        )
+        for b in (f"v.blk.{n}" for n in range(self.depth)):
+            yield f32(f"{b}.ln1.weight", h)
+            yield f32(f"{b}.ln2.weight", h)
+            yield matrix(f"{b}.attn_qkv.weight", h, 3 * h)
+            yield matrix(f"{b}.attn_out.weight", h, h)
+            yield matrix(f"{b}.ffn_gate.weight", h, out)
+            yield matrix(f"{b}.ffn_up.weight", h, out)
+            yield matrix(f"{b}.ffn_down.weight", out, h)
+        yield matrix("v.patch_embd.weight", p, p, 3, h)
+        yield matrix("v.patch_embd.weight.1", p, p, 3, h)
+        yield f32("v.patch_embd.bias", h)
+        yield f32("v.position_embd.weight", h, (self.image_size // p) ** 2)
+        yield f32("v.norm_embd.weight", h)
+        yield f32("v.post_ln.weight", h)
+        yield matrix("mm.patch_merger.weight", merge, merge, h, out)
+        yield f32("mm.patch_merger.bias", out)
+        yield matrix("mm.model.fc.weight", out, out)
+        yield f32("mm.post_norm.weight", out)
+        yield f32("mm.post_norm.bias", out)
+        yield matrix("mm.gate.weight", out, self.intermediate_size)
+        yield matrix("mm.up.weight", out, self.intermediate_size)
+        yield matrix("mm.down.weight", self.intermediate_size, out)

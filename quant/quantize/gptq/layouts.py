@@ -1,0 +1,207 @@
+"""Where a block has the bits of what: d, the scales, the levels, the signs. After ggml/src/ggml-common.h. Pure.
+
+The same few functions read and write every type by the table at the end. In it every bit of a block belongs to one thing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes: TypeAlias = NDArray[np.uint8]
+Codes: TypeAlias = NDArray[np.unsignedinteger[Any]]
+"""What is stored for a number: its place among those that are possible."""
+
+
+@dataclass(frozen=True)
+class BitField:
+    """Some bits of every code of a kind, in a block: each word has those of one code at every shift.
+
+    Words come in runs. In a run come first the codes at the first shift, word after word, then those at the next.
+    """
+
+    at: int
+    """The byte where the first word begins."""
+    words: int
+    bits: int
+    shifts: tuple[int, ...] = (0,)
+    run: int = 1
+    """Words of a run."""
+    size: int = 1
+    """Bytes of a word."""
+    step: int = 1
+    """From one word to the next, in words."""
+    lowest: int = 0
+    """What is stored for code 0: in two's complement the lowest number, from which codes count up."""
+
+    def view(self, stored: Bytes) -> Codes:
+        """The words, where they are: (blocks, words)."""
+        end = self.at + self.size * (
+            self.step * (self.words - 1) + 1
+        )  # the last word, not the last step
+        found: Codes = stored[:, self.at : end].view(f"<u{self.size}")[:, :: self.step]
+        return found
+
+    def read(self, stored: Bytes) -> Codes:
+        """(blocks, codes of a block), in numbers of a word's size."""
+        words = self.view(stored)
+        shifted = words.reshape(len(words), -1, 1, self.run) >> self.column(words)
+        codes: Codes = shifted - words.dtype.type(self.lowest) & words.dtype.type(self.mask)
+        return codes.reshape(len(words), -1)
+
+    def write(self, stored: Bytes, codes: Codes) -> None:
+        """Put the lowest bits of the codes where they belong, which must be empty."""
+        words = self.view(stored)
+        parts = (codes + codes.dtype.type(self.lowest) & codes.dtype.type(self.mask)).astype(
+            words.dtype
+        )
+        shifted = parts.reshape(len(words), -1, len(self.shifts), self.run) << self.column(words)
+        words |= np.bitwise_or.reduce(shifted, axis=2).reshape(words.shape)
+
+    @property
+    def mask(self) -> int:
+        """All of the bits of one code."""
+        return (1 << self.bits) - 1
+
+    def column(self, words: Codes) -> Codes:
+        """The shifts, as they apply to runs of words."""
+        return np.array(self.shifts, words.dtype).reshape(-1, 1)
+
+
+Field: TypeAlias = tuple[BitField, ...]
+"""The bits of a kind of code, lowest first."""
+
+
+def read_fields(field: Field, stored: Bytes) -> Codes:
+    """(blocks, codes of a block)."""
+    kind = np.dtype(np.uint8 if sum(bits.bits for bits in field) <= 8 else np.uint16)
+    codes, done = field[0].read(stored).astype(kind, copy=False), field[0].bits
+    for bits in field[1:]:
+        codes = codes | bits.read(stored).astype(kind) << kind.type(done)
+        done += bits.bits
+    return codes
+
+
+def write_fields(field: Field, stored: Bytes, codes: Codes) -> None:
+    """Put codes, (blocks, codes of a block) or as many in another shape, into blocks where their bits are still 0."""
+    done = 0
+    for bits in field:
+        bits.write(stored, codes >> codes.dtype.type(done))
+        done += bits.bits
+
+
+def _packed(at: int, count: int, bits: int, run: int = 1) -> BitField:
+    """So many bytes full of codes."""
+    return BitField(at, count, bits, tuple(range(0, 8, bits)), run)
+
+
+def _half(at: int) -> Field:
+    return (BitField(at, 1, 16, size=2),)
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where a block has what; what a type does not store is empty."""
+
+    d: Field
+    level: Field
+    """Of every weight, or of every group the number of its vector."""
+    scale: Field = ()
+    minimum: Field = ()
+    dmin: Field = ()
+    sign: Field = ()
+    """Of every eight weights: a bit of each, or of the first seven."""
+    shift: Field = ()
+
+
+_SIX_BITS = {
+    "scale": (
+        BitField(4, 2, 4, (0, 8, 16, 24), size=4, step=2),
+        BitField(4, 4, 2, (4, 6), run=4),
+    ),
+    "minimum": (
+        BitField(8, 1, 4, (0, 8, 16, 24, 36, 44, 52, 60), size=8),
+        BitField(8, 4, 2, (4, 6), run=4),
+    ),
+}
+"""Of Q4_K and Q5_K: the first four whole, and the others where these leave room."""
+
+LAYOUTS: Mapping[str, BlockLayout] = {
+    "Q4_0": BlockLayout(_half(0), (_packed(2, 16, 4, run=16),)),
+    "Q4_1": BlockLayout(_half(0), (_packed(4, 16, 4, run=16),), dmin=_half(2)),
+    "Q5_0": BlockLayout(_half(0), (_packed(6, 16, 4, run=16), _packed(2, 4, 1))),
+    "Q5_1": BlockLayout(_half(0), (_packed(8, 16, 4, run=16), _packed(4, 4, 1)), dmin=_half(2)),
+    "Q8_0": BlockLayout(_half(0), (BitField(2, 32, 8, lowest=-127 & 255),)),
+    "Q2_K": BlockLayout(
+        _half(80),
+        (_packed(16, 64, 2, run=32),),
+        (BitField(0, 16, 4),),
+        (BitField(0, 16, 4, (4,)),),
+        dmin=_half(82),
+    ),
+    "Q3_K": BlockLayout(
+        _half(108),
+        (_packed(32, 64, 2, run=32), _packed(0, 32, 1, run=32)),
+        (_packed(96, 8, 4, run=8), _packed(104, 4, 2, run=4)),
+    ),
+    "Q4_K": BlockLayout(_half(0), (_packed(16, 128, 4, run=32),), **_SIX_BITS, dmin=_half(2)),
+    "Q5_K": BlockLayout(
+        _half(0),
+        (_packed(48, 128, 4, run=32), _packed(16, 32, 1, run=32)),
+        **_SIX_BITS,
+        dmin=_half(2),
+    ),
+    "Q6_K": BlockLayout(
+        _half(208),
+        (_packed(0, 128, 4, run=64), _packed(128, 64, 2, run=32)),
+        (BitField(192, 16, 8, lowest=-128 & 255),),
+    ),
+    "IQ4_NL": BlockLayout(_half(0), (_packed(2, 16, 4, run=16),)),
+    "IQ4_XS": BlockLayout(
+        _half(0), (_packed(8, 128, 4, run=16),), (_packed(4, 4, 4), _packed(2, 2, 2))
+    ),
+    "IQ3_S": BlockLayout(
+        _half(0),
+        (_packed(2, 64, 8), _packed(66, 8, 1)),
+        (_packed(106, 4, 4),),
+        sign=(_packed(74, 32, 8),),
+    ),
+    "IQ3_XXS": BlockLayout(
+        _half(0),
+        (_packed(2, 64, 8),),
+        (BitField(66, 8, 4, (28,), size=4),),
+        sign=(BitField(66, 8, 7, (0, 7, 14, 21), size=4),),
+    ),
+    "IQ2_S": BlockLayout(
+        _half(0),
+        (_packed(2, 32, 8), _packed(66, 8, 2)),
+        (_packed(74, 8, 4),),
+        sign=(_packed(34, 32, 8),),
+    ),
+    "IQ2_XS": BlockLayout(
+        _half(0),
+        (BitField(2, 32, 9, size=2),),
+        (_packed(66, 8, 4),),
+        sign=(BitField(2, 32, 7, (9,), size=2),),
+    ),
+    "IQ2_XXS": BlockLayout(
+        _half(0),
+        (BitField(2, 8, 8, (0, 8, 16, 24), size=4, step=2),),
+        (BitField(6, 8, 4, (28,), size=4, step=2),),
+        sign=(BitField(6, 8, 7, (0, 7, 14, 21), size=4, step=2),),
+    ),
+    "IQ1_S": BlockLayout(
+        _half(0),
+        (_packed(2, 32, 8), BitField(34, 8, 3, (0, 3, 6, 9), size=2)),
+        (BitField(34, 8, 3, (12,), size=2),),
+        shift=(BitField(34, 8, 1, (15,), size=2),),
+    ),
+    "IQ1_M": BlockLayout(
+        tuple(BitField(49 + 2 * word, 1, 4, (4,)) for word in range(4)),
+        (_packed(0, 32, 8), BitField(32, 16, 3, (0, 4))),
+        (BitField(48, 4, 3, (0, 3, 6, 9), size=2),),
+        shift=(BitField(32, 16, 1, (3, 7)),),
+    ),
+}

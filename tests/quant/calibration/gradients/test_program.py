@@ -1,0 +1,244 @@
+"""Reading forward and backward: held against llama.cpp, and against what small errors really do."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quant.calibration.gradients import EMBEDDING, OUTPUT
+from quant.calibration.gradients.glm4moe import normed
+from quant.calibration.gradients.program import ModelPass, Tensors
+from quant.calibration.hessian_collector import HessianSums
+from quant.calibration.hessians import HessianSettings, collect_hessians
+from quant.core import files, process
+from quant.errors import InputError, ToolError
+from quant.llama import toolchain
+from quant.llama.toolchain import find_toolchain
+from tests.quant.quantize.engine.models import replace_weight, write_base
+
+pytestmark = pytest.mark.tools
+Tiny = tuple[Path, Path, Path]
+CONTEXT, CHUNKS, EVERY_WORD = 128, 3, 1 << 20
+MATRICES = {
+    OUTPUT: (1, 256),
+    EMBEDDING: (1, 256),
+    "blk.0.ffn_down.weight": (1, 512),
+    "blk.1.attn_v.weight": (1, 256),
+    "blk.2.attn_output.weight": (1, 256),
+    "blk.2.ffn_up_exps.weight": (8, 256),
+    "blk.3.ffn_down_exps.weight": (8, 256),
+    "blk.3.ffn_gate_shexp.weight": (1, 256),
+}
+
+
+@pytest.fixture(scope="module")
+def exact(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in F32, of which llama.cpp rounds no inputs."""
+    folder = tmp_path_factory.mktemp("exact")
+    find_toolchain().run(
+        "llama-quantize", [tiny[0], "f32.gguf", "F32", "1"], cwd=folder, log=folder / "log"
+    )
+    return folder / "f32.gguf"
+
+
+def said(way: ModelPass, given: NDArray[np.float32]) -> Tensor:
+    """The logarithms of all words' likelihoods, after what the last block made."""
+    x = normed(way.shape, torch.from_numpy(np.array(given)), way.tensors.of("output_norm.weight"))
+    return (x.double() @ way.tensors.of(OUTPUT).double().T).log_softmax(-1)
+
+
+def test_read_forward_a_model_says_what_it_says_in_llama_cpp(
+    tiny: Tiny, exact: Path, tmp_path: Path
+) -> None:
+    part = {"model": str(exact), "text": str(tiny[2]), "folder": str(tmp_path)}
+    files.write_text(
+        tmp_path / "job",
+        files.to_pretty_json(
+            {"context": CONTEXT, "threads": 1, "chunks": CHUNKS, "top": EVERY_WORD, "parts": [part]}
+        ),
+    )
+    process.run_program(
+        [sys.executable, "-m", "quant.evaluate.scorer", tmp_path / "job"],
+        cwd=tmp_path,
+        log=tmp_path / "log",
+    )
+    way = ModelPass(
+        Tensors(tiny[0]), HessianSums({}), np.load(tmp_path / "tokens.npy"), tmp_path, 2
+    )
+    way.forward()
+    for n, expected in enumerate(np.load(tmp_path / "said.npy")):
+        off = np.abs(said(way, way.given[-1, n, CONTEXT // 2 : -1]).numpy() - expected)
+        # llama.cpp keeps keys and values in 16 bits.
+        assert off.max() < 1e-2 and off.mean() < 1e-3
+
+
+class Disturbed(Tensors):
+    """With an error in one of the tensors, all of whose numbers have one variance."""
+
+    def __init__(self, first: Path, name: str, size: float) -> None:
+        super().__init__(first)
+        self.metadata = every_expert(self).metadata
+        stored = super().rows(name, range(1 << 20))
+        self.name, self.size = name, size * float(stored.square().mean().sqrt())
+        self.error = self.size * torch.randn(
+            stored.shape, generator=torch.Generator().manual_seed(5)
+        )
+
+    def rows(self, name: str, wanted: range | NDArray[np.int32]) -> Tensor:
+        found = super().rows(name, wanted)
+        if name != self.name:
+            return found
+        return found + (
+            self.error[wanted.start : wanted.stop]
+            if isinstance(wanted, range)
+            else self.error[wanted]
+        )
+
+
+def every_expert(tensors: Tensors) -> Tensors:
+    """All experts are chosen, so that no error changes which."""
+    tensors.metadata = {
+        **tensors.metadata,
+        "glm4moe.expert_used_count": tensors.metadata["glm4moe.expert_count"],
+    }
+    return tensors
+
+
+def test_moments_foretell_what_small_errors_do(tiny: Tiny, tmp_path: Path) -> None:
+    """Of a text of single words: there, errors of one token do not meet those of another.
+
+    An error e whose numbers all have the variance v diverges by v / 2 · Σ |g|² |x|², which is the trace of the sums.
+    """
+    words = len(Tensors(tiny[0]).of(EMBEDDING))
+    tokens = np.random.default_rng(3).integers(0, words, (1000, 1)).astype(np.int32)
+    way = ModelPass(every_expert(Tensors(tiny[0])), HessianSums(MATRICES), tokens, tmp_path, 2)
+    way.forward()
+    way.output()
+    way.backward()
+    before = said(way, way.given[-1, :, 0])
+    for name, products in way.sums.products.items():
+        (tmp_path / name).mkdir()
+        tensors = Disturbed(tiny[0], name, 3e-3)
+        other = ModelPass(tensors, HessianSums({}), tokens, tmp_path / name, 2)
+        other.forward()
+        found = (before.exp() * (before - said(other, other.given[-1, :, 0]))).sum()
+        foretold = tensors.size**2 / 2 * float(np.trace(products.sum(0)))
+        assert 0.8 < float(found) / foretold < 1.25, name
+
+
+def test_the_sums_do_not_depend_on_the_threads_and_are_of_the_rows_that_llama_cpp_sees(
+    tiny: Tiny,
+    tmp_path: Path,
+) -> None:
+    base, _, text = tiny
+    made = [
+        collect_hessians(base, text, tmp_path / str(n), HessianSettings(CONTEXT, CHUNKS, threads=n))
+        for n in (1, 3)
+    ]
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()
+    assert made[0].about["gradients"] == 1
+    plain = collect_hessians(
+        base, text, tmp_path / "plain", HessianSettings(CONTEXT, CHUNKS, gradients=False)
+    )
+    assert "gradients" not in plain.about
+    assert made[0].counts.keys() == plain.counts.keys() | {EMBEDDING}
+    for name, counts in plain.counts.items():
+        # Rows that count differently are worth fewer; and llama.cpp rounds inputs, so that some go to other experts.
+        assert (made[0].counts[name] <= counts + 9).all(), name
+        assert made[0].counts[name].sum() > 0.05 * counts.sum(), name
+    weighed, alike = (m.of("blk.0.attn_q.weight") for m in (made[0], plain))
+    assert weighed is not None and alike is not None
+    assert np.array_equal(weighed, weighed.T)
+    # Weights are one on average, and the norm gives all tokens of a block inputs of about one length.
+    assert 0.5 < np.trace(weighed) / np.trace(alike) < 2
+    assert not np.allclose(weighed, alike, rtol=0.05)
+
+
+def test_an_expert_that_matters_more_keeps_larger_moments() -> None:
+    sums = HessianSums({"e.weight": (2, 4)})
+    x = np.eye(4, dtype=np.float32)
+    sums.add("e.weight", 0, x, np.full(4, 3, np.float32))
+    sums.add("e.weight", 1, x, np.full(4, 1, np.float32))
+    for _ in range(2):
+        assert np.array_equal(sums.tensors()["e.weight"], np.stack([1.5 * x, 0.5 * x]))
+        assert [*sums.tensors()["e.weight.counts"]] == [4, 4]
+
+
+def test_rows_of_which_one_counts_most_are_worth_little_more_than_one() -> None:
+    sums = HessianSums({"a.weight": (1, 4)})
+    rows = np.random.default_rng(1).standard_normal((100, 4)).astype(np.float32)
+    weights = np.where(np.arange(100) == 7, np.float32(1000), np.float32(1))
+    sums.add("a.weight", 0, rows, weights)
+    found = sums.tensors()
+    assert [*found["a.weight.counts"]] == [1]
+    expected = (rows.T * weights) @ rows / weights.mean() / 100
+    assert np.allclose(found["a.weight"], expected, rtol=1e-5)
+
+
+def test_what_cannot_be_read_backward_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    _, quantised, text = tiny
+    with pytest.raises(
+        InputError,
+        match=r"llama\.gguf: general\.architecture: expected glm4moe, found llama; with --no-grad",
+    ):
+        collect_hessians(
+            write_base(tmp_path / "llama.gguf"),
+            text,
+            tmp_path / "m",
+            HessianSettings(gradients=True),
+        )
+    with pytest.raises(
+        InputError,
+        match=r"q\.gguf: .*: expected BF16, F16, F32, found Q6_K, and so 39 tensors; with",
+    ):
+        collect_hessians(
+            quantised, text, tmp_path / "m", HessianSettings(CONTEXT, 1, gradients=True)
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["llama.gguf"]
+
+
+def test_a_model_that_says_nothing_is_told_and_nothing_left(tiny: Tiny, tmp_path: Path) -> None:
+    base = tmp_path / "base.gguf"
+    base.write_bytes(tiny[0].read_bytes())
+    replace_weight(base, "blk.3.attn_v.weight", 7, 0x7FC0)
+    with pytest.raises(
+        ToolError,
+        match=r"output\.weight: what comes out is NaN or infinite: the model says nothing",
+    ):
+        collect_hessians(base, tiny[2], tmp_path / "m", HessianSettings(CONTEXT, 1))
+    assert [p.name for p in tmp_path.iterdir()] == ["base.gguf"]
+
+
+def test_what_reading_backward_takes_is_told_before_it_begins(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The sums, the largest block or the output in F32, and of one thread four arrays of logits and a product."""
+    attention, routing, norms = (
+        256 * (256 + 128 + 128 + 256) + 256 + 128 + 128 + 64 + 64,
+        8 * 256 + 8,
+        2 * 256,
+    )
+    words, block = 4096, (8 + 1) * 3 * 256**2 + attention + routing + norms
+    needed = 4 * 256**2 + 4 * max(words * 256, block) + 4 * (4 * CONTEXT * words + 256**2)
+    for free, refused in ((needed - 1, True), (2 * needed, False)):
+        monkeypatch.setattr(toolchain, "free_memory", lambda free=free: free)
+        if refused:
+            with pytest.raises(
+                InputError, match=f"expected {needed:,} bytes of memory, found {free:,} free"
+            ):
+                collect_hessians(
+                    tiny[0],
+                    tiny[2],
+                    tmp_path / "m",
+                    HessianSettings(CONTEXT, 1, only="output.weight"),
+                )
+        else:
+            collect_hessians(
+                tiny[0], tiny[2], tmp_path / "m", HessianSettings(CONTEXT, 1, only="output.weight")
+            )

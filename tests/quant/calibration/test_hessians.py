@@ -1,0 +1,419 @@
+"""Second moments: held against llama-imatrix, which sums their diagonals, and what is refused."""
+
+import ctypes
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from quant.calibration import hessian_collector, hessians, imatrix_file
+from quant.calibration.hessian_collector import GraphTensor, HessianCollector
+from quant.calibration.hessians import FORM, Hessians, HessianSettings, collect_hessians
+from quant.core import files
+from quant.errors import InputError, ToolError
+from quant.llama import toolchain
+from quant.llama.gguf import read_header
+from quant.llama.model import LIBRARY
+from quant.llama.toolchain import find_toolchain
+from tests.quant.quantize.engine.models import write_base
+
+RNG = np.random.default_rng(1)
+CHUNKS = 4
+Tiny = tuple[Path, Path, Path]
+
+
+def write(path: Path, change: dict[str, Any] | None = None, **about: Any) -> Path:
+    """A file of moments: one matrix, and one of three experts of which the second saw too little."""
+    x = RNG.normal(size=(3, 40, 8)).astype(np.float32)
+    sums = x.swapaxes(1, 2) @ x
+    tensors = {
+        "a.weight": sums[0],
+        "a.weight.counts": np.array([40]),
+        "e.weight": sums,
+        "e.weight.counts": np.array([40, 31, 32]),
+    } | (change or {})
+    save_file(
+        {k: v for k, v in tensors.items() if v is not None},
+        path,
+        {"moments": json.dumps({"form": FORM} | about)},
+    )
+    return path
+
+
+def test_moments_are_means_and_what_saw_too_little_is_not_known(tmp_path: Path) -> None:
+    sums = np.full((3, 8, 8), 64, np.float32)
+    found = Hessians.open(write(tmp_path / "m", {"e.weight": sums}, base="it"), "it")
+    assert [*found.counts] == ["a.weight", "e.weight"]
+    assert (found.columns("a.weight"), found.columns("other.weight")) == (8, None)
+    means = [found.of("e.weight", n) for n in range(3)]
+    assert means[0] is not None and means[2] is not None
+    assert means[1] is None
+    assert means[0].shape == (8, 8)
+    assert (means[0] == np.float32(1.6)).all() and (means[2] == 2).all()
+    assert found.of("other.weight") is None
+
+
+BROKEN: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
+    (
+        {},
+        {"base": "other"},
+        "of another model: expected the moments of the base it, found those of other",
+    ),
+    ({}, {"form": "quant-moments-9"}, "form: expected quant-moments-1, found quant-moments-9"),
+    ({"a.weight.counts": None}, {}, "a.weight.counts: expected 1 numbers in I64, found None"),
+    (
+        {"e.weight.counts": np.array([40, 40])},
+        {},
+        r"e.weight.counts: expected 3 numbers in I64, found \(\[2\], 'I64'\)",
+    ),
+    ({"a.weight": None}, {}, "a.weight.counts: expected a matrix a.weight, found none"),
+    (
+        {"a.weight": np.ones((8, 7), np.float32)},
+        {},
+        r"a.weight: expected squares in F32, found \[8, 7\] in F32",
+    ),
+    (
+        {"a.weight": np.ones((8, 8))},
+        {},
+        r"a.weight: expected squares in F32, found \[8, 8\] in F64",
+    ),
+)
+
+
+@pytest.mark.parametrize(("change", "about", "problem"), BROKEN)
+def test_a_file_of_another_model_or_form_is_refused(
+    change: dict[str, Any], about: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=problem):
+        Hessians.open(write(tmp_path / "m", change, **{"base": "it"} | about), "it")
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", base="it").read_bytes()
+    for name, data in (("short", whole[:-4]), ("gguf", b"GGUF" * 99), ("empty", b"")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(
+            InputError,
+            match=f"{name}: expected a whole file of moments, found another or a damaged",
+        ):
+            Hessians.open(tmp_path / name)
+    save_file({"x": np.ones(2)}, tmp_path / "foreign")
+    with pytest.raises(InputError, match="form: expected quant-moments-1, found None"):
+        Hessians.open(tmp_path / "foreign")
+    with pytest.raises(InputError, match="none: cannot be read"):
+        Hessians.open(tmp_path / "none")
+
+
+def test_numbers_that_are_none_are_told_by_their_tensor(tmp_path: Path) -> None:
+    sums = np.ones((8, 8), np.float32)
+    sums[3, 4] = np.nan
+    found = Hessians.open(write(tmp_path / "m", {"a.weight": sums}))
+    with pytest.raises(InputError, match=r"m: a\.weight: expected numbers, found NaN"):
+        found.of("a.weight")
+
+
+# ---- what is refused before anything begins
+
+
+def test_too_little_memory_or_disk_is_refused_with_both_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_base(tmp_path / "base.gguf")
+    (tmp_path / "text").write_text("x")
+    monkeypatch.setattr(toolchain, "free_memory", lambda: 2_097_151)
+    monkeypatch.setattr(hessians.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_048_575))  # type: ignore[attr-defined]
+    with pytest.raises(InputError) as refused:
+        collect_hessians(
+            base, tmp_path / "text", tmp_path / "m", HessianSettings(only="output.weight")
+        )
+    memory, disk = refused.value.problems
+    assert (
+        "expected 2,097,152 bytes of memory, found 2,097,151 free; take some tensors at a time with --only"
+        in memory
+    )
+    assert f"{tmp_path / 'm'}: expected 1,048,576 bytes free on its disk, found 1,048,575" in disk
+
+
+@pytest.mark.parametrize(
+    ("only", "problem"),
+    [
+        (
+            r"blk\.0\.attn_q",
+            r"base\.gguf: expected matrices called .*, as output\.weight is, found none",
+        ),
+        (
+            "token_embd.weight",
+            "found none",
+        ),  # nothing is multiplied with it: the model has an output of its own
+        ("(", r"--only: expected a regular expression, found '\('"),
+    ],
+)
+def test_only_has_to_name_something(only: str, problem: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf")
+    with pytest.raises(InputError, match=problem):
+        collect_hessians(base, tmp_path / "none", tmp_path / "m", HessianSettings(only=only))
+
+
+def test_a_text_that_is_not_there_is_named(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf")
+    with pytest.raises(InputError, match="none: cannot be read"):
+        collect_hessians(base, tmp_path / "none", tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+# ---- the sums
+
+
+class FakeLibrary(SimpleNamespace):
+    """As if everything lay in main memory."""
+
+    plain, by_expert = 1, 2
+
+    def is_host(self, _: GraphTensor) -> bool:
+        return True
+
+
+def tensor(values: NDArray[Any], name: str = "", **fields: Any) -> GraphTensor:
+    """The head of an array, as ggml would write it; dimensions of one are put in front."""
+    shape, strides = (
+        (1,) * (4 - values.ndim) + values.shape,
+        (0,) * (4 - values.ndim) + values.strides,
+    )
+    made = GraphTensor(type=0, data=values.ctypes.data, name=name.encode(), **fields)
+    made.ne[:], made.nb[:] = shape[::-1], strides[::-1]
+    return made
+
+
+def node(op: int, *src: GraphTensor) -> GraphTensor:
+    made = GraphTensor(op=op)
+    made.src[: len(src)] = [ctypes.addressof(s) for s in src]
+    return made
+
+
+def watcher(experts: int, n: int) -> HessianCollector:
+    return HessianCollector(FakeLibrary(), {"a.weight": (experts, n)})  # type: ignore[arg-type]
+
+
+def test_matrices_of_one_tensor_are_summed_over_the_inputs_that_each_serves() -> None:
+    x = RNG.integers(-9, 9, (2, 6, 5, 4)).astype(np.float32)  # 2 x 6 inputs for 1 x 3 matrices
+    weight, inputs = tensor(np.ones((3, 7, 4), np.float32), "a.weight"), tensor(x)
+    seen, product = watcher(3, 4), node(1, weight, inputs)
+    assert seen(ctypes.addressof(product), True, None) and seen(
+        ctypes.addressof(product), False, None
+    )
+    expected = np.zeros((3, 4, 4))
+    for i3, i2 in np.ndindex(2, 6):
+        expected[i2 // 2] += x[i3, i2].T @ x[i3, i2]  # ggml_compute_forward_mul_mat: i02 = i12 / r2
+    assert np.array_equal(seen.sums.products["a.weight"], expected)
+    assert [*seen.sums.counts["a.weight"]] == [2 * 2 * 5] * 3
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids=["a row for all experts of a token", "a row for each"])
+def test_each_expert_is_summed_over_the_rows_that_it_saw(rows: int) -> None:
+    ids = RNG.integers(0, 5, (50, 8)).astype(np.int32)[
+        :, :3
+    ]  # of a longer row, as the router's order is
+    x = RNG.integers(-9, 9, (50, rows, 4)).astype(np.float32)
+    weight, inputs, chosen = (
+        tensor(np.ones((6, 7, 4), np.float32), "a.weight"),
+        tensor(x),
+        tensor(ids),
+    )
+    seen, product = watcher(6, 4), node(2, weight, inputs, chosen)
+    for _ in range(2):
+        assert seen(ctypes.addressof(product), False, None)
+    expected, counts = np.zeros((6, 4, 4)), np.zeros(6, int)
+    for t, place in np.ndindex(50, 3):
+        expected[ids[t, place]] += 2 * np.outer(x[t, place % rows], x[t, place % rows])
+        counts[ids[t, place]] += 2
+    assert np.array_equal(seen.sums.products["a.weight"], expected)
+    assert [*seen.sums.counts["a.weight"]] == [*counts]
+    assert counts[5] == 0
+    assert seen.sums.tensors().keys() == {"a.weight", "a.weight.counts"}
+    assert not watcher(6, 4).sums.tensors()
+
+
+def test_a_failure_is_kept_and_ends_the_reading() -> None:
+    x = np.ones((3, 4), np.float32)
+    x[1, 2] = np.inf
+    seen, inputs, weight = watcher(1, 4), tensor(x), tensor(np.ones((7, 4), np.float32), "a.weight")
+    product = node(1, weight, inputs)
+    with np.errstate(invalid="ignore"):
+        assert not seen(ctypes.addressof(product), False, None)
+    assert "a.weight: what goes into it is NaN or infinite" in str(seen.failure)
+    stranger = tensor(np.ones((7, 4), np.float32), "b.weight")
+    assert not seen(ctypes.addressof(node(1, stranger, inputs)), True, None)
+    assert not seen(ctypes.addressof(node(3, weight, inputs)), True, None)
+
+
+# ---- with llama.cpp
+
+
+@pytest.fixture(scope="module")
+def seen(
+    tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Hessians, imatrix_file.ImatrixData]:
+    """The moments of the tiny model, and what llama-imatrix sums over the same chunks."""
+    base, _, text = tiny
+    folder = tmp_path_factory.mktemp("moments")
+    found = collect_hessians(
+        base, text, folder / "m.safetensors", HessianSettings(chunks=CHUNKS, gradients=False)
+    )
+    command: list[str | Path] = [
+        "-m",
+        base,
+        "-f",
+        text,
+        "-o",
+        "i.gguf",
+        "--chunks",
+        str(CHUNKS),
+        "-t",
+        "2",
+        "--no-ppl",
+    ]
+    command += ["--parse-special", "--process-output", "-c", "512", "-b", "512", "-ub", "512"]
+    find_toolchain().run("llama-imatrix", command, cwd=folder, log=folder / "log")
+    return found, imatrix_file.load_imatrix(folder / "i.gguf")
+
+
+@pytest.mark.tools
+def test_the_diagonal_is_what_llama_imatrix_sums(
+    seen: tuple[Hessians, imatrix_file.ImatrixData],
+) -> None:
+    found, expected = seen
+    assert {
+        "output.weight",
+        "blk.1.ffn_down_exps.weight",
+        "blk.1.attn_q.weight",
+    } <= found.counts.keys()
+    assert found.counts.keys() <= expected.entries.keys()
+    for name, counts in found.counts.items():
+        entry = expected.entries[name]
+        assert [*counts] == [*entry.counts], name
+        for expert, sums in enumerate(entry.sums.reshape(len(counts), -1)):
+            mean = found.of(name, expert)
+            assert (mean is None) == (counts[expert] < 32)
+            if mean is not None:
+                assert np.allclose(mean.diagonal(), sums / counts[expert], rtol=1e-5, atol=0), (
+                    name,
+                    expert,
+                )
+
+
+@pytest.mark.tools
+def test_every_matrix_that_read_text_goes_through_was_observed(
+    seen: tuple[Hessians, imatrix_file.ImatrixData],
+    tiny: Tiny,
+) -> None:
+    found, base = seen[0], tiny[0]
+    assert (
+        found.counts.keys()
+        == hessians._matrices(base, read_header(base).tensors, None, embedding=False).keys()
+    )
+    assert not [
+        n
+        for n in found.counts
+        if ".nextn." in n or "norm" in n or "gate_inp" in n or n.startswith("token_embd")
+    ]
+    assert {n: found.columns(n) for n in found.counts} == {
+        n: read_header(base).by_name[n].shape[0] for n in found.counts
+    }
+    about = {"form", "base", "text", "context", "chunks", "llama.cpp"}
+    assert found.about.keys() == about
+    assert (found.about["base"], found.about["chunks"]) == (files.hash_file(base), CHUNKS)
+
+
+@pytest.mark.tools
+def test_moments_are_symmetric_and_no_direction_is_below_zero(
+    seen: tuple[Hessians, imatrix_file.ImatrixData],
+) -> None:
+    for name, counts in seen[0].counts.items():
+        for expert in range(len(counts)):
+            mean = seen[0].of(name, expert)
+            if mean is not None:
+                assert np.array_equal(mean, mean.T), name
+                values = np.linalg.eigvalsh(mean.astype(np.float64))
+                assert values[-1] > 0
+                assert values[0] > -1e-6 * values[-1], name
+
+
+@pytest.mark.tools
+def test_only_some_are_written_and_to_the_byte_what_they_are_among_all(
+    seen: tuple[Hessians, imatrix_file.ImatrixData],
+    tiny: Tiny,
+    tmp_path: Path,
+) -> None:
+    base, _, text = tiny
+    name = "blk.1.ffn_down_exps.weight"
+    paths = tmp_path / "one", tmp_path / "other"
+    found = [
+        collect_hessians(
+            base,
+            text,
+            p,
+            HessianSettings(chunks=CHUNKS, gradients=False, only=r"blk\.1\.ffn_down_exps\.weight"),
+        )
+        for p in paths
+    ]
+    assert [*found[0].counts] == [name]
+    assert np.array_equal(found[0].of(name, 0), seen[0].of(name, 0))  # type: ignore[arg-type]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "other"]
+    with pytest.raises(
+        InputError, match="one: of another model: expected the moments of the base 123"
+    ):
+        Hessians.open(paths[0], "123")
+
+
+@pytest.mark.tools
+def test_a_text_that_fills_no_chunk_is_refused_and_nothing_left(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "short").write_text("def double(x):\n")
+    with pytest.raises(
+        InputError, match="short: expected at least one chunk of 512 tokens, found fewer"
+    ):
+        collect_hessians(tiny[0], tmp_path / "short", tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["short"]
+
+
+@pytest.mark.tools
+def test_a_model_that_says_nothing_is_told_by_the_matrix(tiny: Tiny, tmp_path: Path) -> None:
+    header = read_header(tiny[0])
+    data = bytearray(tiny[0].read_bytes())
+    start = header.data_start + header.by_name["token_embd.weight"].offset
+    data[start : start + header.by_name["token_embd.weight"].bytes] = b"\xc0\x7f" * (
+        header.by_name["token_embd.weight"].elements
+    )
+    (tmp_path / "broken.gguf").write_bytes(data)
+    with pytest.raises(
+        ToolError, match=r"blk\.0\.attn_q\.weight: what goes into it is NaN or infinite"
+    ):
+        collect_hessians(
+            tmp_path / "broken.gguf",
+            tiny[2],
+            tmp_path / "m",
+            HessianSettings(chunks=1, gradients=False, only=".*attn_q.*"),
+        )
+
+
+@pytest.mark.tools
+def test_a_layout_that_does_not_fit_the_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shifted(ctypes.Structure):
+        _fields_ = tuple(f for f in GraphTensor._fields_ if f[0] != "view_offs")
+
+    monkeypatch.setenv(LIBRARY, str(find_toolchain().bin.parent / "lib"))
+    assert hessian_collector.GraphLibrary().plain != hessian_collector.GraphLibrary().by_expert
+    monkeypatch.setattr(hessian_collector, "GraphTensor", Shifted)
+    with pytest.raises(
+        SystemExit,
+        match=r"libggml-base\.so: ggml_tensor: .*: expected .*, found .*: of another version",
+    ):
+        hessian_collector.GraphLibrary()
+    monkeypatch.setenv(LIBRARY, "/nowhere")
+    with pytest.raises(SystemExit, match=r"/nowhere/libggml-base\.so: cannot be loaded"):
+        hessian_collector.GraphLibrary()

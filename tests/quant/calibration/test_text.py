@@ -1,0 +1,213 @@
+"""The calibration text: every document in the model's own words, always in the same order."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quant.calibration.documents import Document
+from quant.calibration.text import (
+    CalibrationText,
+    find_turn_marker,
+    held_out_texts,
+    render_for_model,
+)
+from quant.calibration.text import build_calibration_text as calibrate_with
+from quant.chat.engines import SpecialTokens, write_mute_model
+from quant.chat.template import ChatTemplate
+from quant.core.store import Store
+from quant.errors import InputError
+from quant.llama import toolchain
+from quant.llama.model_file import ModelFile
+from quant.llama.tokenizer import Tokenizer
+from quant.plan.load import load_model
+from quant.plan.recipe import ModelRecipe
+from tests.models.twins import TINY_GLM
+
+TEMPLATE = ChatTemplate(
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{{ '+' if enable_thinking else '-' }}{{ tools | length if tools else 'no tools' }}",
+    "0",
+)
+MESSAGES: tuple[dict[str, Any], ...] = (
+    {"role": "user", "content": "Grüße"},
+    {"role": "assistant", "content": "Hi"},
+)
+
+
+def document(name: str = "a", **more: Any) -> Document:
+    return replace(Document(name, "en", False, MESSAGES), **more)
+
+
+def test_a_document_is_rendered_with_the_models_template() -> None:
+    assert render_for_model(document(), TEMPLATE) == "[user]Grüße[assistant]Hi-no tools"
+    assert (
+        render_for_model(document(thinking=True, tools=({}, {})), TEMPLATE)
+        == "[user]Grüße[assistant]Hi+2"
+    )
+
+
+def test_without_a_template_messages_are_paragraphs() -> None:
+    silent = ({"role": "assistant", "content": None}, {"role": "assistant"})
+    assert render_for_model(document(messages=(*MESSAGES, *silent)), None) == "Grüße\n\nHi\n\n\n\n"
+
+
+def test_a_document_that_cannot_be_rendered_is_named() -> None:
+    broken = ChatTemplate("{{ raise_exception('no') }}", "0")
+    with pytest.raises(
+        InputError, match=r"^calibration document greeting: chat template: cannot render .*: no"
+    ):
+        render_for_model(document("greeting"), broken)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
+    """A model that can only count its tokens."""
+    path = tmp_path_factory.mktemp("base") / "mute.gguf"
+    write_mute_model(path, TEMPLATE.text, SpecialTokens())
+    return ModelFile.open(path)
+
+
+def calibrate(
+    model: ModelRecipe, template: ChatTemplate | None, base: ModelFile, store: Store
+) -> CalibrationText:
+    return calibrate_with(model, template, base, toolchain.find_toolchain(), store)
+
+
+def a_set(path: Path, *names: str) -> Path:
+    path.write_text(
+        "".join(
+            json.dumps({"id": n, "messages": [{"role": "user", "content": n}]}) + "\n"
+            for n in names
+        )
+    )
+    return path
+
+
+def of(path: Path, **more: Any) -> ModelRecipe:
+    model = load_model("tiny-glm")[0]
+    return replace(model, imatrix=replace(model.imatrix, calibration=str(path), **more))
+
+
+@pytest.mark.tools
+def test_the_text_holds_every_document_but_those_held_out_and_is_made_once(
+    base: ModelFile, tmp_path: Path
+) -> None:
+    names = [f"document number {n} with some words of its own like {n * n}" for n in range(60)]
+    model, store = of(a_set(tmp_path / "mine.jsonl", *names)), Store(tmp_path / "store")
+    made = calibrate(model, TEMPLATE, base, store)
+    text = made.path.read_text()
+    assert made.held_out is not None
+    held = held_out_texts(made.held_out)
+    assert made.name == "mine" and made.documents + len(held) == 60 and 0 < len(held) < 20
+    read = [line.removeprefix("[user]").removesuffix("-no tools") for line in text.splitlines()]
+    assert sorted([*read, *(d.id for d in held)]) == sorted(names)
+    assert not any(d.text.strip() in text for d in held)
+    assert (
+        held_out_texts(made.held_out, "mine") == held
+        and held_out_texts(made.held_out, "other") == ()
+    )
+    assert made.receipt.bytes == len(text.encode())
+    assert calibrate(model, TEMPLATE, base, store) == made
+    assert len(list((tmp_path / "store" / "calibrate").iterdir())) == 1
+
+
+@pytest.mark.tools
+def test_another_template_set_or_context_is_another_text(base: ModelFile, tmp_path: Path) -> None:
+    path = a_set(tmp_path / "mine.jsonl", *map(str, range(20)))
+    store = Store(tmp_path / "store")
+    made = [calibrate(of(path), TEMPLATE, base, store), calibrate(of(path), None, base, store)]
+    made.append(calibrate(of(path, context=64), TEMPLATE, base, store))
+    a_set(path, *map(str, range(21)))
+    made.append(calibrate(of(path), TEMPLATE, base, store))
+    assert len({m.path for m in made}) == 4
+
+
+@pytest.mark.tools
+def test_the_same_set_is_rendered_to_the_same_bytes_whatever_the_order_of_its_lines(
+    base: ModelFile, tmp_path: Path
+) -> None:
+    names = [f"n{n}" for n in range(20)]
+    found = []
+    for n, order in enumerate((names, names, names[::-1])):
+        made = calibrate(
+            of(a_set(tmp_path / "mine.jsonl", *order)),
+            TEMPLATE,
+            base,
+            Store(tmp_path / f"store-{n}"),
+        )
+        assert made.held_out is not None
+        found.append((made.path.read_bytes(), made.held_out.read_bytes(), made.facts))
+    assert found[0] == found[1] == found[2]
+    lines = found[0][0].decode().splitlines()
+    assert [line[len("[user]") : -len("-no tools")] for line in lines] != names  # mixed
+
+
+@pytest.mark.tools
+def test_what_says_nearly_the_same_is_read_once(base: ModelFile, tmp_path: Path) -> None:
+    words = " ".join(f"word{n}" for n in range(100))
+    path = a_set(tmp_path / "mine.jsonl", *(f"{words} {n}" for n in range(12)), "something else")
+    made = calibrate(of(path), TEMPLATE, base, Store(tmp_path / "store"))
+    assert made.facts["near_duplicates"] == 11
+    assert made.path.read_text().count(words) + made.facts["held_out"] <= 2
+
+
+@pytest.mark.tools
+def test_the_tokens_are_counted_and_chunks_begin_where_documents_begin(
+    base: ModelFile, tmp_path: Path
+) -> None:
+    chance = random.Random(3)
+    names = [
+        f"{n} " + "x" * chance.randint(10, 200) + chance.choice("abc") * 30 + str(n)
+        for n in range(300)
+    ]
+    marked = ChatTemplate("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", "0")
+    made = calibrate(
+        of(a_set(tmp_path / "mine.jsonl", *names), context=256),
+        marked,
+        base,
+        Store(tmp_path / "store"),
+    )
+    tokenizer = Tokenizer(base.path, toolchain.find_toolchain())
+    ids, [user] = tokenizer.ids(made.path.read_text()), tokenizer.ids("<|user|>")
+    assert made.tokens == len(ids)
+    starts = [ids[n] == user for n in range(0, len(ids), 256)]
+    assert starts.count(False) == made.facts["needless_cuts"]
+    assert starts.count(True) > 0.4 * len(
+        starts
+    )  # were they taken as they come, one in a hundred would be
+
+
+def test_the_turn_of_the_user_is_found_in_templates_of_many_families() -> None:
+    families = {
+        "<|user|>\n": (TINY_GLM / "chat_template.jinja").read_text(),
+        "<|im_start|>user\n": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+        "<u>": "{{ 'You are good.' }}{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}",
+        "": "{{ raise_exception('no') }}",
+    }
+    assert {
+        marker: find_turn_marker(ChatTemplate(text, "0")) for marker, text in families.items()
+    } == {m: m for m in families}
+    assert find_turn_marker(None) == ""
+
+
+@pytest.mark.tools
+def test_every_document_that_a_template_refuses_is_named(base: ModelFile, tmp_path: Path) -> None:
+    refusing = ChatTemplate(
+        "{% if 'bad' in messages[0].content %}{{ raise_exception('no') }}{% endif %}", "0"
+    )
+    path = a_set(
+        tmp_path / "mine.jsonl",
+        *(f"good {n}" for n in range(9)),
+        "bad one",
+        "bad two",
+        "bad three",
+        "bad four",
+    )
+    with pytest.raises(InputError) as caught:
+        calibrate(of(path), refusing, base, Store(tmp_path / "store"))
+    assert len(caught.value.problems) >= 2
+    assert all(p.startswith("calibration document mine: bad ") for p in caught.value.problems)

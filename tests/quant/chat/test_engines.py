@@ -1,0 +1,199 @@
+"""Rendering in a child that has little time, memory and room, and by a real llama-server; neither leaves anything behind."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from quant.chat.conversations import BATTERY, Conversation, calls, result, user
+from quant.chat.engines import (
+    NOT_TRIED,
+    SpecialTokens,
+    as_a_server_does,
+    hopeless,
+    render_by_server,
+    render_in_sandbox,
+    write_mute_model,
+)
+from quant.chat.rules import Rendering, RenderRequest, find_disagreements, list_requests
+from quant.chat.sandbox import SandboxLimits
+from quant.errors import ToolError
+from quant.llama.gguf import read_header
+from quant.llama.toolchain import find_toolchain
+from tests.quant.chat.test_rules import FAMILIES, MADE, ORIGINALS, PATCHED
+
+ONE = Conversation("one", (user("Hello"),))
+ASKS = [
+    RenderRequest(ONE, "default", "prompt", 1, None),
+    RenderRequest(ONE, "off", "prompt", 1, False),
+]
+FIRST, SECOND = (ask.name for ask in ASKS)
+
+
+def child(template: str, **limits: float) -> tuple[Rendering, Rendering]:
+    """What becomes of the first ask, and of one behind it."""
+    made = render_in_sandbox(template, ASKS, limits=SandboxLimits(**limits))  # type: ignore[arg-type]
+    return made[FIRST], made[SECOND]
+
+
+def test_the_child_renders_what_is_rendered_here() -> None:
+    assert render_in_sandbox(PATCHED["glm-4.6"], list_requests(BATTERY)) == MADE["glm-4.6"]
+
+
+def test_the_child_gives_variables_tokens_and_tools() -> None:
+    template = (
+        "{{ bos_token }}{{ eos_token }}{{ enable_thinking }}{{ tools }}{{ add_generation_prompt }}"
+    )
+    made = render_in_sandbox(template, ASKS, tokens=SpecialTokens("B", "E"))
+    assert [made[name].text for name in (FIRST, SECOND)] == ["BENoneTrue", "BEFalseNoneTrue"]
+
+
+def test_a_template_that_does_not_end_is_ended() -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    first, second = child(endless, seconds=0.2)
+    assert first == Rendering(None, "chat template: rendering takes longer than 0.2 s")
+    assert second.error == f"{NOT_TRIED} ({first.error})"
+
+
+def test_a_long_calculation_is_ended_too() -> None:
+    assert (
+        child("{{ 9 ** (9 ** 9) }}", seconds=0.2)[0].error
+        == "chat template: rendering takes longer than 0.2 s"
+    )
+
+
+def test_what_python_does_not_end_the_kernel_ends() -> None:
+    first, second = child("{{ 9 ** (9 ** 9) }}", seconds=99, all_seconds=1)
+    assert first.error.startswith("chat template: the renderer was ended by SIG")
+    assert first.error.endswith(", at its limit of time or memory")
+    assert second.error.startswith(NOT_TRIED)
+
+
+def test_a_text_that_takes_all_memory_is_refused() -> None:
+    first, second = child("{{ 'x' * (2 ** 33) }}")
+    assert first == Rendering(None, "chat template: rendering takes more than 512 MiB of memory")
+    assert second.error.startswith(NOT_TRIED)
+
+
+def test_a_text_that_is_too_long_is_refused() -> None:
+    first, _ = child("{{ 'x' * 1001 }}", characters=1000)
+    assert first == Rendering(None, "chat template: the text is longer than 1,000 characters")
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("a\n{% for %}", "Expected an expression, got 'end of statement block' (line 2, column 8)"),
+        (
+            "\n\n{{ ''.__class__.__mro__ }}",
+            "access to attribute '__class__' of 'str' object is unsafe. (line 3)",
+        ),
+        ("{{ x.y.z }}", "'x' is undefined (line 1)"),
+    ],
+)
+def test_what_is_wrong_in_a_template_is_said_in_a_line_with_its_number(
+    template: str, words: str
+) -> None:
+    first, second = child(template)
+    assert first.error == second.error == f"chat template: cannot render the conversation: {words}"
+
+
+def test_the_child_sees_no_token_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    seen = []
+    monkeypatch.setattr("quant.core.process.run_program", lambda *_, env, **__: seen.append(env))
+    render_in_sandbox("x", ASKS)
+    assert "HF_TOKEN" not in seen[0] and seen[0]["HF_HUB_OFFLINE"] == "1"
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
+
+
+def test_a_child_that_wrote_nothing_is_told() -> None:
+    made = render_in_sandbox("x", ASKS, engine="no such engine")
+    assert made[FIRST].error == "chat template: the renderer exited with 1"
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        (["", ""], None),
+        (["e", ""], None),
+        (["e", "f"], "f"),
+        (["e", f"{NOT_TRIED} (e)"], "e"),
+    ],
+)
+def test_there_is_something_to_judge_unless_all_fails_or_a_limit_was_reached(
+    errors: list[str], expected: str | None
+) -> None:
+    made = {str(n): Rendering(None if error else "text", error) for n, error in enumerate(errors)}
+    assert hopeless(made) == expected
+
+
+def test_arguments_are_decoded_as_a_server_does_it() -> None:
+    given = [user("a"), calls('{"a": 1}', {"b": 2}, None, "no JSON"), result("c")]
+    decoded = as_a_server_does(given)
+    assert [call["function"]["arguments"] for call in decoded[1]["tool_calls"]] == [
+        {"a": 1},
+        {"b": 2},
+        None,
+        "no JSON",
+    ]
+    assert given[1]["tool_calls"][0]["function"]["arguments"] == '{"a": 1}'
+    odd = {
+        "role": "assistant",
+        "tool_calls": [{"name": "flat"}, {"function": "text"}, "text", None],
+    }
+    odder = {"role": "assistant", "tool_calls": "text"}
+    assert as_a_server_does([odd, odder]) == [odd, odder]
+
+
+def test_the_mute_model_holds_the_template_and_every_tag_as_one_token(tmp_path: Path) -> None:
+    write_mute_model(tmp_path / "mute.gguf", "{{ x }}", SpecialTokens("<s>", "</s>"))
+    header = read_header(tmp_path / "mute.gguf")
+    tokens = header.metadata["tokenizer.ggml.tokens"]
+    assert header.metadata["tokenizer.chat_template"] == "{{ x }}"
+    assert tokens[header.metadata["tokenizer.ggml.bos_token_id"]] == "<s>"
+    assert tokens[header.metadata["tokenizer.ggml.eos_token_id"]] == "</s>"
+    assert len(set(tokens)) == len(tokens) and "<tool_call>" in tokens
+    assert (tmp_path / "mute.gguf").stat().st_size < 10**6
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_makes_the_same_of_the_battery(family: str) -> None:
+    theirs = render_in_sandbox(PATCHED[family], list_requests(BATTERY), "transformers")
+    assert list(find_disagreements("transformers", theirs, MADE[family], BATTERY)) == []
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_server_makes_the_same_of_the_battery(family: str) -> None:
+    theirs = render_by_server(PATCHED[family], list_requests(BATTERY), find_toolchain())
+    assert len(theirs) > 200
+    assert list(find_disagreements("llama-server", theirs, MADE[family], BATTERY)) == []
+
+
+@pytest.mark.tools
+def test_llama_server_shows_where_the_original_goes_wrong() -> None:
+    battery = tuple(
+        c for c in BATTERY if c.name in ("one turn", "a result as parts", "a call, content null")
+    )
+    theirs = render_by_server(ORIGINALS["glm-4.7"], list_requests(battery), find_toolchain())
+    found = {
+        f.conversation for f in find_disagreements("llama-server", theirs, MADE["glm-4.7"], battery)
+    }
+    assert found == {"a result as parts"}
+    assert "<tool_response></tool_response>" in str(
+        theirs["a result as parts, thinking off, prompt 3"].text
+    )
+
+
+@pytest.mark.tools
+def test_a_template_that_the_server_cannot_read_is_told_with_its_words() -> None:
+    with pytest.raises(ToolError, match="llama-server does not come up") as caught:
+        render_by_server("{% for %}", ASKS, find_toolchain())
+    assert "last words" in str(caught.value)

@@ -1,0 +1,162 @@
+"""Sending to the hub's storage: unseen, once, and no faster than it may."""
+
+from pathlib import Path
+
+import pytest
+
+from quant.core import files
+from quant.hub.upload import Destination, RateLimiter, upload_variant
+from quant.release.publish import plan_change, publish_release
+from tests.hub import Fault, Hub
+from tests.quant.release.test_publish import (
+    CONTENT,
+    REPO,
+    forget,
+    held,
+    made,
+    paths_of,
+    shown,
+    write_release,
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Use 'content="
+)  # the hub's client to its own HTTP library
+LARGE = {name: data for name, data in CONTENT.items() if name.endswith(".gguf")}
+
+
+class Clock:
+    """Time that passes only where somebody waits."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        assert seconds > 0
+        self.now += seconds
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_release(tmp_path / "tiny")
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the limiter was asked to let pass."""
+    taken: list[int] = []
+    monkeypatch.setattr(RateLimiter, "take", lambda _self, count: taken.append(count))
+    return taken
+
+
+def early(folder: Path, *names: str, limit: int | None = None) -> None:
+    placed = {name: folder / name for name in names}
+    upload_variant(
+        placed,
+        [files.make_receipt(path, folder) for path in placed.values()],
+        Destination(REPO, limit=limit),
+    )
+
+
+def test_at_no_time_has_more_passed_than_the_rate_allows_but_for_one_piece() -> None:
+    clock = Clock()
+    limiter = RateLimiter(1000, clock, clock.wait)
+    total = 0
+    for count in (500, 500, 64, 4000, 1, 0, 936):
+        limiter.take(count)
+        assert total <= 1000 * clock.now + 1e-6
+        total += count
+    assert clock.now == pytest.approx((total - 936) / 1000)
+
+
+def test_time_in_which_nothing_was_sent_is_not_saved_up() -> None:
+    clock = Clock()
+    limiter = RateLimiter(1000, clock, clock.wait)
+    limiter.take(1000)
+    clock.now = 100.0
+    limiter.take(1000)
+    limiter.take(1000)
+    assert clock.now == pytest.approx(101.0)
+
+
+def test_every_byte_that_is_sent_passes_the_limiter(
+    the_hub: Hub, folder: Path, passed: list[int]
+) -> None:
+    publish_release(plan_change(folder, Destination(REPO, limit=10**6)))
+    assert shown(the_hub) == held(folder)
+    assert sum(passed) >= sum(map(len, held(folder).values()))
+
+
+def test_without_a_limit_nothing_is_held_up(the_hub: Hub, folder: Path, passed: list[int]) -> None:
+    publish_release(plan_change(folder, Destination(REPO)))
+    assert passed == []
+
+
+def test_what_is_sent_again_after_a_failure_passes_again(
+    the_hub: Hub, folder: Path, passed: list[int]
+) -> None:
+    upload = next(
+        n for n, path in enumerate(paths_of(the_hub, folder)) if path.startswith("/upload/")
+    )
+    early(folder, "tiny-UD-TQ1_0.gguf", limit=10**6)
+    assert sum(passed) == 800
+    forget(the_hub)
+    passed.clear()
+    the_hub.cues = {upload: Fault.BROKEN}
+    publish_release(plan_change(folder, Destination(REPO, limit=10**6)))
+    once = sum(map(len, held(folder).values()))
+    assert sum(passed) > once
+    assert shown(the_hub) == held(folder)
+
+
+def test_a_limit_keeps_the_client_from_xet_whose_speed_cannot_be_held(
+    the_hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    publish_release(plan_change(folder, Destination(REPO, limit=10**9)))
+    assert shown(the_hub) == held(folder)
+    assert not the_hub.asked("GET", "xet")
+
+
+def test_what_is_sent_early_is_seen_by_nobody_and_not_sent_again(
+    the_hub: Hub, folder: Path
+) -> None:
+    first, *others = LARGE
+    early(folder, first)
+    assert shown(the_hub) == {}
+    assert made(the_hub) == []
+    early(folder, first, *others)
+    assert shown(the_hub) == {}
+    sent = len(the_hub.asked("PUT", "^/upload/"))
+    assert sent == 1 + 3 + 3  # in parts of 2,000 bytes
+    publish_release(plan_change(folder, Destination(REPO)))
+    assert len(the_hub.asked("PUT", "^/upload/")) == sent
+    assert shown(the_hub) == held(folder)
+    assert len(made(the_hub)) == 1
+
+
+def test_whichever_request_of_sending_early_fails_the_release_is_one_commit_in_the_end(
+    the_hub: Hub, folder: Path
+) -> None:
+    early(folder, *LARGE)
+    count = len(the_hub.requests)
+    forget(the_hub)
+    for k in range(count):
+        for fault in (Fault.DROPPED, Fault.LOST):
+            the_hub.cues = {k: fault}
+            try:
+                early(folder, *LARGE)
+            except Exception as e:
+                assert "run again to continue" in str(e), e
+            the_hub.cues = {}
+            assert shown(the_hub) == {}
+            early(folder, *LARGE)
+            publish_release(plan_change(folder, Destination(REPO)))
+            assert shown(the_hub) == held(folder)
+            assert len(made(the_hub)) == 1
+            forget(the_hub)

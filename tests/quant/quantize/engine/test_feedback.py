@@ -1,0 +1,127 @@
+"""The engine with feedback: rows are brought nearer where the inputs of their matrix are known, and else are ggml's."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from quant.calibration.hessians import FORM, Hessians
+from quant.llama.gguf import read_header
+from quant.quantize.engine.job import EngineSettings
+from quant.quantize.engine.run import run_engine
+from quant.quantize.gptq.descent import Metric, refine
+from tests.quant.quantize.engine.models import job, types, write_base, write_matrix
+
+pytestmark = pytest.mark.tools
+KNOWN, EXPERTS, UNKNOWN = (
+    "blk.0.attn_q.weight",
+    "blk.0.ffn_up_exps.weight",
+    "blk.0.attn_output.weight",
+)
+EMBEDDING = "token_embd.weight"
+UNSEEN = 2
+"""An expert that saw too few tokens."""
+Model = tuple[Path, Path, Path]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A base, its imatrix, and moments of two of its tensors."""
+    folder = tmp_path_factory.mktemp("feedback")
+    base, rng = write_base(folder / "base.gguf"), np.random.default_rng(4)
+    said = (
+        rng.standard_normal((6, 400, 60)) @ rng.standard_normal((6, 60, 512))
+        + rng.standard_normal((6, 400, 512)) / 2
+    )
+    sums = np.asarray(said.transpose(0, 2, 1) @ said, np.float32)
+    counts = np.full(5, 400)
+    counts[UNSEEN] = 3
+    tensors = {
+        KNOWN: sums[5],
+        f"{KNOWN}.counts": np.array([400]),
+        EXPERTS: sums[:5].copy(),
+        f"{EXPERTS}.counts": counts,
+    }
+    save_file(tensors, folder / "m.safetensors", {"moments": json.dumps({"form": FORM})})
+    return base, write_matrix(folder / "imatrix.gguf", base), folder / "m.safetensors"
+
+
+def made(
+    model: Model, folder: Path, *, fed_back: bool, **settings: int
+) -> tuple[Path, dict[str, Any]]:
+    """A file of Q4_K, and what is said of its tensors."""
+    base, matrix, moments = model
+    out = folder / f"{'fed' if fed_back else 'plain'}.gguf"
+    doing = replace(
+        job(base, matrix, {out: types(base, "Q4_K")}), settings=EngineSettings(**settings)
+    )
+    (record,) = run_engine(
+        replace(doing, moments=moments if fed_back else None), folder / "work"
+    ).values()
+    return out, record["tensors"]
+
+
+def rows(path: Path, name: str) -> NDArray[np.uint8]:
+    """The stored rows of a tensor, of all experts."""
+    header = read_header(path)
+    tensor = header.by_name[name]
+    start = header.data_start + tensor.offset
+    data = np.frombuffer(path.read_bytes()[start : start + tensor.bytes], np.uint8)
+    return data.reshape(-1, tensor.type.bytes(tensor.shape[0]))
+
+
+def test_rows_are_what_feedback_makes_of_ggmls_where_the_inputs_are_known(
+    model: Model, tmp_path: Path
+) -> None:
+    (plain, before), (fed, after) = (
+        made(model, tmp_path, fed_back=fed_back) for fed_back in (False, True)
+    )
+    assert fed.stat().st_size == plain.stat().st_size
+    source = (rows(model[0], KNOWN).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    mean = Hessians.open(model[2]).of(KNOWN)
+    assert mean is not None
+    expected = refine(
+        read_header(plain).by_name[KNOWN].type, source, rows(plain, KNOWN).reshape(-1), Metric(mean)
+    )
+    same = (rows(fed, KNOWN) == expected.reshape(len(source), -1)).all(1)
+    assert (
+        same.mean() > 0.95
+    )  # this process may multiply in another order, and then a level may be another
+    assert (rows(fed, KNOWN) != rows(plain, KNOWN)).any(1).all()
+    assert (rows(fed, UNKNOWN) == rows(plain, UNKNOWN)).all()
+    assert after[KNOWN]["error"] < before[KNOWN]["error"] / 2
+    assert after[UNKNOWN] == before[UNKNOWN]
+
+
+def test_an_expert_that_saw_too_little_keeps_ggmls_rows(model: Model, tmp_path: Path) -> None:
+    plain, fed = (
+        rows(made(model, tmp_path, fed_back=f)[0], EXPERTS).reshape(5, 45, -1)
+        for f in (False, True)
+    )
+    changed = (plain != fed).any((1, 2))
+    assert [*np.flatnonzero(~changed)] == [UNSEEN]
+
+
+def test_the_embedding_is_nearer_in_all_its_columns_alike(model: Model, tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    (plain, _), (fed, _) = (made(model, tmp_path, fed_back=f) for f in (False, True))
+    source = (rows(model[0], EMBEDDING).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    kind = GGMLQuantizationType(read_header(plain).by_name[EMBEDDING].type.id)
+    lost = [
+        float(np.square(dequantize(rows(path, EMBEDDING), kind) - source).sum())
+        for path in (plain, fed)
+    ]
+    assert lost[1] < lost[0]
+
+
+def test_threads_and_memory_change_no_byte(model: Model, tmp_path: Path) -> None:
+    (one, _) = made(model, tmp_path / "one", fed_back=True, jobs=1)
+    (three, _) = made(model, tmp_path / "three", fed_back=True, jobs=3, memory=2**30)
+    assert one.read_bytes() == three.read_bytes()
