@@ -21,6 +21,7 @@ from quant.chat.smoke import smoke_test
 from quant.chat.template import ChatTemplate, patch_template
 from quant.chat.verdict import SmokeResult
 from quant.core import files
+from quant.core.format import to_pretty_json
 from quant.core.store import Store
 from quant.errors import InputError, raise_problems
 from quant.evaluate.figures import evaluate_release
@@ -77,7 +78,7 @@ def build_release(
     model, store, tools = job.model, job.store, job.tools
     raise_problems(disk_problems(model, job.variants, store.root, job.out))
     began = time.time()
-    with store.alone():
+    with store.lock():
         checkpoint = do(
             "source", model.name, partial(pull_locked, model, job.recipe, job.lock, store)
         )
@@ -277,4 +278,4 @@ def _record(job: ReleaseJob, folder: Path, began: float, verdicts: Sequence[Smok
         },
         "conversations": {v.file: [asdict(e) for e in v.transcript] for v in verdicts},
     }
-    files.write_text(folder.with_name(folder.name + ".run.json"), files.to_pretty_json(record))
+    files.write_text(folder.with_name(folder.name + ".run.json"), to_pretty_json(record))

@@ -91,7 +91,7 @@ def rebuild_release(
     job: ReleaseJob, known: Mapping[str, Any], manifest: Path, do: StageRunner
 ) -> RebuildResult:
     """Make the release and compare it; raises CheckFailed with every file that came out otherwise."""
-    with job.store.alone():
+    with job.store.lock():
         checkpoint = builds.pull_locked(job.model, job.recipe, None, job.store)
     found = {r.path: r.sha256 for r in checkpoint.receipts}
     expected = {f["path"]: f["sha256"] for f in known["source"]["files"]}

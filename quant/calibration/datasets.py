@@ -19,6 +19,7 @@ from quant.calibration.rows import read_rows as rows
 from quant.calibration.sets import CalibrationSet, CalibrationSource
 from quant.core import files
 from quant.core.files import Receipt
+from quant.core.format import hash_texts, to_canonical_json, to_pretty_json
 from quant.errors import CheckError, InputError, raise_problems
 from quant.hub import client as hub_client
 from quant.hub.client import COMMIT
@@ -57,7 +58,7 @@ def lock_datasets(told: CalibrationSet, folder: Path) -> DatasetLock:
     found = {source.name: _lock_one(source) for source in wanted}
     files.write_text(
         dataset_lock_path(told, folder),
-        files.to_pretty_json({name: asdict(one) for name, one in found.items()}),
+        to_pretty_json({name: asdict(one) for name, one in found.items()}),
     )
     return found
 
@@ -158,7 +159,7 @@ def _locked_documents(source: CalibrationSource, pin: LockedSource) -> tuple[Doc
 
 def hash_set(found: tuple[Document, ...]) -> str:
     """Of documents, in their order."""
-    return files.hash_texts([files.to_canonical_json(d.json()) for d in found])
+    return hash_texts([to_canonical_json(d.json()) for d in found])
 
 
 def _read(

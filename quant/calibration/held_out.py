@@ -47,7 +47,7 @@ def split_by_domain(
             files.write_text(partial / f"{name}.txt", part)
         return {"domains": sorted(found), "too_short": too_short(documents, found)}
 
-    done = store.once(STAGE, inputs, make)
+    done = store.run_once(STAGE, inputs, make)
     return HeldOutDomains(
         {n: done.path(f"{n}.txt") for n in done.facts["domains"]}, tuple(done.facts["too_short"])
     )

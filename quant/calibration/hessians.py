@@ -30,6 +30,7 @@ from quant.calibration.hessian_collector import ABOUT, COUNTS
 from quant.calibration.text import CalibrationText
 from quant.core import files, process, progress
 from quant.core.files import Receipt
+from quant.core.format import to_pretty_json
 from quant.core.store import Store
 from quant.errors import InputError, convert_disk_errors, raise_problems
 from quant.llama.gguf import Header, TensorSpec, read_headers
@@ -156,7 +157,7 @@ def compute_hessians(
         found = collect_hessians(base.path, text.path, partial / FILE, settings)
         return {"matrices": len(found.counts)}
 
-    done = store.once("moments", inputs, make)
+    done = store.run_once("moments", inputs, make)
     return HessianResult(done.path(FILE), done.receipt(FILE))
 
 
@@ -220,7 +221,7 @@ def collect_hessians(
             "threads": threads,
             "chunks": settings.chunks,
         }
-        files.write_text(folder / JOB, files.to_pretty_json(job))
+        files.write_text(folder / JOB, to_pretty_json(job))
         # One thread that multiplies: others that wait for work keep the cores from whoever reads; it took twice as long.
         alone = {"OPENBLAS_NUM_THREADS": "1"} | ({"OMP_NUM_THREADS": "1"} if backward else {})
         program = (

@@ -139,7 +139,7 @@ def measure_range(
         "ranges": [[s.first, s.count, d.receipt(PART).sha256] for s, d in parts],
         "name": name,
     }
-    done = store.once("imatrix", inputs, lambda partial: _write(total, partial / name))
+    done = store.run_once("imatrix", inputs, lambda partial: _write(total, partial / name))
     counts = {tensor: tuple(tokens) for tensor, tokens in done.facts["counts"].items()}
     return ImportanceMatrix(done.path(name), done.receipt(name), counts, origin)
 
@@ -276,7 +276,7 @@ def make_q8_base(base: ModelFile, tools: Toolchain, store: Store) -> ModelFile:
         "llama.cpp": str(tools.version),
         "name": name,
     }
-    done = store.once("imatrix-base", inputs, make)
+    done = store.run_once("imatrix-base", inputs, make)
     return ModelFile((done.path(name),), (done.receipt(name),))
 
 
@@ -305,7 +305,7 @@ def _range(
             "tokens": max(max(c) for c in found.counts().values()),
         }
 
-    done = store.once(
+    done = store.run_once(
         "imatrix-range", dict(origin) | {"first": span.first, "count": span.count}, make
     )
     tell(1)

@@ -16,6 +16,7 @@ from quant.calibration.sets import CalibrationSet
 from quant.chat.template import ChatTemplate, render_template
 from quant.core import files
 from quant.core.files import Receipt
+from quant.core.format import hash_texts, to_canonical_json
 from quant.core.store import Store
 from quant.errors import InputError, raise_problems
 from quant.llama.model_file import ModelFile
@@ -124,9 +125,7 @@ def build_set_text(
     locked = datasets.read_dataset_lock(told, folder)
     tokenizer = Tokenizer(base.path, tools)
     inputs = {
-        "set": files.hash_texts(
-            [files.to_canonical_json(datasets.source_identity(told, folder, locked))]
-        ),
+        "set": hash_texts([to_canonical_json(datasets.source_identity(told, folder, locked))]),
         "template": template.sha256 if template else None,
         "tokenizer": tokenizer.digest,
         "context": settings.context,
@@ -139,7 +138,7 @@ def build_set_text(
         )
         return write_text_files(rendered, template, tokenizer, settings.context, partial)
 
-    done = store.once("calibrate", inputs, make)
+    done = store.run_once("calibrate", inputs, make)
     facts = dict(done.facts)
     path, receipt, held = done.path(TEXT), done.receipt(TEXT), done.path(HELD_OUT)
     return CalibrationText(

@@ -3,7 +3,6 @@
 A build does the same before it converts anything, without the server: a template that is wrong costs seconds, not hours.
 """
 
-import hashlib
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from quant.chat.rules import (
 )
 from quant.chat.rules import find_faults as faults
 from quant.chat.template import patch_template as patch
-from quant.core import files
+from quant.core.format import hash_text, hash_texts, to_canonical_json
 from quant.core.store import Store
 from quant.errors import CheckError, InputError
 from quant.hub.checkpoint import Checkpoint
@@ -83,7 +82,7 @@ class TemplateReport:
         template = {
             "found_in": taken.where,
             "patch": taken.patch.name if taken.patch else None,
-            "sha256": _sha(taken.text),
+            "sha256": hash_text(taken.text),
         }
         return {
             "name": taken.name,
@@ -143,14 +142,14 @@ def require_template(
     go = go_template.load_go_template(taken.patch.name) if taken.patch else None
     inputs = {
         "rules": RULES,
-        "template": _sha(taken.text),
-        "original": _sha(taken.original) if taken.original is not None else None,
+        "template": hash_text(taken.text),
+        "original": hash_text(taken.original) if taken.original is not None else None,
         "patch": asdict(taken.patch) if taken.patch else None,
         "ollama": go if find_spec("gotpl") else None,
-        "battery": files.hash_texts([files.to_canonical_json(asdict(c)) for c in BATTERY]),
+        "battery": hash_texts([to_canonical_json(asdict(c)) for c in BATTERY]),
         "packages": {name: version(name) for name in ("jinja2", "transformers")},
     }
-    done = store.once(
+    done = store.run_once(
         "template",
         inputs,
         lambda partial: {"faults": [asdict(f) for f in check_template(taken, None).faults]},
@@ -220,7 +219,3 @@ def _tokens(header: Header) -> SpecialTokens:
     return SpecialTokens(
         *(words[n] if isinstance(n, int) and 0 <= n < len(words) else "" for n in ids)
     )
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -5,7 +5,6 @@ that a verdict can be repeated. What a file said is kept in the store; the verdi
 so a variant is held against the BF16 file without asking that one again.
 """
 
-import hashlib
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from quant.chat.runner import SmokeRunner
 from quant.chat.scenarios import Scenarios, merge_scenarios
 from quant.chat.verdict import ANSWERS, SmokeResult, SmokeRun, judge_run, parse_run
 from quant.core import files, process
+from quant.core.format import hash_text
 from quant.core.store import Store
 from quant.errors import (
     CheckError,
@@ -176,7 +176,7 @@ def _kept(
             raise SmokeTestError(verdict, partial / report.TRANSCRIPT)
         return heard.json()
 
-    done = store.once("smoke", inputs, ask)
+    done = store.run_once("smoke", inputs, ask)
     return parse_run(done.facts), done.folder
 
 
@@ -251,7 +251,10 @@ def _template_faults(talk: ChatClient, template: Any) -> Iterator[str]:
     if template is None:
         yield "the file holds no chat template"
     elif served.strip() != str(template).strip():
-        yield f"the server uses another template than the file's (sha256 {_short(served)}, not {_short(str(template))})"
+        yield (
+            f"the server uses another template than the file's (sha256 {hash_text(served)[:12]},"
+            f" not {hash_text(str(template))[:12]})"
+        )
 
 
 def _generation_faults(talk: ChatClient) -> Iterator[str]:
@@ -367,10 +370,6 @@ def _died(
     return (
         f"llama-server {how}{room if killed else ''}; its last words:\n{process.read_log_tail(log)}"
     )
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def collect_waivers(

@@ -4,7 +4,6 @@ Pure: text in, text out. Every anchor of a patch must occur exactly once, so a t
 stops the work instead of being patched half.
 """
 
-import hashlib
 import json
 import re
 import traceback
@@ -18,6 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quant.chat.patch_hints import show_nearest_matches
+from quant.core.format import hash_text
 from quant.errors import InputError, raise_problems
 from quant.plan.recipe import TemplatePatch
 
@@ -36,7 +36,7 @@ class ChatTemplate:
     @property
     def sha256(self) -> str:
         """Of the text, in UTF-8, as it stands."""
-        return _sha256(self.text)
+        return hash_text(self.text)
 
 
 def patch_template(text: str, by: TemplatePatch | None, where: str) -> ChatTemplate:
@@ -63,7 +63,7 @@ def patch_template(text: str, by: TemplatePatch | None, where: str) -> ChatTempl
             continue
         patched = patched.replace(change.find, change.replace)
     raise_problems(problems)
-    return ChatTemplate(patched, _sha256(text), by)
+    return ChatTemplate(patched, hash_text(text), by)
 
 
 def render_template(
@@ -160,7 +160,3 @@ class _Generation(Extension):
 
 def _raise(message: str) -> None:
     raise TemplateError(message)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -340,7 +340,7 @@ def _searching(setting: "ProbeSetup", count: int) -> "Maker":
     from quant.plan.sensitivity import Probe
 
     def read(some: Sequence[Mapping[str, str]]) -> list[float]:
-        with setting.store.alone():
+        with setting.store.lock():
             found = measure_probes([Probe("whole", types) for types in some], setting)
         progress.say(f"whole files: {', '.join(f'{m.kld:.5f}' for m in found)}")
         return [m.kld for m in found]

@@ -130,7 +130,7 @@ def pull(model: str, revision: str | None, work: Path) -> None:
 
     recipe, path, locked = pinned_model(model, revision)
     store = Store(work.expanduser().resolve() / recipe.name)
-    with store.alone():
+    with store.lock():
         checkpoint = builds.pull_locked(recipe, path, locked, store)
     progress.say(
         f"{len(checkpoint.receipts)} files, {sum(r.bytes for r in checkpoint.receipts):,} bytes, all verified"

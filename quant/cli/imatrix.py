@@ -102,7 +102,7 @@ def compute(
     template = patch_template(words, None, str(base)) if words else None
     root = (work or out.with_name(out.name + ".work")).expanduser().resolve()
     store = Store(root)
-    with progress.shown(2) as do, store.alone():
+    with progress.shown(2) as do, store.lock():
         weights = ModelFile.open(base.resolve())
         text = do(
             "calibrate",

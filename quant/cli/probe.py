@@ -131,7 +131,7 @@ def measure(
     progress.say(probe.forecast_probes(here, setting))
     if only_told:
         return
-    with setting.store.alone():
+    with setting.store.lock():
         measured = probe.measure_probes(
             here, setting, lambda done, of: progress.say(f"probes: {done} of {of}")
         )

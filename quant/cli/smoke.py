@@ -11,6 +11,7 @@ import click
 from quant.cli import progress, tables
 from quant.cli.options import FILE, FOLDER, json_option, one_line, quant, tools_option
 from quant.core import process
+from quant.core.format import to_pretty_json
 
 if TYPE_CHECKING:
     from quant.chat.verdict import SmokeResult
@@ -118,7 +119,7 @@ def smoke(
             texts = {
                 report.TRANSCRIPT: report.format_transcript(verdict),
                 report.JUNIT: report.format_junit(verdict, time.monotonic() - began),
-                report.JSON: files.to_pretty_json(verdict.json()),
+                report.JSON: to_pretty_json(verdict.json()),
                 report.LOG: (folder / report.LOG).read_text(errors="replace"),
             }
             for file, text in texts.items():

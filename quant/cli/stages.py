@@ -20,6 +20,7 @@ from quant.cli.options import (
     tools_option,
     variants_option,
 )
+from quant.core.format import to_canonical_json
 
 
 @quant.command()
@@ -139,7 +140,7 @@ def quantize(
         Hessians.open(moments, files.hash_file(base))
     seen = [p.resolve().stat() for p in (base, matrix, moments) if p]
     how = [REVISION] if moments else []
-    identity = files.to_canonical_json(
+    identity = to_canonical_json(
         [*how, *((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in seen)]
     )
     raise_problems(
@@ -164,7 +165,7 @@ def quantize(
         settings(jobs, memory),
         moments=moments and moments.resolve(),
     )
-    with work.alone(), progress.shown(1) as do:
+    with work.lock(), progress.shown(1) as do:
         written = do("quantize", stem, pass_over)
     files.remove(work.root)
     for t, facts in zip(targets, written, strict=True):

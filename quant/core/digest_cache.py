@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.core import files
+from quant.core.format import to_pretty_json
 
 
 def hash_files(paths: Iterable[Path], memory: Path | None) -> dict[Path, str]:
@@ -23,14 +24,14 @@ def hash_files(paths: Iterable[Path], memory: Path | None) -> dict[Path, str]:
     fresh = {path: _remembered(path, known.get(str(path))) for path in paths}
     found = {str(path): entry for path, entry in fresh.items()}
     if memory and any(known.get(name) != entry for name, entry in found.items()):
-        files.write_text(memory, files.to_pretty_json(known | found))
+        files.write_text(memory, to_pretty_json(known | found))
     return {path: str(entry["sha256"]) for path, entry in fresh.items()}
 
 
 def save_digests(known: dict[Path, str], memory: Path) -> None:
     """Remember digests of files that were read just now, and forget all others."""
     found = {str(path): {"state": _state(path), "sha256": sha256} for path, sha256 in known.items()}
-    files.write_text(memory, files.to_pretty_json(found))
+    files.write_text(memory, to_pretty_json(found))
 
 
 def _remembered(path: Path, entry: Any) -> dict[str, Any]:

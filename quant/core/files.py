@@ -6,14 +6,13 @@ and the folder's entry is flushed too. Who finds a file therefore finds all of i
 
 import errno
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 PARTIAL = ".partial"
 """Ends the name of everything that is not finished."""
@@ -29,36 +28,16 @@ class Receipt:
     bytes: int
 
 
-def to_canonical_json(value: Any) -> str:
-    """JSON with one spelling: equal values, equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
-def to_pretty_json(value: Any) -> str:
-    """JSON for people, with a final newline; keys keep their order."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
 def hash_file(path: Path) -> str:
     """The sha256 of a file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def hash_texts(parts: Sequence[str]) -> str:
-    """One sha256 for several texts in their order."""
-    return hashlib.sha256(to_canonical_json(list(parts)).encode()).hexdigest()
-
-
 def hash_git_blob(path: Path) -> str:
     """The name that git gives to a file's bytes; the hub knows small files by it."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def hash_text(text: str) -> str:
-    """The sha256 of a text in UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def make_receipt(path: Path, root: Path) -> Receipt:

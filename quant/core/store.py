@@ -5,7 +5,6 @@ hosts. A stage works in ``<key>.partial``; when it is done, ``receipt.json`` is 
 the folder gets its final name in one rename. So a folder under a final name is complete, after any crash.
 """
 
-import hashlib
 import json
 import os
 import socket
@@ -20,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from quant.core import files
 from quant.core.files import Receipt
+from quant.core.format import hash_json, to_canonical_json, to_pretty_json
 from quant.errors import InputError, convert_disk_errors
 
 RECEIPT = "receipt.json"
@@ -53,7 +53,7 @@ class Store:
 
     root: Path
 
-    def once(
+    def run_once(
         self,
         stage: str,
         inputs: Mapping[str, Any],
@@ -71,14 +71,14 @@ class Store:
         partial = self.begin(stage, inputs, keep_partial=keep_partial)
         with convert_disk_errors(partial):
             facts = make(partial)
-        return self.settle(stage, inputs, facts)
+        return self.commit(stage, inputs, facts)
 
     def find(self, stage: str, inputs: Mapping[str, Any]) -> StoredResult | None:
         """What stands there for these inputs."""
         return _read(self._final(stage, inputs), inputs)
 
     def begin(self, stage: str, inputs: Mapping[str, Any], *, keep_partial: bool = False) -> Path:
-        """A folder to make something for these inputs in; :meth:`settle` gives it its final name."""
+        """A folder to make something for these inputs in; :meth:`commit` gives it its final name."""
         final = self._final(stage, inputs)
         partial = final.with_name(final.name + files.PARTIAL)
         with convert_disk_errors(partial):
@@ -93,7 +93,7 @@ class Store:
             partial.mkdir(parents=True, exist_ok=True)
         return partial
 
-    def settle(
+    def commit(
         self, stage: str, inputs: Mapping[str, Any], facts: Mapping[str, Any]
     ) -> StoredResult:
         """Say that the folder of these inputs is complete, with everything that is in it."""
@@ -106,11 +106,11 @@ class Store:
             ) as readers:  # hashing lets go of Python's lock
                 receipts = list(readers.map(lambda p: files.make_receipt(p, partial), outputs))
             record = {"inputs": inputs, "facts": facts, "files": [asdict(r) for r in receipts]}
-            files.write_text(partial / RECEIPT, files.to_pretty_json(record))
+            files.write_text(partial / RECEIPT, to_pretty_json(record))
             files.commit_folder(partial, final)
         return StoredResult(final, facts, tuple(receipts), fresh=True)
 
-    def all(self, stage: str) -> Iterator[tuple[Mapping[str, Any], StoredResult]]:
+    def list_results(self, stage: str) -> Iterator[tuple[Mapping[str, Any], StoredResult]]:
         """Everything that was ever finished in a stage and still stands, with what went in."""
         for folder in sorted((self.root / stage).glob("*")):
             try:
@@ -120,7 +120,7 @@ class Store:
             if done := _read(folder, inputs):
                 yield inputs, done
 
-    def scratch(self, stage: str) -> Path:
+    def work_folder(self, stage: str) -> Path:
         """Where a stage may keep what is of use to its next run only."""
         return self.root / stage / "work"
 
@@ -128,7 +128,7 @@ class Store:
         return self.root / stage / hash_inputs(inputs)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Hold the folder for this process; the kernel lets go of it however the process ends.
 
         Raises InputError that names the holder when another run has it.
@@ -161,7 +161,7 @@ class Store:
 
 def hash_inputs(inputs: Mapping[str, Any]) -> str:
     """The name of everything that these inputs can produce: equal inputs, equal key, and nothing else counts."""
-    return hashlib.sha256(files.to_canonical_json(inputs).encode()).hexdigest()[:KEY_LETTERS]
+    return hash_json(inputs)[:KEY_LETTERS]
 
 
 def _is_output(path: Path) -> bool:
@@ -177,7 +177,7 @@ def _read(folder: Path, inputs: Mapping[str, Any]) -> StoredResult | None:
         record = json.loads((folder / RECEIPT).read_text())
         facts = record["facts"]
         receipts = tuple(Receipt(**r) for r in record["files"])
-        same = files.to_canonical_json(record["inputs"]) == files.to_canonical_json(inputs)
+        same = to_canonical_json(record["inputs"]) == to_canonical_json(inputs)
         whole = all((folder / r.path).stat().st_size == r.bytes for r in receipts)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.core import files, process, progress
+from quant.core.format import to_canonical_json
 from quant.core.store import Store, StoredResult
 from quant.errors import CheckError, InputError, raise_problems
 from quant.evaluate.scorer import ABOUT
@@ -154,7 +155,7 @@ def measure_files(
         )
         _score([*jobs], [*todo.values()], settings)
         for at in todo:
-            store.settle(STAGE, keys[at], {"chunks": bases[at[1]].chunks})
+            store.commit(STAGE, keys[at], {"chunks": bases[at[1]].chunks})
         progress.report_progress((done + 1) / max(len({p for p, _ in missing}), 1))
 
     def reading(path: Path, name: str) -> Reading:
@@ -260,7 +261,7 @@ def _bases(
     )
     _score([*parts], [*todo.values()], settings)
     for name, folder in todo.items():
-        store.settle(BASE_STAGE, keys[name], json.loads((folder / ABOUT).read_text()))
+        store.commit(BASE_STAGE, keys[name], json.loads((folder / ABOUT).read_text()))
     found: dict[str, _Base] = {}
     for name, key in keys.items():
         done = store.find(BASE_STAGE, key)
@@ -356,5 +357,5 @@ def _digest(first: Path) -> str:
     return (
         files.hash_file(first)
         if len(paths) == 1
-        else files.to_canonical_json([files.hash_file(p) for p in paths])
+        else to_canonical_json([files.hash_file(p) for p in paths])
     )

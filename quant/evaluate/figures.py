@@ -19,6 +19,7 @@ from quant.calibration import held_out
 from quant.calibration.text import CalibrationText
 from quant.core import files
 from quant.core.files import Receipt
+from quant.core.format import to_canonical_json
 from quant.core.store import Store
 from quant.errors import CheckError
 from quant.evaluate.compare import (
@@ -222,7 +223,7 @@ def _digest(receipts: Sequence[Receipt]) -> str:
     return (
         receipts[0].sha256
         if len(receipts) == 1
-        else files.to_canonical_json([r.sha256 for r in receipts])
+        else to_canonical_json([r.sha256 for r in receipts])
     )
 
 

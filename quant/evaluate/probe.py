@@ -17,6 +17,7 @@ import numpy as np
 
 from quant.calibration.hessians import Hessians
 from quant.core import files
+from quant.core.format import to_canonical_json
 from quant.core.store import Store
 from quant.errors import InputError
 from quant.evaluate import compare
@@ -147,7 +148,7 @@ def measure_probes(
                 "deviation": float(means.std(ddof=1) / math.sqrt(len(means))),
             }
             setting.store.begin("probe", keys[i])
-            setting.store.settle("probe", keys[i], facts)
+            setting.store.commit("probe", keys[i], facts)
         told(min(at + AT_ONCE, len(todo)), len(todo))
     found = [setting.store.find("probe", key) for key in keys]
     return tuple(
@@ -211,7 +212,7 @@ def _shared(setting: ProbeSetup) -> Mapping[str, Any]:
 
 def _read(some: Sequence[Probe], setting: ProbeSetup, base_digest: str) -> list[compare.Reading]:
     header = read_header(setting.base)
-    folder = setting.store.scratch("probe")
+    folder = setting.store.work_folder("probe")
     files.remove(folder)
     targets = [
         QuantizeTarget(_plan(f"p{n}", p, header, setting.blanket), folder / f"p{n}.gguf")
@@ -229,7 +230,7 @@ def _read(some: Sequence[Probe], setting: ProbeSetup, base_digest: str) -> list[
             moments=setting.moments,
         )
         digests = {
-            t.path: files.to_canonical_json(
+            t.path: to_canonical_json(
                 [base_digest, setting.blanket, dict(p.types), *_fed_by(setting).values()]
             )
             for t, p in zip(targets, some, strict=True)

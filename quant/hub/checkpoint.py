@@ -86,7 +86,7 @@ def pull_checkpoint(source: ModelSource, beside: Path, store: Store) -> Checkpoi
     repo, revision = str(source.repo), source.revision or "main"
     raise_problems(_pin_problems(repo, revision))
     origin = {"repo": repo, "revision": revision}
-    done = store.once(
+    done = store.run_once(
         "source", origin, lambda partial: _download(repo, revision, partial), keep_partial=True
     )
     folder = done.folder / "checkpoint"

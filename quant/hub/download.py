@@ -16,6 +16,7 @@ from typing import Any
 
 from quant import errors
 from quant.core import files, process, progress
+from quant.core.format import to_pretty_json
 from quant.errors import QuantError, Unreachable
 
 STALL_SECONDS = 900.0
@@ -66,7 +67,7 @@ def download_files(
         "memory": str(work / "fetched.json"),
         "files": wanted,
     }
-    files.write_text(work / "job.json", files.to_pretty_json(job))
+    files.write_text(work / "job.json", to_pretty_json(job))
     patience = float(os.environ.get("QUANT_STALL_SECONDS", STALL_SECONDS))
     largest = max((f["bytes"] for f in wanted), default=0)
     watch = TransferWatch(folder, sum(f["bytes"] for f in wanted), patience)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.core import digest_cache, files
+from quant.core.format import to_pretty_json
 from quant.errors import CheckError, QuantError, convert_disk_errors
 from quant.hub import client as hub_client
 
@@ -37,7 +38,7 @@ def main(job_path: Path, outcome_path: Path) -> None:
                 raise CheckError(*problems)
     except QuantError as e:
         outcome = {"kind": type(e).__name__, "problems": list(e.problems)}
-    files.write_text(outcome_path, files.to_pretty_json(outcome))
+    files.write_text(outcome_path, to_pretty_json(outcome))
     os._exit(0)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from quant.core import files
 from quant.core.files import hash_git_blob
+from quant.core.format import to_pretty_json
 from quant.errors import CheckError, InputError
 from quant.hub.checkpoint import Checkpoint, ModelSource, list_files, select_files
 from quant.hub.client import COMMIT
@@ -57,7 +58,7 @@ def write_lock(source: ModelSource, recipe: Path, revision: str | None = None) -
             for path, e in sorted(select_files(entries).items())
         ),
     )
-    files.write_text(lock_path(recipe), files.to_pretty_json(locked.json()))
+    files.write_text(lock_path(recipe), to_pretty_json(locked.json()))
     return locked
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.core import files, process
+from quant.core.format import hash_text, to_pretty_json
 from quant.core.store import Store
 from quant.hub.checkpoint import Checkpoint
 from quant.llama import toolchain
@@ -47,12 +48,12 @@ def convert_checkpoint(
     """The checkpoint as one BF16 GGUF. Raises ToolError with the converter's last words when it gives up."""
     inputs = {
         "checkpoint": [asdict(r) for r in checkpoint.receipts],
-        "template": files.hash_text(template) if template is not None else None,
+        "template": hash_text(template) if template is not None else None,
         "words": asdict(words),
         "llama.cpp": str(tools.version),
     }
     name = f"{words.title}-BF16.gguf"
-    done = store.once(
+    done = store.run_once(
         "convert", inputs, lambda partial: write_base(checkpoint, template, words, partial / name)
     )
     return ModelFile((done.path(name),), (done.receipt(name),))
@@ -70,7 +71,7 @@ def convert_vision(
         "llama.cpp": str(tools.version),
     }
     name = f"mmproj-{words.title}-F16.gguf"
-    done = store.once(
+    done = store.run_once(
         "convert-vision", inputs, lambda partial: write_vision(checkpoint, words, partial / name)
     )
     return ModelFile((done.path(name),), (done.receipt(name),))
@@ -101,7 +102,7 @@ def _write(
 ) -> dict[str, Any]:
     folder = _lay_out(checkpoint, template, words, out.parent / "hf" / words.title)
     metadata = out.parent / "metadata.json"
-    files.write_text(metadata, files.to_pretty_json(words.metadata))
+    files.write_text(metadata, to_pretty_json(words.metadata))
     command: list[str | Path] = [
         sys.executable,
         "-m",
@@ -141,7 +142,7 @@ def _lay_out(
     if config.exists():
         # The converter prefers this key over the file beside it; without the key there is one template and no doubt.
         settings = {k: v for k, v in json.loads(config.read_text()).items() if k != "chat_template"}
-        files.write_text(folder / "tokenizer_config.json", files.to_pretty_json(settings))
+        files.write_text(folder / "tokenizer_config.json", to_pretty_json(settings))
     if template is not None:
         files.write_text(folder / "chat_template.jinja", template)
     if words.front_matter:

@@ -7,6 +7,7 @@ from typing import Any
 
 from quant.core import files
 from quant.core.files import Receipt
+from quant.core.format import hash_texts
 from quant.llama.gguf import Header, TensorSpec, list_shards, read_headers
 
 
@@ -54,7 +55,7 @@ class ModelFile:
         """One sha256 for the model: of its file, or of the list of its shards' digests."""
         if len(self.receipts) == 1:
             return self.receipts[0].sha256
-        return files.hash_texts([r.sha256 for r in self.receipts])
+        return hash_texts([r.sha256 for r in self.receipts])
 
     @cached_property
     def headers(self) -> tuple[Header, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from quant.core import files
+from quant.core.format import hash_texts, to_canonical_json
 from quant.errors import InputError, ToolError
 from quant.llama.gguf import Header, list_shards, read_header
 from quant.llama.toolchain import Toolchain
@@ -60,7 +61,7 @@ class Tokenizer:
             for k, v in self.header.metadata.items()
             if k.startswith("tokenizer.") and "template" not in k
         }
-        return files.hash_texts([files.to_canonical_json(told), str(self.tools.version)])
+        return hash_texts([to_canonical_json(told), str(self.tools.version)])
 
     @property
     def begins(self) -> bool:

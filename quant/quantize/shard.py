@@ -68,7 +68,7 @@ def shard_base(
         "max_size": max_size if cut else None,
         "llama.cpp": str(tools.version),
     }
-    done = store.once(
+    done = store.run_once(
         "shard",
         inputs,
         lambda partial: split_file(base.path, max_size if cut else None, tools, partial / stem),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant.calibration.imatrix import ImportanceMatrix
-from quant.core import files
+from quant.core.format import to_canonical_json
 from quant.core.store import Store
 from quant.errors import CheckError, raise_problems
 from quant.llama import ggml
@@ -93,15 +93,15 @@ def quantize_variants(
             base.path,
             matrix.path,
             targets,
-            files.to_canonical_json(shared),
+            to_canonical_json(shared),
             tools,
-            store.scratch(STAGE),
+            store.work_folder(STAGE),
             settings,
             before,
             moments.path if moments else None,
         )
         for p, said in zip(todo, facts, strict=True):
-            store.settle(STAGE, inputs[p.variant.name], said)
+            store.commit(STAGE, inputs[p.variant.name], said)
     return tuple(_found(p, inputs[p.variant.name], store) for p in plans)
 
 
@@ -204,7 +204,7 @@ def _inputs(
 
 def _finished(shared: Mapping[str, Any], store: Store) -> Iterator[FinishedFile]:
     """Every file that was made of the same weights and imatrix by the same tools."""
-    for inputs, done in store.all(STAGE):
+    for inputs, done in store.list_results(STAGE):
         if shared.items() <= inputs.items() and inputs.get("moments") == shared.get("moments"):
             tensors = {name: WrittenFile(**made) for name, made in done.facts["tensors"].items()}
             yield from (FinishedFile(done.path(name), tensors) for name in done.facts["files"])

@@ -19,6 +19,7 @@ from quant.chat.template import ChatTemplate
 from quant.chat.verdict import SmokeResult
 from quant.core import files
 from quant.core.files import Receipt
+from quant.core.format import hash_text, to_pretty_json
 from quant.core.store import Store
 from quant.errors import raise_problems
 from quant.evaluate import html
@@ -81,7 +82,7 @@ def package_release(made: ReleaseInputs, store: Store) -> Release:
     manifest = _manifest(made)
     versions = package_versions()
     inputs = {**manifest, "packages": versions, "tools": dict(made.tools)}
-    done = store.once(
+    done = store.run_once(
         "package", inputs, lambda partial: _lay_out(made, manifest, versions, partial)
     )
     return Release(done.folder, made.model.title, manifest, done.receipts)
@@ -125,7 +126,7 @@ def _lay_out(
         notes = [*list_warnings(manifest), *([left_out] if left_out else [])]
         told = html.render_page(measured, made.model.title, ppl, notes)
         files.write_text(partial / html.REPORT, told)
-    files.write_text(partial / "params", files.to_pretty_json(ollama_params(made.model)))
+    files.write_text(partial / "params", to_pretty_json(ollama_params(made.model)))
     if made.model.ollama.system:
         files.write_text(partial / "system", made.model.ollama.system)
     if made.template:
@@ -157,14 +158,14 @@ def _write_lists(
         p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()
     }
     sums = {name: known.get(name) or files.hash_file(path) for name, path in paths.items()}
-    text = files.to_pretty_json(manifest)
+    text = to_pretty_json(manifest)
     others = {name: version for name, version in versions.items() if name != "gguf-foundry"}
-    subjects = {**sums, MANIFEST: files.hash_text(text)}
-    said = files.to_pretty_json(
+    subjects = {**sums, MANIFEST: hash_text(text)}
+    said = to_pretty_json(
         make_statement(manifest, subjects, others, versions["gguf-foundry"], tools)
     )
     files.write_text(partial / PROVENANCE, said)
-    sums = dict(sorted({**sums, PROVENANCE: files.hash_text(said)}.items()))
+    sums = dict(sorted({**sums, PROVENANCE: hash_text(said)}.items()))
     files.write_text(partial / CHECKSUMS, "".join(f"{sha}  {name}\n" for name, sha in sums.items()))
     files.write_text(partial / MANIFEST, text)
 

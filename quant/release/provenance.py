@@ -4,10 +4,10 @@ It holds only what is the same whenever the same release is made: times, hosts a
 release.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from quant.core.format import hash_json
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
@@ -66,12 +66,6 @@ def make_statement(
     }
 
 
-def hash_value(value: Any) -> str:
-    """The sha256 of a recipe: of its one spelling in JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _dependencies(
     manifest: Mapping[str, Any], packages: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
@@ -84,16 +78,14 @@ def _dependencies(
     yield from (_named(f"{where}/{f['path']}", f["sha256"]) for f in source["files"])
     yield _named(f"calibration/{manifest['calibration']['set']}", manifest["calibration"]["sha256"])
     yield _named(manifest["imatrix"]["path"], manifest["imatrix"]["sha256"])
-    yield _named(f"recipes/models/{manifest['model']}", hash_value(manifest["recipe"]))
+    yield _named(f"recipes/models/{manifest['model']}", hash_json(manifest["recipe"]))
     yield from (
-        _named(f"recipes/variants/{v['name']}", hash_value(v["recipe"]))
+        _named(f"recipes/variants/{v['name']}", hash_json(v["recipe"]))
         for v in manifest["variants"]
     )
     template = manifest["chat_template"]
     if template and template["patch"]:
-        yield _named(
-            f"recipes/templates/{template['patch']['name']}", hash_value(template["patch"])
-        )
+        yield _named(f"recipes/templates/{template['patch']['name']}", hash_json(template["patch"]))
     yield from ({"uri": f"pkg:pypi/{name}@{version}"} for name, version in sorted(packages.items()))
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant.core import files, secrets
 from quant.core.files import Receipt, hash_git_blob
+from quant.core.format import to_pretty_json
 from quant.errors import CheckError, InputError, Unreachable, raise_problems
 from quant.hub import client as hub
 from quant.hub.client import COMMIT, REPO
@@ -270,7 +271,7 @@ def _expect(change: Change) -> None:
         "release": change.release.digest,
         "parent": expected,
     }
-    files.write_text(record, files.to_pretty_json(begun))
+    files.write_text(record, to_pretty_json(begun))
 
 
 def _record(change: Change) -> Path:

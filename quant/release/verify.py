@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.core import files
+from quant.core.format import hash_text
 from quant.core.toml import parse_json_value
 from quant.errors import InputError
 from quant.llama.gguf import Header, read_headers
@@ -140,7 +141,7 @@ def _tensor_problems(
 def _template_problems(manifest: Mapping[str, Any], header: Header) -> Iterator[str]:
     expected = (manifest.get("chat_template") or {}).get("sha256")
     text = header.metadata.get("tokenizer.chat_template")
-    found = files.hash_text(text) if isinstance(text, str) else None
+    found = hash_text(text) if isinstance(text, str) else None
     if found != expected:
         yield f"{header.path}: tokenizer.chat_template: expected sha256 {expected}, found {found}"
 

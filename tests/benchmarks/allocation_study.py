@@ -25,6 +25,7 @@ from quant.calibration.documents import Document
 from quant.calibration.text import render_for_model
 from quant.chat.template import patch_template
 from quant.core import files
+from quant.core.format import to_canonical_json
 from quant.core.store import Store
 from quant.evaluate import compare, error_measurement, probe
 from quant.job import pinned_model
@@ -99,7 +100,7 @@ def main(out: Path, base: Path | None, threads: int, chunks: int, held_chunks: i
         compare.EvaluationSettings(512, chunks, threads, top=512),
         engine=Engine(threads),
     )
-    with store.alone():
+    with store.lock():
         probes = probe.list_probes(header.tensors, errors)
         coarse = probe.list_probes(header.tensors, errors, ("Q2_K",))
         print(probe.forecast_probes((*probes, *coarse), setting))
@@ -405,7 +406,7 @@ def _written(
         for n, types in chosen.items()
     }
     targets = [Wanted(p, out / "made" / f"{name}.gguf") for name, p in plans.items()]
-    identity = files.to_canonical_json(_digests(base, matrix, *([seen] if seen else [])))
+    identity = to_canonical_json(_digests(base, matrix, *([seen] if seen else [])))
     write_variants(
         base, matrix, targets, identity, tools, out / "work", Engine(threads), moments=seen
     )

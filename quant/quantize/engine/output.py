@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.core import files
+from quant.core.format import to_pretty_json
 from quant.errors import CheckError
 from quant.llama.ggml import Bytes
 from quant.llama.gguf import read_header
@@ -123,9 +124,7 @@ class Output:
         named = {**facts, "files": [p.name for p in self.paths]}
         files.write_text(
             record_path(self.path),
-            files.to_pretty_json(
-                {**named, "tensors": {name: asdict(m) for name, m in made.items()}}
-            ),
+            to_pretty_json({**named, "tensors": {name: asdict(m) for name, m in made.items()}}),
         )
         for partial, path in zip(self.partials, self.paths, strict=True):
             files.replace_atomically(partial, path)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.core import files
+from quant.core.format import to_pretty_json
 from quant.errors import CheckError, InputError, raise_problems
 from quant.llama import ggml
 from quant.llama.ggml import Bytes, Kernel, Library, Rows
@@ -75,7 +76,7 @@ def quantize_job(job: EngineJob, folder: Path) -> None:
         _refiner(job.moments) if job.moments else None,
     )
     run.go(job.settings.threads, job.settings.memory)
-    files.write_text(folder / KERNELS, files.to_pretty_json(run.fastest.report()))
+    files.write_text(folder / KERNELS, to_pretty_json(run.fastest.report()))
     source.file.check_unchanged()
     if matrix:
         matrix.file.check_unchanged()

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.core import files
+from quant.core.format import hash_texts, to_pretty_json
 from quant.llama import ggml
 from quant.llama.ggml import Rows
 from quant.llama.types import GGMLType
@@ -74,9 +75,7 @@ def cached_difference(
         ):  # no place to keep it, or another process is keeping it: the next one tries again
             files.write_text(
                 place,
-                files.to_pretty_json(
-                    {"kernel": name, "library": str(library.path), "difference": found}
-                ),
+                to_pretty_json({"kernel": name, "library": str(library.path), "difference": found}),
             )
     return found
 
@@ -91,7 +90,7 @@ def is_cached(library: ggml.Library, name: str, native: Path) -> str | None:
 
 def _place(library: ggml.Library, name: str, native: Path) -> Path:
     key = [_digest(library.path), _digest(native), name, _digest(Path(__file__))]
-    return cache_folder() / files.hash_texts(key)
+    return cache_folder() / hash_texts(key)
 
 
 def cache_folder() -> Path:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from quant.core import files
 from quant.core.files import Receipt
+from quant.core.format import to_canonical_json, to_pretty_json
 
 
 def names(folder: Path) -> list[str]:
@@ -100,19 +101,19 @@ def test_a_receipt_says_what_is_there(tmp_path: Path) -> None:
     )
 )
 def test_canonical_json_holds_the_whole_value(value: Any) -> None:
-    assert json.loads(files.to_canonical_json(value)) == value
+    assert json.loads(to_canonical_json(value)) == value
 
 
 def test_equal_values_have_one_canonical_text() -> None:
     assert (
-        files.to_canonical_json({"b": (1, 2), "a": "ü"})
-        == files.to_canonical_json({"a": "ü", "b": [1, 2]})
+        to_canonical_json({"b": (1, 2), "a": "ü"})
+        == to_canonical_json({"a": "ü", "b": [1, 2]})
         == '{"a":"ü","b":[1,2]}'
     )
 
 
 def test_text_for_people_keeps_the_order_of_keys() -> None:
-    assert files.to_pretty_json({"b": 1, "a": ["ü"]}) == '{\n  "b": 1,\n  "a": [\n    "ü"\n  ]\n}\n'
+    assert to_pretty_json({"b": 1, "a": ["ü"]}) == '{\n  "b": 1,\n  "a": [\n    "ü"\n  ]\n}\n'
 
 
 def test_a_shared_file_is_a_second_name(tmp_path: Path) -> None:

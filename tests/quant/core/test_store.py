@@ -40,8 +40,8 @@ class Work:
 
 def test_work_is_done_and_then_found(tmp_path: Path) -> None:
     work, store = Work(), Store(tmp_path)
-    made = store.once("stage", INPUTS, work)
-    found = store.once("stage", INPUTS, work)
+    made = store.run_once("stage", INPUTS, work)
+    found = store.run_once("stage", INPUTS, work)
     assert work.times == 1
     assert (made.fresh, found.fresh) == (True, False)
     assert made.folder == found.folder == tmp_path / "stage" / hash_inputs(INPUTS)
@@ -55,9 +55,9 @@ def test_work_is_done_and_then_found(tmp_path: Path) -> None:
 
 def test_other_inputs_and_other_stages_are_other_work(tmp_path: Path) -> None:
     work, store = Work(), Store(tmp_path)
-    store.once("stage", INPUTS, work)
-    store.once("stage", INPUTS | {"more": 1}, work)
-    store.once("other", INPUTS, work)
+    store.run_once("stage", INPUTS, work)
+    store.run_once("stage", INPUTS | {"more": 1}, work)
+    store.run_once("other", INPUTS, work)
     assert work.times == 3
 
 
@@ -124,8 +124,8 @@ DAMAGES = [v for k, v in list(globals().items()) if k.startswith("damage_")]
 )
 def test_a_folder_that_does_not_fit_its_receipt_is_done_again(tmp_path: Path, damage: Any) -> None:
     work, store = Work(), Store(tmp_path)
-    damage(store.once("stage", INPUTS, work))
-    again = store.once("stage", INPUTS, work)
+    damage(store.run_once("stage", INPUTS, work))
+    again = store.run_once("stage", INPUTS, work)
     assert work.times == 2
     assert again.fresh
     assert again.path("sub/out").read_text() == "bytes"
@@ -133,9 +133,9 @@ def test_a_folder_that_does_not_fit_its_receipt_is_done_again(tmp_path: Path, da
 
 def test_a_partial_folder_is_not_believed(tmp_path: Path) -> None:
     work, store = Work(), Store(tmp_path)
-    done = store.once("stage", INPUTS, work)
+    done = store.run_once("stage", INPUTS, work)
     done.folder.rename(done.folder.with_name(done.folder.name + ".partial"))
-    assert store.once("stage", INPUTS, work).fresh
+    assert store.run_once("stage", INPUTS, work).fresh
     assert work.times == 2
 
 
@@ -152,21 +152,21 @@ def test_what_an_interrupted_run_left_is_kept_only_when_asked_for(tmp_path: Path
 
     for keep in (True, True):
         with pytest.raises(KeyboardInterrupt):
-            store.once("stage", INPUTS, make, keep_partial=keep)
-    store.once("stage", INPUTS, make)
+            store.run_once("stage", INPUTS, make, keep_partial=keep)
+    store.run_once("stage", INPUTS, make)
     assert seen == [False, True, False]
 
 
 def test_what_is_sound_of_damaged_work_can_be_kept(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    damage_length(store.once("stage", INPUTS, Work()))
+    damage_length(store.run_once("stage", INPUTS, Work()))
     left: list[str] = []
 
     def make(folder: Path) -> Mapping[str, Any]:
         left.extend(p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")))
         return {}
 
-    assert store.once("stage", INPUTS, make, keep_partial=True).fresh
+    assert store.run_once("stage", INPUTS, make, keep_partial=True).fresh
     assert left == ["sub", "sub/out"]  # and not the receipt
 
 
@@ -179,7 +179,7 @@ def test_an_exception_leaves_nothing_under_the_final_name(
         raise failure("stop")
 
     with pytest.raises(failure, match="stop"):
-        Store(tmp_path).once("stage", INPUTS, make)
+        Store(tmp_path).run_once("stage", INPUTS, make)
     assert [p.name for p in (tmp_path / "stage").iterdir()] == [f"{hash_inputs(INPUTS)}.partial"]
 
 
@@ -189,7 +189,7 @@ def test_links_are_no_outputs(tmp_path: Path) -> None:
         (folder / "f").write_text("x")
         return {}
 
-    assert [r.path for r in Store(tmp_path).once("stage", INPUTS, make).receipts] == ["f"]
+    assert [r.path for r in Store(tmp_path).run_once("stage", INPUTS, make).receipts] == ["f"]
 
 
 def child(
@@ -210,7 +210,7 @@ HOLDER = """
     import sys, time
     from pathlib import Path
     from quant.core.store import Store
-    with Store(Path(sys.argv[1])).alone():
+    with Store(Path(sys.argv[1])).lock():
         print("held", flush=True)
         time.sleep(60)
 """
@@ -220,7 +220,7 @@ def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path: Pat
     with child(HOLDER, tmp_path) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(InputError) as caught, Store(tmp_path).alone():
+        with pytest.raises(InputError) as caught, Store(tmp_path).lock():
             pass
         holder.kill()
     assert str(caught.value).startswith(f"{tmp_path}: in use by process {holder.pid} on ")
@@ -231,22 +231,22 @@ def test_the_folder_is_free_after_its_holder_was_killed(tmp_path: Path) -> None:
         assert holder.stdout is not None
         holder.stdout.readline()
         holder.send_signal(signal.SIGKILL)
-    with Store(tmp_path).alone():
+    with Store(tmp_path).lock():
         assert str(os.getpid()) in (tmp_path / "held-by").read_text()
     assert not (tmp_path / "held-by").exists()
 
 
 def test_the_folder_is_free_after_a_failure_inside(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="inside"), Store(tmp_path).alone():
+    with pytest.raises(ValueError, match="inside"), Store(tmp_path).lock():
         raise ValueError("inside")
-    with Store(tmp_path).alone():
+    with Store(tmp_path).lock():
         pass
 
 
 DYING = """
     import os, sys
     from pathlib import Path
-    from quant import files, store
+    from quant.core import files, store
 
     root, where = Path(sys.argv[1]), sys.argv[2]
 
@@ -267,20 +267,20 @@ DYING = """
         return {"answer": 42}
 
     if where == "while hashing":
-        die_before(files, "receipt")
+        die_before(files, "make_receipt")
     elif where == "before the receipt is written":
         die_before(files, "write_text")
     elif where == "before the receipt has its name":
         die_before(Path, "replace")
     elif where == "before the folder is flushed":
-        die_before(files, "settle")
+        die_before(files, "commit_folder")
     elif where == "before the folder has its name":
         die_before(Path, "rename")
     elif where == "after the folder has its name":
         die_before(files, "flush_folder", lambda path: path == root / "stage")
     elif where == "while the old folder is taken away":
         die_before(files.shutil, "rmtree")
-    store.Store(root).once("stage", {"source": "abc", "settings": {"n": 1}}, make)
+    store.Store(root).run_once("stage", {"source": "abc", "settings": {"n": 1}}, make)
     print("survived")
 """
 
@@ -299,7 +299,7 @@ DYING = """
     ],
 )
 def test_a_run_that_is_killed_anywhere_is_continued_by_the_next(tmp_path: Path, where: str) -> None:
-    damaged = Store(tmp_path).once("stage", INPUTS, Work())
+    damaged = Store(tmp_path).run_once("stage", INPUTS, Work())
     damage_length(damaged)  # so that there is something old to take away
     with child(DYING, tmp_path, where) as dying:
         out, err = dying.communicate(timeout=PATIENCE_SECONDS)
@@ -309,7 +309,7 @@ def test_a_run_that_is_killed_anywhere_is_continued_by_the_next(tmp_path: Path, 
         assert where == "after the folder has its name"
 
     work = Work()
-    done = Store(tmp_path).once("stage", INPUTS, work)
+    done = Store(tmp_path).run_once("stage", INPUTS, work)
 
     assert work.times == (0 if where == "after the folder has its name" else 1)
     assert done.path("sub/out").read_text() == "bytes"
@@ -320,7 +320,7 @@ def test_a_run_that_is_killed_anywhere_is_continued_by_the_next(tmp_path: Path, 
 FULL = """
     import resource, sys
     from pathlib import Path
-    from quant import files
+    from quant.core import files
     from quant.errors import InputError
     from quant.core.store import Store
 
@@ -330,17 +330,17 @@ FULL = """
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
     try:
-        if sys.argv[3] == "alone":
-            with Store(Path(sys.argv[1])).alone():
+        if sys.argv[3] == "lock":
+            with Store(Path(sys.argv[1])).lock():
                 pass
-        Store(Path(sys.argv[1])).once("stage", {}, make)
+        Store(Path(sys.argv[1])).run_once("stage", {}, make)
     except InputError as e:
         print(e)
 """
 
 
 @pytest.mark.parametrize(
-    ("limit", "what", "named"), [(10**5, "once", "big"), (0, "alone", "held-by")]
+    ("limit", "what", "named"), [(10**5, "once", "big"), (0, "lock", "held-by")]
 )
 def test_a_full_disk_is_told_with_the_file(
     tmp_path: Path, limit: int, what: str, named: str
@@ -360,6 +360,6 @@ def test_a_root_that_cannot_be_written_is_told_with_its_name(
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(InputError) as caught, Store(tmp_path / "locked").alone():
+    with pytest.raises(InputError) as caught, Store(tmp_path / "locked").lock():
         pass
     assert str(caught.value) == f"{tmp_path / 'locked'}: cannot be written (Permission denied)"

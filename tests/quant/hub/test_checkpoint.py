@@ -265,7 +265,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return digest(path)
 
-    monkeypatch.setattr(files, "digest", counting)
+    monkeypatch.setattr(files, "hash_file", counting)
     return names
 
 

@@ -170,7 +170,7 @@ def test_a_run_that_ended_between_two_variants_goes_on_with_the_second(
 ) -> None:
     plans = planned(base, matrix, SMALL, OTHER)
     settled: list[str] = []
-    real = Store.settle
+    real = Store.commit
 
     def settle(
         store: Store, stage: str, inputs: Mapping[str, Any], facts: Mapping[str, Any]
@@ -181,7 +181,7 @@ def test_a_run_that_ended_between_two_variants_goes_on_with_the_second(
         return real(store, stage, inputs, facts)
 
     with monkeypatch.context() as broken:
-        broken.setattr(Store, "settle", settle)
+        broken.setattr(Store, "commit", settle)
         with pytest.raises(KeyboardInterrupt):
             quantize_variants(
                 base, matrix, plans, "M", WHOLE, toolchain.find_toolchain(), Store(tmp_path)

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quant.core.files import hash_file, hash_text
+from quant.core.files import hash_file
+from quant.core.format import hash_text
 from quant.llama.gguf import read_header
 from quant.release.package import CHECKSUMS, FORMAT, MANIFEST, PROVENANCE
 from quant.release.provenance import make_statement

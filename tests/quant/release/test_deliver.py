@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from quant.core import files
+from quant.core.format import to_pretty_json
 from quant.errors import CheckError, InputError
 from quant.release.deliver import deliver_release, is_delivered
 from quant.release.package import FORMAT, MANIFEST, Release
@@ -20,7 +21,7 @@ CONTENT: Mapping[str, bytes] = {
 def packaged(folder: Path, content: Mapping[str, bytes] = CONTENT, version: int = 1) -> Release:
     """A release as the packaging leaves it in the store."""
     manifest = {"format": FORMAT, "model": "tiny", "version": version}
-    for name, data in {**content, MANIFEST: files.to_pretty_json(manifest).encode()}.items():
+    for name, data in {**content, MANIFEST: to_pretty_json(manifest).encode()}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

@@ -10,6 +10,7 @@ import pytest
 
 from quant.core import files
 from quant.core.digest_cache import save_digests
+from quant.core.format import to_pretty_json
 from quant.core.secrets import mask_token
 from quant.errors import CheckError, InputError, QuantError, Unreachable
 from quant.hub.upload import Destination
@@ -53,7 +54,7 @@ def write_lists(folder: Path, sums: Mapping[str, str], licence: str = "mit") -> 
         "recipe": {"card": {"license": licence, "base_model": "none"}},
         "sums": dict(sums),
     }
-    (folder / MANIFEST).write_text(files.to_pretty_json(manifest))
+    (folder / MANIFEST).write_text(to_pretty_json(manifest))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from quant.calibration.gradients.program import ModelPass, Tensors
 from quant.calibration.hessian_collector import HessianSums
 from quant.calibration.hessians import HessianSettings, collect_hessians
 from quant.core import files, process
+from quant.core.format import to_pretty_json
 from quant.errors import InputError, ToolError
 from quant.llama import toolchain
 from quant.llama.toolchain import find_toolchain
@@ -57,7 +58,7 @@ def test_read_forward_a_model_says_what_it_says_in_llama_cpp(
     part = {"model": str(exact), "text": str(tiny[2]), "folder": str(tmp_path)}
     files.write_text(
         tmp_path / "job",
-        files.to_pretty_json(
+        to_pretty_json(
             {"context": CONTEXT, "threads": 1, "chunks": CHUNKS, "top": EVERY_WORD, "parts": [part]}
         ),
     )
