@@ -7,7 +7,7 @@
 //   KERNEL(iq4_nl) { run<20, 32, 18>(call, iq4_nl); }
 //
 // It is compiled once for every instruction set and exported as `avx512_iq4_nl`, `avx2_iq4_nl`, … The library's
-// exported names are the table of what there is; quant/kernels looks them up, and CMake takes every *.cpp that lies
+// exported names are the table of what there is; quant/quantize/kernels looks them up, and CMake takes every *.cpp that lies
 // here.
 #pragma once
 

@@ -194,9 +194,9 @@ def test_weights_cut_short_before_the_run(copy: Path) -> None:
 
 def test_weights_cut_short_under_the_run(copy: Path, process: Callable[[str], None]) -> None:
     process(
-        "import os\nreal = weights.Source.raw\n"
+        "import os\nreal = weights.WeightSource.raw\n"
         "def raw(source, tensor, chunk):\n    os.truncate(source.file.path, 8000)\n    return real(source, tensor, chunk)\n"
-        "weights.Source.raw = raw"
+        "weights.WeightSource.raw = raw"
     )
     with pytest.raises(
         InputError,
@@ -211,9 +211,9 @@ def test_a_file_that_is_written_to_under_the_run(
     copy: Path, process: Callable[[str], None], changed: str
 ) -> None:
     process(
-        "real = work.Run.go\n"
+        "real = work.EngineRun.go\n"
         f"def go(*args):\n    real(*args)\n    f = open({str(copy / changed)!r}, 'r+b'); f.write(b'GGUF'); f.close()\n"
-        "work.Run.go = go"
+        "work.EngineRun.go = go"
     )
     with pytest.raises(InputError, match=f"{changed}: changed while it was read"):
         run_engine(told(copy), copy / "work")
@@ -222,10 +222,10 @@ def test_a_file_that_is_written_to_under_the_run(
 
 def test_another_file_in_place_of_the_weights(copy: Path, process: Callable[[str], None]) -> None:
     process(
-        "import shutil\nreal = work.Run.go\n"
+        "import shutil\nreal = work.EngineRun.go\n"
         f"def go(*args):\n    real(*args)\n    shutil.copy({str(copy / 'base.gguf')!r}, {str(copy / 'b')!r})\n"
         f"    Path({str(copy / 'b')!r}).replace({str(copy / 'base.gguf')!r})\n"
-        "work.Run.go = go"
+        "work.EngineRun.go = go"
     )
     with pytest.raises(InputError, match=r"base.gguf: changed while it was read"):
         run_engine(told(copy), copy / "work")
@@ -243,7 +243,7 @@ def test_an_end_inside_ggml_names_the_tensor_and_keeps_what_was_done(
     chosen = types(base, "Q8_0") | {name: "IQ2_XS"}
     doing = job(base, copy / MATRIX_NAME, {copy / "out" / "x.gguf": chosen}, jobs=1)
     process(
-        "work.finite = lambda rows: True\nwork.longest_first = lambda pieces: sorted(pieces, key=lambda p: p.cost)"
+        "work.finite = lambda rows: True\nwork.order_pieces = lambda pieces: sorted(pieces, key=lambda p: p.cost)"
     )
     with pytest.raises(
         InputError, match=rf"tensor {name}: rows \d+ to \d+: 1 of \d+ blocks cannot be made IQ2_XS"
@@ -272,7 +272,7 @@ def test_stored_rows_that_ggml_finds_wrong_are_no_result(
     copy: Path, process: Callable[[str], None]
 ) -> None:
     process(
-        "from quant import ggml\nreal = ggml.Library.kernel\n"
+        "from quant.llama import ggml\nreal = ggml.Library.kernel\n"
         "def kernel(library, kind):\n"
         "    def broken(rows, weights):\n"
         "        data = real(library, kind)(rows, weights)\n        data[0:2] = (0x00, 0x7C)\n        return data\n"
@@ -297,9 +297,9 @@ def test_a_failed_flush_leaves_no_journal_that_could_be_believed(
         "        os.fdatasync = fails\n"
         "    real(self)\n"
         "output.Output.sync = sync\n"
-        "raw = weights.Source.raw\n"
+        "raw = weights.WeightSource.raw\n"
         "def slow(*args):\n    time.sleep(0.02)\n    return raw(*args)\n"
-        "weights.Source.raw = slow"
+        "weights.WeightSource.raw = slow"
     )
     with pytest.raises(ToolError, match="Input/output error"):
         run_engine(told(copy), copy / "work")

@@ -44,7 +44,7 @@ def watched(name):
 for name in ("open", "ftruncate", "pwrite", "write", "fdatasync", "fsync", "replace", "unlink"):
     watched(name)
 path = Path(sys.argv[1])
-work.work(job.read(path), path.parent)
+work.quantize_job(job.read_job(path), path.parent)
 print(count)
 """
 

@@ -157,6 +157,6 @@ def test_a_row_that_did_not_gain_keeps_its_bytes(
 
     for step in ("choose_levels", "fit_scales", "fit_blocks"):
         monkeypatch.setattr(descent, step, lambda state, metric: None)
-    monkeypatch.setattr(descent, "feed_back", spoil)
+    monkeypatch.setattr(descent, "compensate_errors", spoil)
     before = stored(kernels, "Q4_K", rows, metric)
     assert (refine(TYPES["Q4_K"], rows, before, metric) == before).all()

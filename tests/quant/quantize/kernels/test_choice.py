@@ -73,7 +73,7 @@ def test_what_a_trial_found_is_kept(
     Kernels(library, native).served(Q4)
     (kept,) = cache.iterdir()
     assert json.loads(kept.read_text())["difference"] == ""
-    monkeypatch.setattr(trial, "difference", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(trial, "find_kernel_difference", lambda *_: pytest.fail("tried again"))
     assert Kernels(library, native).served(Q4).by == native.sets[0]
 
 
@@ -203,9 +203,10 @@ def test_a_process_that_flushes_denormals_is_refused_and_its_kernels_do_not(
 import ctypes, sys
 from pathlib import Path
 import numpy as np
-from quant import ggml, kernels
+from quant.llama import ggml
+from quant.quantize import kernels
 from quant.llama.types import TYPES
-library, native = ggml.load(Path(sys.argv[2])), kernels.load()
+library, native = ggml.load_ggml(Path(sys.argv[2])), kernels.load_library()
 kernel = native.kernel(library, native.sets[0], TYPES["Q6_K"])
 x, w = np.random.default_rng(5).normal(0, 1, (8, 512)).astype(np.float32), np.full(512, 1e-40, np.float32)
 plainly, before = kernel(x, w)[0].tobytes(), native.flushes()

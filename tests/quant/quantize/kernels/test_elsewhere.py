@@ -107,8 +107,9 @@ def test_neons_bytes_are_ggmls(
 
 def test_ggml_serves_on_a_processor_without_avx2(library: ggml.Library) -> None:
     script = (
-        "import sys, numpy as np\nfrom pathlib import Path\nfrom quant import ggml, kernels\n"
-        "from quant.llama.types import TYPES\nk = kernels.Kernels(ggml.load(Path(sys.argv[1])))\n"
+        "import sys, numpy as np\nfrom pathlib import Path\nfrom quant.llama import ggml\n"
+        "from quant.quantize import kernels\n"
+        "from quant.llama.types import TYPES\nk = kernels.Kernels(ggml.load_ggml(Path(sys.argv[1])))\n"
         "x = np.arange(-256, 256, dtype=np.float32).reshape(2, 256)\n"
         "print(k.served(TYPES['Q4_K']).why, k.kernel(TYPES['Q4_K'])(x, None).sum())"
     )

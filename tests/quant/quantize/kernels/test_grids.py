@@ -187,9 +187,9 @@ def test_ggml_does_end_the_process_where_the_distances_overflow(
     with pytest.raises(InputError, match="cannot be made"):
         native.kernel(library, native.sets[0], TYPES[name])(rows() * np.float32(1e16), None)
     program = (
-        "import sys, numpy as np; from pathlib import Path; from quant import ggml; from quant.llama.types import TYPES\n"
+        "import sys, numpy as np; from pathlib import Path; from quant.llama import ggml; from quant.llama.types import TYPES\n"
         "from tests.quant.quantize.kernels.test_grids import rows\n"
-        "ggml.load(Path(sys.argv[1])).kernel(TYPES[sys.argv[2]])(rows() * np.float32(1e16), None)"
+        "ggml.load_ggml(Path(sys.argv[1])).kernel(TYPES[sys.argv[2]])(rows() * np.float32(1e16), None)"
     )
     ended = subprocess.run(
         [sys.executable, "-c", program, library.path, name], capture_output=True, check=False
