@@ -94,7 +94,7 @@ def test_without_the_renderer_it_is_said_what_is_missing(monkeypatch: pytest.Mon
     def missing(name: str) -> None:
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr("quant.release.ollama.import_module", missing)
+    monkeypatch.setattr("quant.chat.go_template.import_module", missing)
     with pytest.raises(InputError, match="gotpl: missing"):
         render_go("x", COVERED)
 

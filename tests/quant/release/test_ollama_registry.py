@@ -203,7 +203,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
         class Client:
             endpoint = f"http://127.0.0.1:{server.server_address[1]}"
 
-        monkeypatch.setattr(hub_client, "client", Client)
+        monkeypatch.setattr(hub_client, "make_client", Client)
         monkeypatch.setattr(hub_client, "TRIES", 1)
         monkeypatch.delenv(TOKEN, raising=False)
         server.tags = {

@@ -249,7 +249,7 @@ def test_nothing_is_read_to_be_hashed_again(
         read.append(path.name)
         return digest(path)
 
-    monkeypatch.setattr(files, "digest", counting)
+    monkeypatch.setattr(files, "hash_file", counting)
     monkeypatch.setattr(
         "huggingface_hub.lfs.sha_fileobj", lambda f: pytest.fail(f"{f.name} was hashed")
     )
