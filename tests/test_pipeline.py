@@ -106,7 +106,7 @@ def test_digests_of_the_calibration_text_and_the_importance_matrix_stand_in_the_
         matrix["made_of"]["text"] == text["sha256"]
         and matrix["made_of"]["base"] == manifest["base"]["sha256"]
     )
-    made = next((ladder.parent / ".work").glob("*/calibrate/*/quant.calibration.txt"))
+    made = next((ladder.parent / ".work").glob("*/calibrate/*/calibration.txt"))
     assert text["sha256"] == hash_file(made)
     assert matrix["coverage"]["unvisited"] == {} and text["held_out"] > 0
     assert {s["licence"] for s in text["sources"]} == {"Apache-2.0"}

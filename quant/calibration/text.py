@@ -24,7 +24,7 @@ from quant.llama.tokenizer import TextCounter, Tokenizer
 from quant.llama.toolchain import Toolchain
 from quant.plan.recipe import ImatrixRecipe, ModelRecipe
 
-TEXT, HELD_OUT = "quant.calibration.txt", "held-out.jsonl"
+TEXT, HELD_OUT = "calibration.txt", "held-out.jsonl"
 HOW = "packed 1"
 """Names the way in which a text is put together; another way is another text."""
 

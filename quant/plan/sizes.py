@@ -11,7 +11,7 @@ from quant.plan.recipe import ModelRecipe, parse_size
 
 GIB = 2**30
 
-MATRIX_NAME, TEXT_NAME = "imatrix.gguf", "quant.calibration.txt"
+MATRIX_NAME, TEXT_NAME = "imatrix.gguf", "calibration.txt"
 """What llama-quantize and llama-imatrix are shown, and write into their files: names that may be published."""
 U32_BYTES, STRING_BYTES = 4, 8
 

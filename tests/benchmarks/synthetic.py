@@ -91,7 +91,7 @@ def _write_matrix(path: Path, tensors: tuple[TensorSpec, ...]) -> None:
     rng = np.random.default_rng(2)
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", ["quant.calibration.txt"])
+    writer.add_array("imatrix.datasets", ["calibration.txt"])
     writer.add_uint32("imatrix.chunk_count", 100)
     writer.add_uint32("imatrix.chunk_size", 512)
     for t in _covered(tensors):

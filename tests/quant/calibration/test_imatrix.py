@@ -94,7 +94,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
 
 @pytest.fixture(scope="module")
 def text(tiny: ModelFile, tmp_path_factory: pytest.TempPathFactory) -> CalibrationText:
-    path = tmp_path_factory.mktemp("text") / "quant.calibration.txt"
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(
         "\n".join(f"{n} bottles of beer on the wall, {n * n} in all. Grüße!" for n in range(200))
     )

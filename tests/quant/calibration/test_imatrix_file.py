@@ -23,7 +23,7 @@ from tests.gguf_files import Tensor, key, write
 
 KEYS = (
     key("general.type", "imatrix"),
-    key("imatrix.datasets", ["quant.calibration.txt"]),
+    key("imatrix.datasets", ["calibration.txt"]),
     key("imatrix.chunk_count", 2),
     key("imatrix.chunk_size", 64),
 )

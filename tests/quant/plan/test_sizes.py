@@ -31,10 +31,10 @@ MADE = [Tensor("a.weight", (32, 5, 2), "Q8_0"), Tensor("b.weight", (64, 3), "Q8_
 ALWAYS = [key("general.quantization_version", 2), key("general.file_type", 32)]
 ABOUT = [key("quantize.imatrix.file", "imatrix.gguf"), key("quantize.imatrix.entries_count", 3)]
 DATASET, CHUNKS = (
-    key("quantize.imatrix.dataset", "quant.calibration.txt"),
+    key("quantize.imatrix.dataset", "calibration.txt"),
     key("quantize.imatrix.chunks_count", 9),
 )
-MATRIX = [key("imatrix.datasets", ["quant.calibration.txt"]), key("imatrix.chunk_count", 9)]
+MATRIX = [key("imatrix.datasets", ["calibration.txt"]), key("imatrix.chunk_count", 9)]
 
 
 def planned(base: Header) -> Plan:
