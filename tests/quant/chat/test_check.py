@@ -109,7 +109,7 @@ def test_what_is_not_there_is_said(named: str, words: str) -> None:
 def test_a_template_with_which_nothing_can_be_done_is_one_line(
     template: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quant.chat.engines.Limits", lambda: SandboxLimits(seconds=0.2))
+    monkeypatch.setattr("quant.chat.engines.SandboxLimits", lambda: SandboxLimits(seconds=0.2))
     taken = load_template(str(gguf(tmp_path / "a.gguf", template)))
     with pytest.raises(InputError) as caught:
         check_template(taken, None)
@@ -143,7 +143,7 @@ def test_a_template_that_a_build_begins_with_is_rendered_once_and_every_conversa
     )
 
     monkeypatch.setattr(
-        "quant.chat.check.render_in_child", lambda *_: pytest.fail("it was rendered again")
+        "quant.chat.check.render_in_sandbox", lambda *_: pytest.fail("it was rendered again")
     )
     assert set(require_template(wrong, dict.fromkeys(names, "known"), store)) == names
     with pytest.raises(CheckError, match="found 1 that do not"):

@@ -156,7 +156,7 @@ FEW = tuple(
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three conversations, because a check of all takes its time."""
     whole = checks.check_template
-    monkeypatch.setattr(checks, "check", lambda taken, tools: whole(taken, tools, FEW))
+    monkeypatch.setattr(checks, "check_template", lambda taken, tools: whole(taken, tools, FEW))
 
 
 @pytest.mark.tools
