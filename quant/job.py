@@ -19,7 +19,7 @@ from quant.plan import inventory
 from quant.plan.load import load_model, load_template_patch, load_variant
 from quant.plan.plan import make_plan
 from quant.plan.recipe import SIZE, ModelRecipe, TemplatePatch, Variant, Waiver, parse_size
-from quant.plan.sizes import build_disk_bytes
+from quant.plan.sizes import estimate_build_bytes
 from quant.quantize.engine.job import EngineSettings
 from quant.release.publish import preflight
 from quant.release.sign import signer_problems
@@ -207,7 +207,7 @@ def disk_problems(
         return
     tensors = inventory.read_architecture(model.architecture).tensors()
     plans = [make_plan(v, tensors) for v in variants]
-    needed = build_disk_bytes(tensors, plans, model)
+    needed = estimate_build_bytes(tensors, plans, model)
     if problem := _too_little(work, needed - _held(work), "--work"):
         yield problem
     release = sum(p.bytes for p in plans)

@@ -37,7 +37,7 @@ from quant.llama.gguf import Header, TensorSpec, read_headers
 from quant.llama.model import bindings_version
 from quant.llama.model_file import ModelFile
 from quant.llama.types import FLOATS
-from quant.plan.plan import is_quantizable, needs_coverage
+from quant.plan.plan import find_coverable, is_quantizable
 from quant.plan.recipe import ModelRecipe
 
 log = logging.getLogger(__name__)
@@ -257,7 +257,7 @@ def _matrices(
     """
     names = {t.name for t in tensors}
     reach = (
-        needs_coverage(tensors)
+        find_coverable(tensors)
         | {OUTPUT if OUTPUT in names else EMBEDDING}
         | ({EMBEDDING} if embedding else set())
     )

@@ -23,7 +23,7 @@ from quant.errors import CheckError, InputError, raise_problems
 from quant.llama.gguf import TensorSpec
 from quant.llama.model_file import ModelFile
 from quant.llama.toolchain import Toolchain
-from quant.plan.plan import CoveragePolicy, is_quantizable, needs_coverage
+from quant.plan.plan import CoveragePolicy, find_coverable, is_quantizable
 from quant.plan.recipe import CoverageRule, ImatrixRecipe, ModelRecipe
 from quant.plan.sizes import TEXT_NAME
 
@@ -62,7 +62,7 @@ class ImportanceMatrix:
 
         Those of the trunk only: blocks that predict further tokens are never covered, and variants have rules for them.
         """
-        reach = needs_coverage(tensors)
+        reach = find_coverable(tensors)
         wanted = [t.name for t in tensors if t.name in reach and is_quantizable(t)]
         unknown = {name: "no data at all" for name in wanted if name not in self.covered}
         return CoveragePolicy(

@@ -10,7 +10,7 @@ from typing import Any
 
 from quant.core.toml import Strict, read_toml
 from quant.errors import InputError, raise_problems, suggest_name
-from quant.plan.load import locate, pattern_problems
+from quant.plan.load import find_pattern_problems, find_recipe_path
 from quant.plan.recipe import ModelRecipe
 
 
@@ -107,7 +107,7 @@ class Scenarios(Strict):
 
 def load_scenarios(name: str) -> Scenarios:
     """A set by its name in recipes/scenarios or by a path. Raises InputError with everything that is wrong in it."""
-    path = locate("scenarios", name)
+    path = find_recipe_path("scenarios", name)
     found = read_toml(path, Scenarios)
     raise_problems(f"{path}: {problem}" for problem in _problems(found))
     return found
@@ -174,7 +174,7 @@ def _problems(found: Scenarios) -> Iterator[str]:
 
 def _step_problems(step: Step, scenario: Scenario, where: str) -> Iterator[str]:
     if step.expect is not None:
-        yield from pattern_problems(step.expect, f"{where}.expect")
+        yield from find_pattern_problems(step.expect, f"{where}.expect")
     if len(step.results) != len(step.calls):
         yield f"{where}.results: expected one for each of {len(step.calls)} calls, found {len(step.results)}"
     for call in step.calls:

@@ -223,7 +223,7 @@ def _known(model: str, types: tuple[str, ...]) -> "AllocationInputs":
     from quant.plan.budgets import AllocationInputs
     from quant.plan.inventory import read_architecture
     from quant.plan.load import load_model
-    from quant.plan.plan import needs_coverage
+    from quant.plan.plan import find_coverable
 
     recipe, path = load_model(model)
     told = read_architecture(recipe.architecture, f"{path}: architecture")
@@ -231,9 +231,9 @@ def _known(model: str, types: tuple[str, ...]) -> "AllocationInputs":
     progress.say(f"{model}: nothing is measured; priors by class. {priors.CREDIT}")
     return AllocationInputs(
         tensors,
-        frozenset(needs_coverage(tensors)),
-        priors.typical_errors(tensors, types),
-        priors.prior_sensitivities(tensors),
+        frozenset(find_coverable(tensors)),
+        priors.make_typical_errors(tensors, types),
+        priors.make_prior_sensitivities(tensors),
         recipe.header_bytes,
         kv_bytes=told.kv_bytes_per_token(),
     )
@@ -269,7 +269,7 @@ def _unprobed(
             error_measurement.measure_errors(base, matrix, tools, types=types, moments=moments),
         )
     found = error_table.read_error_table(errors, digest).only(types)
-    error_table.check_hessians(errors, found.moments, moments)
+    error_table.check_hessian_digest(errors, found.moments, moments)
     known = matrices.read_imatrix(matrix, header.tensors) if matrix else None
     return AllocationInputs(
         header.tensors,
@@ -391,13 +391,13 @@ def _targets(
     from quant.plan import budgets
 
     if bpw:
-        return {name: budgets.target_for_bpw(material, bpw)}
+        return {name: budgets.make_bpw_target(material, bpw)}
     if memory:
-        return {name: budgets.parse_memory_text(memory, material.kv_bytes)}
+        return {name: budgets.parse_memory_budget(memory, material.kv_bytes)}
     if as_ladder:
         return _published(what, material)
     return {
-        f"{name}-{s}" if len(sizes) > 1 else name: budgets.SizeTarget(budgets.parse_size_text(s))
+        f"{name}-{s}" if len(sizes) > 1 else name: budgets.SizeTarget(budgets.parse_file_size(s))
         for s in sizes
     }
 

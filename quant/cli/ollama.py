@@ -81,7 +81,7 @@ def check(release: Path, repo: str | None, as_json: bool) -> None:
 def _modelfile(first: Path, out: Path, model: str | None) -> str:
     """A Modelfile with what the release tells Ollama, or with what the recipe of the file's model says."""
     from quant.errors import InputError
-    from quant.plan.load import load_model, model_of_file
+    from quant.plan.load import find_model_of_file, load_model
     from quant.release.modelfile import format_modelfile as modelfile
     from quant.release.package import render_modelfile as by_recipe
 
@@ -94,7 +94,7 @@ def _modelfile(first: Path, out: Path, model: str | None) -> str:
                     _params(folder / "params"),
                     system.read_text() if system.is_file() else None,
                 )
-    if not (named := model or model_of_file(first.name)):
+    if not (named := model or find_model_of_file(first.name)):
         raise InputError(
             f"{first.name}: expected the name of a model's file, found another; say --model, for its parameters"
         )

@@ -15,11 +15,11 @@ from quant.errors import InputError, raise_problems, suggest_name
 from quant.llama.gguf import Header, TensorSpec
 from quant.llama.tensors import tensor_class
 from quant.plan.load import load_model, load_variant
-from quant.plan.plan import Plan, block_depths, choose_type, match_rules
+from quant.plan.plan import Plan, choose_type, compute_depths, match_rules
 from quant.plan.recipe import ModelRecipe, Variant, parse_size
 from quant.plan.sizes import (
     GIB,
-    build_disk_bytes,
+    estimate_build_bytes,
     estimate_memory,
     find_oversized,
     forecast_file_bytes,
@@ -77,7 +77,7 @@ def plan(
     if len(plans) == 1:
         _show_classes(plans[0])
     _show_variants(recipe, plans, weights, context or recipe.ollama.num_ctx)
-    needed = build_disk_bytes(weights.tensors, plans, recipe)
+    needed = estimate_build_bytes(weights.tensors, plans, recipe)
     click.echo(
         f"{len(weights.tensors):,} tensors, {sum(t.elements for t in weights.tensors):,} weights. A build of these takes"
         f" about {human_bytes(needed)} of disk: weights that are fetched, BF16 file, every variant."
@@ -152,7 +152,7 @@ def _gguf_problems(
     """Why this is not the model's BF16 file. MTP blocks may differ: config.json does not tell all of them."""
     if quantised := {t.type.name for t in tensors} - UNQUANTISED:
         yield f"{gguf}: expected unquantised weights (BF16), found {', '.join(sorted(quantised))}"
-    found, at = {t.name: t.shape for t in tensors}, block_depths(told)
+    found, at = {t.name: t.shape for t in tensors}, compute_depths(told)
     trunk = [t for t in told if at.get(t.name, 0) < 1]
     if wrong := [t for t in trunk if found.get(t.name) != t.shape]:
         first = wrong[0]

@@ -95,7 +95,7 @@ def probe(
             errors, error_measurement.measure_errors(base, matrix, tools, moments=moments)
         )
     found = error_table.read_error_table(errors, files.hash_file(base))
-    error_table.check_hessians(errors, found.moments, moments)
+    error_table.check_hessian_digest(errors, found.moments, moments)
     setting = probe.ProbeSetup(
         base.resolve(),
         matrix and matrix.resolve(),

@@ -86,10 +86,10 @@ def smoke(
     from quant.core import files
     from quant.llama import toolchain
     from quant.llama.model_file import ModelFile
-    from quant.plan.load import load_model, model_of_file
+    from quant.plan.load import find_model_of_file, load_model
 
     began = time.monotonic()
-    recipe, _ = load_model(model or model_of_file(path.name) or FALLBACK)
+    recipe, _ = load_model(model or find_model_of_file(path.name) or FALLBACK)
     tried = merge_scenarios(recipe, only, sees=mmproj is not None)
     waivers = collect_waivers(recipe, tried, waive)
     tools = toolchain.find_toolchain(llama_cpp)
@@ -133,9 +133,9 @@ def smoke(
 
 def _share_of(path: Path) -> float:
     """The share of right answers that the recipe of a file's variant names; all of them for a file of no variant."""
-    from quant.plan.load import load_variant, variant_of_file
+    from quant.plan.load import find_variant_of_file, load_variant
 
-    name = variant_of_file(path.name)
+    name = find_variant_of_file(path.name)
     return load_variant(name).answers if name else 1.0
 
 

@@ -110,15 +110,13 @@ def quantize(
     from quant.errors import InputError, raise_problems
     from quant.llama import toolchain
     from quant.llama.gguf import read_header
-    from quant.plan.load import load_variant, variant_of_types
+    from quant.plan.load import load_variant, read_type_file
     from quant.plan.plan import make_plan
     from quant.quantize.gptq import REVISION
     from quant.quantize.variants import QuantizeTarget, is_written, write_variants
 
     size(max_size)
-    chosen = (
-        [variant_of_types(tensor_types)] if tensor_types else [load_variant(v) for v in variants]
-    )
+    chosen = [read_type_file(tensor_types)] if tensor_types else [load_variant(v) for v in variants]
     if not chosen or (tensor_types and variants):
         raise click.UsageError("expected --variant or --tensor-types, and not both")
     if bases := [v.name for v in chosen if v.is_base]:

@@ -22,7 +22,7 @@ from quant.llama.ggml import Library, Rows
 from quant.llama.gguf import TensorSpec
 from quant.llama.toolchain import Toolchain
 from quant.llama.types import TYPES
-from quant.plan.error_table import CANDIDATES, ErrorTable, TensorError, possible_types
+from quant.plan.error_table import CANDIDATES, ErrorTable, TensorError, list_possible_types
 from quant.plan.plan import is_quantizable
 from quant.quantize.engine.chunks import Chunk
 from quant.quantize.engine.weights import COUNTS, ColumnImportance, WeightSource, finite
@@ -95,7 +95,9 @@ def _errors(
 ) -> tuple[dict[str, TensorError], float]:
     """By type, and the weighted squares of the whole tensor."""
     covered = matrix is not None and matrix.columns(tensor, 0) is not None
-    wanted = [n for n in possible_types(tensor, types, covered=covered) if n != tensor.type.name]
+    wanted = [
+        n for n in list_possible_types(tensor, types, covered=covered) if n != tensor.type.name
+    ]
     visits = _visits(tensor, matrix)
     lost: dict[str, list[NDArray[np.float64]]] = {n: [] for n in wanted}
     there: list[NDArray[np.float64]] = []

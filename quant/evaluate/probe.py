@@ -27,7 +27,7 @@ from quant.llama.tensors import tensor_class
 from quant.llama.toolchain import Toolchain
 from quant.llama.types import TYPES
 from quant.plan.error_table import ErrorTable, TensorError
-from quant.plan.plan import Plan, block_depths, is_quantizable, make_plan
+from quant.plan.plan import Plan, compute_depths, is_quantizable, make_plan
 from quant.plan.recipe import Rule, Variant
 from quant.plan.sensitivity import Probe, ProbeResult
 from quant.quantize.engine.job import EngineSettings as Engine
@@ -255,7 +255,7 @@ def _plan(name: str, probe: Probe, header: Header, blanket: str) -> Plan:
 
 def _in_trunk(tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
     """Without MTP blocks, which no text shows; but all of a class that is nowhere else."""
-    at = block_depths(tensors)
+    at = compute_depths(tensors)
     inside = [t for t in tensors if at.get(t.name, 0) < 1]
     classes = {tensor_class(t.name) for t in inside}
     return inside + [t for t in tensors if tensor_class(t.name) not in classes]
@@ -264,7 +264,7 @@ def _in_trunk(tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
 def _groups(tensors: Sequence[TensorSpec], bands: int, *, singles: bool) -> dict[str, list[str]]:
     if singles:
         return {t.name: [t.name] for t in tensors}
-    at = block_depths(tensors)
+    at = compute_depths(tensors)
     groups: dict[str, list[str]] = {}
     for t in tensors:
         depth = at.get(t.name)

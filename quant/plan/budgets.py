@@ -10,7 +10,7 @@ from quant.llama.tensors import EXPERTS, tensor_class
 from quant.llama.types import TYPES
 from quant.plan.error_table import ErrorTable
 from quant.plan.fold import fold_types
-from quant.plan.plan import CoveragePolicy, Plan, block_depths, make_plan
+from quant.plan.plan import CoveragePolicy, Plan, compute_depths, make_plan
 from quant.plan.recipe import Variant
 from quant.plan.sensitivity import Sensitivities
 from quant.plan.sizes import forecast_file_bytes
@@ -206,7 +206,7 @@ def allocate_ladder(
     return tuple(made)
 
 
-def parse_size_text(text: str) -> int:
+def parse_file_size(text: str) -> int:
     """``84GB``, ``4843584B`` or ``80.5GiB`` as bytes. Raises InputError for anything else."""
     found = SIZE.fullmatch(text.strip())
     if not found:
@@ -216,7 +216,7 @@ def parse_size_text(text: str) -> int:
     return int(float(found[1]) * SCALES[found[2]])
 
 
-def parse_memory_text(text: str, kv_bytes: int) -> SizeTarget:
+def parse_memory_budget(text: str, kv_bytes: int) -> SizeTarget:
     """``24GB gpu + 128GB ram, ctx 16384``: the file that runs there, the KV cache and all but the experts on the GPU.
 
     Buffers of computation come on top: name what is left for the model. Raises InputError for anything else.
@@ -227,13 +227,13 @@ def parse_memory_text(text: str, kv_bytes: int) -> SizeTarget:
             f"fits: expected a text like '24GB gpu + 128GB ram, ctx 16384', found {text!r}"
         )
     if found["only"]:
-        return SizeTarget(parse_size_text(found["only"]) - kv_bytes * int(found["tokens"] or 0))
+        return SizeTarget(parse_file_size(found["only"]) - kv_bytes * int(found["tokens"] or 0))
     cache = kv_bytes * int(found["context"] or 0)
-    gpu = parse_size_text(found["gpu"]) - cache
-    return SizeTarget(gpu + parse_size_text(found["ram"]), gpu) if found["ram"] else SizeTarget(gpu)
+    gpu = parse_file_size(found["gpu"]) - cache
+    return SizeTarget(gpu + parse_file_size(found["ram"]), gpu) if found["ram"] else SizeTarget(gpu)
 
 
-def target_for_bpw(material: AllocationInputs, per_weight: float) -> SizeTarget:
+def make_bpw_target(material: AllocationInputs, per_weight: float) -> SizeTarget:
     """The file with so many bits per weight, over all weights and without its head."""
     return SizeTarget(
         int(per_weight * sum(t.elements for t in material.tensors) / 8) + material.head_bytes
@@ -244,7 +244,7 @@ def _with_mtp(material: AllocationInputs, constraints: Constraints) -> Constrain
     """The constraints and the types of MTP blocks; where a type is not among those to choose from, the smallest there."""
     if not constraints.mtp_pinned:
         return constraints
-    behind = {name for name, depth in block_depths(material.tensors).items() if depth >= 1}
+    behind = {name for name, depth in compute_depths(material.tensors).items() if depth >= 1}
     pinned = {}
     for name, by_type in material.trusted().errors.items():
         allowed = [kind for kind in by_type if kind not in constraints.excluded]

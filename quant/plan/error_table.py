@@ -11,7 +11,7 @@ from quant.errors import InputError
 from quant.llama.gguf import TensorSpec
 from quant.llama.types import TYPES
 
-FORM = "quant-distortion-1"
+FORMAT = "quant-distortion-1"
 """First thing in such a file."""
 
 
@@ -79,10 +79,18 @@ class ErrorTable:
             for name, errors in self.errors.items()
         }
         seen = {"moments": self.moments} if self.moments else {}
-        return {"form": FORM, "base": self.base, "imatrix": self.matrix, **seen, "tensors": tensors}
+        return {
+            "form": FORMAT,
+            "base": self.base,
+            "imatrix": self.matrix,
+            **seen,
+            "tensors": tensors,
+        }
 
 
-def possible_types(tensor: TensorSpec, types: Iterable[str], *, covered: bool) -> Iterator[str]:
+def list_possible_types(
+    tensor: TensorSpec, types: Iterable[str], *, covered: bool
+) -> Iterator[str]:
     """The types that a tensor may have: its rows fill their blocks, and those that need importance have it."""
     yield from (
         n
@@ -100,7 +108,7 @@ def read_error_table(path: Path, base: str | None = None) -> ErrorTable:
     """A database that was written before. Raises InputError for another file, and for another model's."""
     try:
         told = json.loads(path.read_text())
-        if told["form"] != FORM:
+        if told["form"] != FORMAT:
             raise ValueError(f"form {told['form']!r}")
         tensors = told["tensors"].items()
         errors = {
@@ -112,7 +120,7 @@ def read_error_table(path: Path, base: str | None = None) -> ErrorTable:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(
-            f"{path}: expected an error database ({FORM}), found something else ({e})"
+            f"{path}: expected an error database ({FORMAT}), found something else ({e})"
         ) from e
     if base and found.base != base:
         raise InputError(
@@ -121,7 +129,7 @@ def read_error_table(path: Path, base: str | None = None) -> ErrorTable:
     return found
 
 
-def check_hessians(path: Path, measured: str | None, moments: Path | None) -> None:
+def check_hessian_digest(path: Path, measured: str | None, moments: Path | None) -> None:
     """Raise InputError for a file that was measured with other moments than those, or with some where there are none."""
     wanted = files.hash_file(moments) if moments else None
     if measured != wanted:

@@ -84,7 +84,7 @@ def format_variant(variant: Variant, comments: Iterable[str] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parse_ranges(wanted: Sequence[int]) -> str:
+def format_block_pattern(wanted: Sequence[int]) -> str:
     """A regular expression for exactly these block numbers, whole tens written as such."""
     left, parts = sorted(set(wanted)), []
     tens: dict[int, list[int]] = {}
@@ -136,7 +136,7 @@ def _rule(part: _Part) -> Rule:
     count = len(part.blocks)
     if part.blocks == (-1,):
         return Rule(rf"{which}\.weight", part.type, f"Allocated: {', '.join(part.classes)}.")
-    where = r"\d+" if part.rest else parse_ranges(part.blocks)
+    where = r"\d+" if part.rest else format_block_pattern(part.blocks)
     said = (
         ("the other blocks" if part.rest else f"{count} block{'s' * (count > 1)}")
         if not part.rest or count

@@ -27,27 +27,27 @@ RECIPES = data_folder("recipes")
 
 def load_model(name: str) -> tuple[ModelRecipe, Path]:
     """A model by its name in recipes/models or by a path, and the file it came from. Raises InputError."""
-    path = locate("models", name)
+    path = find_recipe_path("models", name)
     model = read_toml(path, ModelRecipe)
     raise_problems(_model_problems(model, path))
     return model, path
 
 
 def _architecture_problems(model: ModelRecipe, path: Path) -> typing.Iterator[str]:
-    from quant.plan.inventory import recipe_problems
+    from quant.plan.inventory import find_architecture_problems
 
     if model.architecture:
-        yield from recipe_problems(model.architecture, f"{path}: architecture")
+        yield from find_architecture_problems(model.architecture, f"{path}: architecture")
 
 
-def model_of_file(file: str) -> str | None:
+def find_model_of_file(file: str) -> str | None:
     """The project's model whose title begins a file's name; the longest, because GLM-4.6 begins GLM-4.6V-Flash too."""
     titles = {load_model(name)[0].title.lower(): name for name in list_recipes("models")}
     fitting = [title for title in titles if file.lower().startswith(f"{title}-")]
     return titles[max(fitting, key=len)] if fitting else None
 
 
-def variant_of_file(file: str) -> str | None:
+def find_variant_of_file(file: str) -> str | None:
     """The project's variant with whose name a file's name ends, before the number of a shard."""
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", file.removesuffix(".gguf"))
     fitting = [name for name in list_recipes("variants") if stem.endswith(f"-{name}")]
@@ -56,7 +56,7 @@ def variant_of_file(file: str) -> str | None:
 
 def load_variant(name: str) -> Variant:
     """A variant by its name in recipes/variants or by a path. Raises InputError."""
-    path = locate("variants", name)
+    path = find_recipe_path("variants", name)
     variant = read_toml(path, Variant)
     raise_problems(_variant_problems(variant, path))
     return variant
@@ -64,7 +64,7 @@ def load_variant(name: str) -> Variant:
 
 def load_template_patch(name: str) -> TemplatePatch:
     """A template patch by its name in recipes/templates or by a path. Raises InputError."""
-    path = locate("templates", name)
+    path = find_recipe_path("templates", name)
     by = read_toml(path, TemplatePatch)
     raise_problems(
         f"{path}: replacements[{n}].find: expected the text to replace, found nothing"
@@ -74,7 +74,7 @@ def load_template_patch(name: str) -> TemplatePatch:
     return by
 
 
-def variant_of_types(path: Path) -> Variant:
+def read_type_file(path: Path) -> Variant:
     """A variant from lines ``REGEX=type``, each for whole names, the first that matches deciding. Raises InputError."""
     rules = []
     for number, line in enumerate(read_recipe_text(path).splitlines(), 1):
@@ -104,7 +104,7 @@ def _spelt(rules: typing.Iterable[Rule]) -> typing.Iterator[Rule]:
     return (dataclasses.replace(rule, type=names.get(rule.type, rule.type)) for rule in rules)
 
 
-def locate(kind: str, name: str) -> Path:
+def find_recipe_path(kind: str, name: str) -> Path:
     """The file of a recipe, by its name among the project's own or by a path. Raises InputError."""
     if name.endswith(".toml"):
         return Path(name)
@@ -137,7 +137,7 @@ def _model_problems(model: ModelRecipe, path: Path) -> typing.Iterator[str]:
     yield from _imatrix_problems(model.imatrix, f"{path}: imatrix")
     yield from _evaluation_problems(model.evaluation, f"{path}: evaluation")
     for n, turn in enumerate(model.smoke):
-        yield from pattern_problems(turn.expect, f"{path}: smoke[{n}].expect")
+        yield from find_pattern_problems(turn.expect, f"{path}: smoke[{n}].expect")
 
 
 def _imatrix_problems(told: ImatrixRecipe, where: str) -> typing.Iterator[str]:
@@ -190,7 +190,7 @@ def _variant_problems(variant: Variant, path: Path) -> typing.Iterator[str]:
         for key, name in (("type", rule.type), ("narrow", rule.narrow or "")):
             if name.startswith("TQ"):
                 yield f"{path}: rules[{n}].{key}: {name} ruins weights that were not trained ternary; IQ1_S is as small"
-        yield from pattern_problems(rule.tensors, f"{path}: rules[{n}].tensors")
+        yield from find_pattern_problems(rule.tensors, f"{path}: rules[{n}].tensors")
     if not 0 <= variant.answers <= 1:
         yield f"{path}: answers: expected a share from 0 to 1, found {variant.answers}"
 
@@ -200,7 +200,7 @@ def _name_problems(name: str, where: str) -> typing.Iterator[str]:
         yield f"{where}: expected letters, digits, '.', '_' and '-', found {name!r}"
 
 
-def pattern_problems(pattern: str, where: str) -> typing.Iterator[str]:
+def find_pattern_problems(pattern: str, where: str) -> typing.Iterator[str]:
     """What is wrong with a regular expression."""
     try:
         re.compile(pattern)

@@ -15,7 +15,7 @@ from quant.llama.tensors import sort_tensors, split_block
 from quant.llama.types import TYPES, GGMLType
 from quant.plan.recipe import Rule, Variant
 
-KEPT = re.compile(
+NOT_QUANTIZED = re.compile(
     r"_norm\.weight|ffn_gate_inp\.weight|ffn_gate_tid2eid\.weight|altup|laurel|per_layer_model_proj"
     r"|^(position_embd|token_types)\.weight$|ssm_conv1d|shortconv\.conv\.weight|indexer\.[kq]_proj\.weight"
     r"|time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)\.weight|attn_rel_b\.weight"
@@ -159,7 +159,7 @@ def find_plan_problems(
     where = f"variant {variant.name}"
     if not variant.rules:
         return
-    covered = needs_coverage(tensors) if covered is None else covered
+    covered = find_coverable(tensors) if covered is None else covered
     deciding = match_rules(variant, tensors)
     used, moe = set(deciding.values()), is_moe(tensors)
     for n, rule in enumerate(variant.rules):
@@ -178,7 +178,7 @@ def find_plan_problems(
 def is_quantizable(tensor: TensorSpec) -> bool:
     """Whether llama-quantize would change a tensor's type."""
     matrix = any(n > 1 for n in tensor.shape[1:])
-    return matrix and tensor.name.endswith("weight") and not KEPT.search(tensor.name)
+    return matrix and tensor.name.endswith("weight") and not NOT_QUANTIZED.search(tensor.name)
 
 
 def is_moe(tensors: Collection[TensorSpec]) -> bool:
@@ -186,7 +186,7 @@ def is_moe(tensors: Collection[TensorSpec]) -> bool:
     return any("_exps." in t.name for t in tensors)
 
 
-def block_depths(tensors: Collection[TensorSpec]) -> dict[str, float]:
+def compute_depths(tensors: Collection[TensorSpec]) -> dict[str, float]:
     """Where in the trunk each tensor's block lies: 0 for the first block, below 1 for the last, 1 and more behind it.
 
     Blocks with ``nextn`` tensors predict further tokens (MTP); they are no part of the trunk.
@@ -197,14 +197,14 @@ def block_depths(tensors: Collection[TensorSpec]) -> dict[str, float]:
     return {name: n / trunk for name, n in blocks.items()}
 
 
-def needs_coverage(tensors: Collection[TensorSpec]) -> set[str]:
+def find_coverable(tensors: Collection[TensorSpec]) -> set[str]:
     """The tensors that an imatrix can have data for: those of the trunk's blocks."""
-    return {name for name, depth in block_depths(tensors).items() if depth < 1}
+    return {name for name, depth in compute_depths(tensors).items() if depth < 1}
 
 
 def match_rules(variant: Variant, tensors: Collection[TensorSpec]) -> dict[str, int | None]:
     """For every tensor that can be quantised, the index of the first rule that speaks of it, or none."""
-    at, moe = block_depths(tensors), is_moe(tensors)
+    at, moe = compute_depths(tensors), is_moe(tensors)
     return {
         t.name: next(
             (

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from quant.llama.gguf import TensorSpec
 from quant.llama.tensors import tensor_class
-from quant.plan.error_table import CANDIDATES, ErrorTable, TensorError, possible_types
-from quant.plan.plan import block_depths, is_quantizable, needs_coverage
+from quant.plan.error_table import CANDIDATES, ErrorTable, TensorError, list_possible_types
+from quant.plan.plan import compute_depths, find_coverable, is_quantizable
 from quant.plan.sensitivity import Sensitivities
 
 NOTHING = "prior"
@@ -69,13 +69,15 @@ UNUSED = 1e-3
 """How much an MTP block counts, against what its tensors would in the trunk: it only guesses ahead."""
 
 
-def typical_errors(tensors: Sequence[TensorSpec], types: Iterable[str] = CANDIDATES) -> ErrorTable:
+def make_typical_errors(
+    tensors: Sequence[TensorSpec], types: Iterable[str] = CANDIDATES
+) -> ErrorTable:
     """Errors as most matrices have them; types that need importance only where there can be data."""
-    covered, wanted = needs_coverage(tensors), [n for n in types if n in SHARES]
+    covered, wanted = find_coverable(tensors), [n for n in types if n in SHARES]
     errors = {
         t.name: {
             n: TensorError(SHARES[n], 0.0)
-            for n in possible_types(t, wanted, covered=t.name in covered)
+            for n in list_possible_types(t, wanted, covered=t.name in covered)
         }
         for t in tensors
         if is_quantizable(t)
@@ -83,9 +85,9 @@ def typical_errors(tensors: Sequence[TensorSpec], types: Iterable[str] = CANDIDA
     return ErrorTable(NOTHING, None, errors, dict.fromkeys(errors, 1.0))
 
 
-def prior_sensitivities(tensors: Sequence[TensorSpec]) -> Sensitivities:
+def make_prior_sensitivities(tensors: Sequence[TensorSpec]) -> Sensitivities:
     """By class and size, after the figures of GLM-4.6."""
-    at, specs = block_depths(tensors), {t.name: t for t in tensors if is_quantizable(t)}
+    at, specs = compute_depths(tensors), {t.name: t for t in tensors if is_quantizable(t)}
     scales = {name: _damage(t, at.get(name)) / SHARES[MEASURED_AT] for name, t in specs.items()}
     return Sensitivities(
         NOTHING, "priors by class, not measured on this model", scales, credit=CREDIT

@@ -19,7 +19,7 @@ from quant.errors import InputError
 from quant.llama.tensors import split_block, tensor_class
 from quant.plan.error_table import ErrorTable
 
-FORM = "quant-sensitivity-2"
+FORMAT = "quant-sensitivity-2"
 OUTPUT = "output.weight"
 FURTHER = "nextn."
 POWERS = 0.4, 2.5
@@ -75,7 +75,7 @@ class Sensitivities:
     @cached_property
     def plain(self) -> frozenset[str]:
         """The tensors whose noise is added plainly."""
-        return behind_all(self.scales)
+        return find_additive_tensors(self.scales)
 
     def noise(self, types: Mapping[str, str], errors: ErrorTable) -> tuple[float, float]:
         """Of a file with these types: what is inside the power, and what is added plainly."""
@@ -107,7 +107,7 @@ class Sensitivities:
     def json(self) -> dict[str, Any]:
         """As it is written."""
         return {
-            "form": FORM,
+            "form": FORMAT,
             "base": self.base,
             "source": self.source,
             "credit": self.credit,
@@ -125,7 +125,7 @@ class Sensitivities:
         }
 
 
-def behind_all(names: Iterable[str]) -> frozenset[str]:
+def find_additive_tensors(names: Iterable[str]) -> frozenset[str]:
     """Of these tensors those behind everything that amplifies noise: behind the last router, and the last attention."""
     blocks: dict[int, list[str]] = {}
     for name in names:
@@ -151,7 +151,7 @@ def fit_sensitivities(
 
     Raises InputError when there is a tensor of which nothing is known, nor of one like it.
     """
-    plain = behind_all(errors.errors)
+    plain = find_additive_tensors(errors.errors)
     power = _power(measured, errors, plain)
     held: dict[str, list[ProbeResult]] = {}
     for m in measured:
@@ -236,7 +236,7 @@ def read_sensitivities(path: Path, base: str | None = None) -> Sensitivities:
     """Sensitivities that were written before. Raises InputError for another file, and for another model's."""
     try:
         told = json.loads(path.read_text())
-        if told["form"] != FORM:
+        if told["form"] != FORMAT:
             raise ValueError(f"form {told['form']!r}")
         measured = tuple(
             ProbeResult(Probe(p["name"], p["types"]), p["kld"], p["deviation"])
@@ -249,7 +249,7 @@ def read_sensitivities(path: Path, base: str | None = None) -> Sensitivities:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(
-            f"{path}: expected sensitivities ({FORM}), found something else ({e})"
+            f"{path}: expected sensitivities ({FORMAT}), found something else ({e})"
         ) from e
     if base and found.base != base:
         raise InputError(

@@ -58,7 +58,7 @@ def summarize_classes(plan: Plan) -> tuple[ClassShare, ...]:
     )
 
 
-def build_disk_bytes(
+def estimate_build_bytes(
     tensors: Sequence[TensorSpec], plans: Sequence[Plan], model: ModelRecipe
 ) -> int:
     """What a build takes: weights that are fetched, the BF16 file, its Q8_0 for the imatrix, every variant.

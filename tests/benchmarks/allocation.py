@@ -6,9 +6,9 @@ from pathlib import Path
 from tests.benchmarks.measured import machine, measured
 
 WORK = """
-from tests.quant.plan.test_budgets import GLM, PUBLISHED, Constraints, Target, make
+from tests.quant.plan.test_budgets import GLM, PUBLISHED, Constraints, SizeTarget, allocate_variant
 for name, gigabytes in PUBLISHED.items():
-    make(GLM, Target(int(gigabytes * 1e9)), name, "For tests.", Constraints())
+    allocate_variant(GLM, SizeTarget(int(gigabytes * 1e9)), name, "For tests.", Constraints())
 """
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from quant.llama.gguf import TensorSpec, read_header
 from quant.plan.inventory import list_tensors
-from quant.plan.plan import is_quantizable, needs_coverage
+from quant.plan.plan import find_coverable, is_quantizable
 
 NUMBERS: dict[str, Any] = {
     "architectures": ["Glm4MoeForCausalLM"],
@@ -109,5 +109,5 @@ def _write_matrix(path: Path, tensors: tuple[TensorSpec, ...]) -> None:
 
 
 def _covered(tensors: tuple[TensorSpec, ...]) -> Iterator[TensorSpec]:
-    known = needs_coverage(tensors)
+    known = find_coverable(tensors)
     return (t for t in tensors if is_quantizable(t) and t.name in known)

@@ -14,7 +14,7 @@ from quant.job import disk_problems, prepare_job
 from quant.plan.inventory import read_architecture
 from quant.plan.load import load_model, load_variant
 from quant.plan.plan import make_plan
-from quant.plan.sizes import build_disk_bytes
+from quant.plan.sizes import estimate_build_bytes
 
 MODEL, _ = load_model("tiny-glm")
 TENSORS = read_architecture(MODEL.architecture).tensors()
@@ -30,14 +30,14 @@ def free(monkeypatch: pytest.MonkeyPatch, found: int) -> None:
 
 
 def test_a_build_takes_what_is_fetched_the_bf16_file_and_every_variant() -> None:
-    assert build_disk_bytes(TENSORS, PLANS, MODEL) == NEEDED
+    assert estimate_build_bytes(TENSORS, PLANS, MODEL) == NEEDED
     fetched = replace(MODEL, source=ModelSource("somebody/tiny"))
-    assert build_disk_bytes(TENSORS, PLANS, fetched) == NEEDED + BASE
+    assert estimate_build_bytes(TENSORS, PLANS, fetched) == NEEDED + BASE
     small = replace(MODEL, imatrix=replace(MODEL.imatrix, base="Q8_0"))
-    assert NEEDED + 0.5 * BASE < build_disk_bytes(TENSORS, PLANS, small) < NEEDED + 0.6 * BASE
+    assert NEEDED + 0.5 * BASE < estimate_build_bytes(TENSORS, PLANS, small) < NEEDED + 0.6 * BASE
     whole, cut = (make_plan(load_variant("BF16"), TENSORS), replace(MODEL, max_shard_size="5M"))
-    assert build_disk_bytes(TENSORS, [whole], replace(MODEL, max_shard_size="50G")) == BASE
-    assert build_disk_bytes(TENSORS, [whole], cut) == BASE + whole.bytes
+    assert estimate_build_bytes(TENSORS, [whole], replace(MODEL, max_shard_size="50G")) == BASE
+    assert estimate_build_bytes(TENSORS, [whole], cut) == BASE + whole.bytes
 
 
 @pytest.mark.parametrize("found", [NEEDED, NEEDED - 1])

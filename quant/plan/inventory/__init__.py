@@ -11,9 +11,9 @@ from typing import Any
 from quant.errors import InputError, raise_problems, suggest_name
 from quant.llama.gguf import TensorSpec
 from quant.plan.inventory import glm4, glm4_moe, mla, vision
-from quant.plan.inventory.numbers import Numbers, read_numbers
+from quant.plan.inventory.config import ArchitectureConfig, read_numbers
 
-ARCHITECTURES: dict[str, type[Numbers]] = {
+ARCHITECTURES: dict[str, type[ArchitectureConfig]] = {
     "Glm4MoeForCausalLM": glm4_moe.Glm4Moe,
     "Glm4MoeLiteForCausalLM": mla.Glm4MoeLite,
     "GlmMoeDsaForCausalLM": mla.GlmMoeDsa,
@@ -21,7 +21,7 @@ ARCHITECTURES: dict[str, type[Numbers]] = {
     "Glm4vForConditionalGeneration": glm4.Glm4,
 }
 """Classes of config.json whose text file is known."""
-VISION: dict[str, type[Numbers]] = {"Glm4vForConditionalGeneration": vision.Glm4v}
+VISION: dict[str, type[ArchitectureConfig]] = {"Glm4vForConditionalGeneration": vision.Glm4v}
 """Classes that also have a vision file."""
 
 
@@ -48,7 +48,7 @@ def list_vision_tensors(
     return read_numbers(VISION[name], vision_config, f"{where}: vision_config").tensors()
 
 
-def read_architecture(config: Mapping[str, Any], where: str = "config.json") -> Numbers:
+def read_architecture(config: Mapping[str, Any], where: str = "config.json") -> ArchitectureConfig:
     """The numbers of a model's text part, checked."""
     name = read_class_name(config, where)
     text = config.get("text_config")
@@ -73,7 +73,7 @@ def count_parameters(tensors: tuple[TensorSpec, ...]) -> int:
     return sum(t.elements for t in tensors)
 
 
-def recipe_problems(config: Mapping[str, Any], where: str) -> Iterator[str]:
+def find_architecture_problems(config: Mapping[str, Any], where: str) -> Iterator[str]:
     """What is wrong with the numbers that a recipe states; unlike config.json's, every key must be one that counts."""
     try:
         name = read_class_name(config, where)

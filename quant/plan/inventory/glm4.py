@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quant.llama.gguf import TensorSpec
-from quant.plan.inventory.numbers import Numbers, biased, ends, f32, matrix
+from quant.plan.inventory.config import ArchitectureConfig, biased, ends, f32, matrix
 
 
 @dataclass(frozen=True)
-class Glm4(Numbers):
+class Glm4(ArchitectureConfig):
     """Norms before and after each half of a block; gate and up are one matrix."""
 
     hidden_size: int

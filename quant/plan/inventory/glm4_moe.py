@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quant.llama.gguf import TensorSpec
-from quant.plan.inventory.experts import Mixture
-from quant.plan.inventory.numbers import biased, f32, matrix
+from quant.plan.inventory.config import biased, f32, matrix
+from quant.plan.inventory.moe import MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Glm4Moe(Mixture):
+class Glm4Moe(MoEConfig):
     """Grouped-query attention and experts with a bias-corrected sigmoid router."""
 
     num_key_value_heads: int

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quant.llama.gguf import TensorSpec
-from quant.plan.inventory.experts import Mixture
-from quant.plan.inventory.numbers import f32, matrix
+from quant.plan.inventory.config import f32, matrix
+from quant.plan.inventory.moe import MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latent(Mixture):
+class MLAConfig(MoEConfig):
     """What the two families have in common."""
 
     q_lora_rank: int
@@ -50,12 +50,12 @@ class Latent(Mixture):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Glm4MoeLite(Latent):
+class Glm4MoeLite(MLAConfig):
     """GLM-4.7-Flash."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlmMoeDsa(Latent):
+class GlmMoeDsa(MLAConfig):
     """GLM-5: blocks, the MTP block among them, have an indexer that picks the tokens to attend to."""
 
     index_n_heads: int = 32

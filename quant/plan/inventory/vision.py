@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 from quant.llama.gguf import TensorSpec
 from quant.llama.types import TYPES
-from quant.plan.inventory.numbers import Numbers, f32, matrix
+from quant.plan.inventory.config import ArchitectureConfig, f32, matrix
 
 
 @dataclass(frozen=True)
-class Glm4v(Numbers):
+class Glm4v(ArchitectureConfig):
     """A vision transformer, and a merger that makes tokens of its patches. In F16, as mmproj files are published."""
 
     hidden_size: int

@@ -6,24 +6,24 @@ from quant.errors import InputError
 from quant.evaluate.probe import list_probes, select_share
 from quant.plan.inventory import list_tensors
 from quant.plan.load import load_model
-from quant.plan.priors import typical_errors
+from quant.plan.priors import make_typical_errors
 from quant.plan.sensitivity import ProbeResult, Sensitivities, fit_sensitivities
 
 TINY = list_tensors(load_model("tiny-glm")[0].architecture)
 GLM = list_tensors(load_model("glm-4.6")[0].architecture)
-ERRORS = typical_errors(TINY)
+ERRORS = make_typical_errors(TINY)
 
 
 def test_a_small_model_is_probed_tensor_by_tensor_and_a_large_one_by_class_and_depth() -> None:
     assert all(len(p.types) == 1 for p in list_probes(TINY, ERRORS))
-    found = list_probes(GLM, typical_errors(GLM), ["IQ2_XXS"])
+    found = list_probes(GLM, make_typical_errors(GLM), ["IQ2_XXS"])
     assert len(found) < 60
-    assert sum(len(p.types) for p in found) == len(typical_errors(GLM).errors)
+    assert sum(len(p.types) for p in found) == len(make_typical_errors(GLM).errors)
     assert any(p.name == "ffn_down_exps band 2 of 4 at IQ2_XXS" for p in found)
 
 
 def test_a_huge_model_is_probed_with_about_forty_files_that_tell_the_power_too() -> None:
-    errors = typical_errors(GLM)
+    errors = make_typical_errors(GLM)
     found = list_probes(GLM, errors, cheap=True)
     assert 35 <= len(found) <= 45
     assert not any(name.startswith("blk.92.attn") for p in found for name in p.types)

@@ -16,13 +16,13 @@ from quant.plan.budgets import (
     SizeTarget,
     allocate_ladder,
     allocate_variant,
-    parse_memory_text,
-    parse_size_text,
-    target_for_bpw,
+    make_bpw_target,
+    parse_file_size,
+    parse_memory_budget,
 )
 from quant.plan.inventory import read_architecture
 from quant.plan.load import load_model, load_variant
-from quant.plan.plan import CoveragePolicy, make_plan, needs_coverage
+from quant.plan.plan import CoveragePolicy, find_coverable, make_plan
 from quant.plan.solver import SLOW, Constraints
 
 PUBLISHED = {
@@ -45,9 +45,9 @@ def material(model: str) -> AllocationInputs:
     tensors = told.tensors()
     return AllocationInputs(
         tensors,
-        frozenset(needs_coverage(tensors)),
-        priors.typical_errors(tensors),
-        priors.prior_sensitivities(tensors),
+        frozenset(find_coverable(tensors)),
+        priors.make_typical_errors(tensors),
+        priors.make_prior_sensitivities(tensors),
         recipe.header_bytes,
         kv_bytes=told.kv_bytes_per_token(),
     )
@@ -144,23 +144,23 @@ def test_tensors_in_doubt_get_no_type_below_the_floor() -> None:
     ],
 )
 def test_a_size_is_read_with_its_unit(text: str, found: int) -> None:
-    assert parse_size_text(text) == found
+    assert parse_file_size(text) == found
 
 
 @pytest.mark.parametrize("text", ["84", "GB", "-3GB", "3 gb", ""])
 def test_another_size_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="expected a number with one of B, kB, MB"):
-        parse_size_text(text)
+        parse_file_size(text)
 
 
 def test_what_fits_leaves_room_for_the_cache() -> None:
-    assert parse_memory_text("24GB gpu + 128GB ram, ctx 1000", 10**6) == SizeTarget(
+    assert parse_memory_budget("24GB gpu + 128GB ram, ctx 1000", 10**6) == SizeTarget(
         151 * 10**9, 23 * 10**9
     )
-    assert parse_memory_text("24GB gpu", 10**6) == SizeTarget(24 * 10**9)
-    assert parse_memory_text("64GB ram, ctx 1000", 10**6) == SizeTarget(63 * 10**9)
+    assert parse_memory_budget("24GB gpu", 10**6) == SizeTarget(24 * 10**9)
+    assert parse_memory_budget("64GB ram, ctx 1000", 10**6) == SizeTarget(63 * 10**9)
     with pytest.raises(InputError, match="expected a text like '24GB gpu"):
-        parse_memory_text("a large machine", 1)
+        parse_memory_budget("a large machine", 1)
 
 
 def test_what_is_no_expert_keeps_to_the_accelerator() -> None:
@@ -176,7 +176,7 @@ def test_what_is_no_expert_keeps_to_the_accelerator() -> None:
 
 
 def test_bits_per_weight_are_those_of_the_plan() -> None:
-    made = allocate_variant(TINY, target_for_bpw(TINY, 4.0), "V", "For tests.", Constraints())
+    made = allocate_variant(TINY, make_bpw_target(TINY, 4.0), "V", "For tests.", Constraints())
     assert 3.98 <= make_plan(made.variant, TINY.tensors).bits_per_weight <= 4.0
 
 

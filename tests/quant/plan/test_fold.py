@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quant.plan.fold import fold_types, format_variant, parse_ranges
+from quant.plan.fold import fold_types, format_block_pattern, format_variant
 from quant.plan.inventory import list_tensors
 from quant.plan.load import load_model, load_variant
 from quant.plan.plan import is_quantizable, make_plan
@@ -25,14 +25,14 @@ def test_any_allocation_folds_into_rules_that_plan_it(data: st.DataObject) -> No
 
 @given(st.sets(st.integers(0, 120), min_size=1))
 def test_a_pattern_of_numbers_matches_these_and_no_others(wanted: set[int]) -> None:
-    pattern = parse_ranges(sorted(wanted))
+    pattern = format_block_pattern(sorted(wanted))
     assert {n for n in range(200) if re.fullmatch(pattern, str(n))} == wanted
 
 
 def test_numbers_are_written_as_a_person_would() -> None:
-    assert parse_ranges([3]) == "3"
-    assert parse_ranges(range(42, 61)) == r"(4[2-9]|5\d|60)"
-    assert parse_ranges([1, 2, 4]) == "[124]"
+    assert format_block_pattern([3]) == "3"
+    assert format_block_pattern(range(42, 61)) == r"(4[2-9]|5\d|60)"
+    assert format_block_pattern([1, 2, 4]) == "[124]"
 
 
 def test_the_text_reads_as_the_same_variant(tmp_path: Path) -> None:

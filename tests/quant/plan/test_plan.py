@@ -14,12 +14,12 @@ from quant.llama.types import TYPES
 from quant.plan.plan import (
     CoveragePolicy,
     Plan,
-    block_depths,
+    compute_depths,
+    find_coverable,
     find_plan_problems,
     is_moe,
     is_quantizable,
     make_plan,
-    needs_coverage,
 )
 from quant.plan.recipe import Rule, Variant
 from tests.gguf_files import Tensor, key, write
@@ -155,7 +155,7 @@ def test_a_type_that_needs_an_imatrix_is_refused_where_there_is_no_data() -> Non
 
 def test_before_there_is_an_imatrix_the_trunk_counts_as_covered() -> None:
     mtp = (spec("blk.12.nextn.eh_proj.weight"), spec("blk.12.attn_q.weight"))
-    assert needs_coverage((*MODEL, *mtp)) == {t.name for t in TRUNK}
+    assert find_coverable((*MODEL, *mtp)) == {t.name for t in TRUNK}
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -165,7 +165,7 @@ def test_all_problems_are_told_at_once() -> None:
 
 
 def test_depth_counts_blocks_of_the_trunk_and_puts_mtp_behind_it() -> None:
-    found = block_depths(
+    found = compute_depths(
         (*MODEL, spec("blk.12.nextn.eh_proj.weight"), spec("blk.12.attn_q.weight"))
     )
     assert found["blk.0.ffn_down.weight"] == 0
@@ -176,7 +176,7 @@ def test_depth_counts_blocks_of_the_trunk_and_puts_mtp_behind_it() -> None:
 
 
 def test_a_file_with_nothing_but_an_mtp_block_has_depths() -> None:
-    assert block_depths([spec("blk.92.nextn.eh_proj.weight")])["blk.92.nextn.eh_proj.weight"] >= 1
+    assert compute_depths([spec("blk.92.nextn.eh_proj.weight")])["blk.92.nextn.eh_proj.weight"] >= 1
 
 
 def test_rules_for_a_part_of_the_trunk_decide_only_there() -> None:

@@ -13,13 +13,13 @@ from quant.llama.types import TYPES
 from quant.plan.inventory import list_tensors
 from quant.plan.load import list_recipes, load_model, load_variant
 from quant.plan.plan import (
-    block_depths,
+    compute_depths,
+    find_coverable,
     find_plan_problems,
     is_moe,
     is_quantizable,
     make_plan,
     match_rules,
-    needs_coverage,
 )
 from quant.plan.recipe import Rule, Variant
 
@@ -61,7 +61,7 @@ def test_a_low_bit_type_is_refused_for_a_table_that_is_only_gathered(low: str, t
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.7", "glm-4.7-flash", "glm-5"])
 def test_a_low_bit_type_is_refused_for_every_matrix_of_an_mtp_block(model: str, low: str) -> None:
     tensors = MODELS[model]
-    at = block_depths(tensors)
+    at = compute_depths(tensors)
     ahead = {t.name for t in tensors if is_quantizable(t) and at.get(t.name, 0) >= 1}
     assert ahead
     said = list(
@@ -88,7 +88,7 @@ def test_shipped_variants_give_low_bit_types_only_where_there_can_be_data(
     low = {
         t.tensor.name for t in make_plan(VARIANTS[name], tensors).tensors if t.type.needs_imatrix
     }
-    assert low <= needs_coverage(tensors)
+    assert low <= find_coverable(tensors)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -110,7 +110,7 @@ def test_only_speaks_of_models_of_its_kind(model: str, only: str) -> None:
 @given(st.sampled_from(sorted(MODELS)), st.floats(0, 1), st.floats(0.001, 1))
 def test_depth_is_from_and_not_up_to(model: str, start: float, length: float) -> None:
     tensors = MODELS[model]
-    at = block_depths(tensors)
+    at = compute_depths(tensors)
     decided = match_rules(
         variant(rule(r"blk\..*", "Q6_K", depth=(start, start + length)), REST), tensors
     )
@@ -126,7 +126,7 @@ def test_the_halves_of_a_trunk_are_all_of_it() -> None:
                 rule(r"blk\..*", "Q6_K", depth=d, narrow="Q8_0") for d in ((0.0, cut), (cut, 1.0))
             ]
             decided = match_rules(variant(*halves, REST), MODELS[model])
-            trunk = needs_coverage(MODELS[model])
+            trunk = find_coverable(MODELS[model])
             assert {n for n, by in decided.items() if by in (0, 1)} == trunk & decided.keys()
 
 

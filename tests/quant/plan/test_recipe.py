@@ -12,13 +12,13 @@ from quant.core import toml
 from quant.errors import InputError
 from quant.plan import recipe
 from quant.plan.load import (
+    find_model_of_file,
+    find_variant_of_file,
     list_recipes,
     load_model,
     load_template_patch,
     load_variant,
-    model_of_file,
-    variant_of_file,
-    variant_of_types,
+    read_type_file,
 )
 from quant.plan.recipe import Rule, parse_size
 
@@ -141,7 +141,7 @@ def test_a_file_of_tensor_types_is_read_as_rules(tmp_path: Path) -> None:
     path.write_text(
         "# comment\n^output\\.weight$=q6_K\n\nblk\\..*=iq2_xxs # the rest\ntoken=BF16\n"
     )
-    variant = variant_of_types(path)
+    variant = read_type_file(path)
     assert [(r.tensors, r.type) for r in variant.rules] == [
         (r"output\.weight", "Q6_K"),
         (r"blk\..*", "IQ2_XXS"),
@@ -154,7 +154,7 @@ def test_a_file_of_tensor_types_tells_its_mistakes(tmp_path: Path) -> None:
     path = tmp_path / "types.txt"
     path.write_text("a=q4_k\nb=q4_x\n(=q6_k\n")
     with pytest.raises(InputError) as caught:
-        variant_of_types(path)
+        read_type_file(path)
     assert [p.split(": ")[1] for p in caught.value.problems] == [
         "rules[1].type",
         "rules[2].tensors",
@@ -169,7 +169,7 @@ def test_a_file_of_tensor_types_that_cannot_be_read_is_told(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        variant_of_types(path)
+        read_type_file(path)
     assert str(caught.value).startswith(f"{path}: ")
 
 
@@ -210,7 +210,7 @@ def test_a_recipe_can_be_published_as_json() -> None:
 def test_a_files_name_tells_its_model_and_its_variant(
     file: str, model: str | None, variant: str | None
 ) -> None:
-    assert (model_of_file(file), variant_of_file(file)) == (model, variant)
+    assert (find_model_of_file(file), find_variant_of_file(file)) == (model, variant)
 
 
 TOKEN = "hf_PlantedTokenOfTheRecipe"
@@ -236,5 +236,5 @@ def test_a_token_in_a_list_of_types_is_refused_and_not_repeated(tmp_path: Path) 
     path = tmp_path / "types.txt"
     path.write_text(f"{TOKEN}=Q4_K\n")
     with pytest.raises(InputError, match="line 1: expected no token of the hub") as caught:
-        variant_of_types(path)
+        read_type_file(path)
     assert TOKEN not in str(caught.value)

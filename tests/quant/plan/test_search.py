@@ -10,7 +10,7 @@ from quant.plan import priors
 from quant.plan.budgets import AllocationInputs, SizeTarget
 from quant.plan.inventory import list_tensors
 from quant.plan.load import load_model
-from quant.plan.plan import needs_coverage
+from quant.plan.plan import find_coverable
 from quant.plan.search import search_allocations
 from quant.plan.solver import Constraints
 
@@ -18,9 +18,9 @@ RECIPE, _ = load_model("tiny-glm")
 TENSORS = list_tensors(RECIPE.architecture)
 MATERIAL = AllocationInputs(
     TENSORS,
-    frozenset(needs_coverage(TENSORS)),
-    priors.typical_errors(TENSORS),
-    priors.prior_sensitivities(TENSORS),
+    frozenset(find_coverable(TENSORS)),
+    priors.make_typical_errors(TENSORS),
+    priors.make_prior_sensitivities(TENSORS),
     RECIPE.header_bytes,
 )
 TARGET = SizeTarget(4_000_000)

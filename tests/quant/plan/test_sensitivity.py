@@ -12,18 +12,18 @@ from quant.evaluate.probe import list_probes
 from quant.plan import sensitivity
 from quant.plan.inventory import list_tensors
 from quant.plan.load import load_model
-from quant.plan.priors import typical_errors
+from quant.plan.priors import make_typical_errors
 from quant.plan.sensitivity import (
     ProbeResult,
     Sensitivities,
-    behind_all,
+    find_additive_tensors,
     fit_sensitivities,
     refit_sensitivities,
 )
 
 TINY = list_tensors(load_model("tiny-glm")[0].architecture)
 GLM = list_tensors(load_model("glm-4.6")[0].architecture)
-ERRORS = typical_errors(TINY)
+ERRORS = make_typical_errors(TINY)
 GLM_BLOCKS = {int(t.name.split(".")[1]) for t in GLM if t.name.startswith("blk.")}
 MTP = {int(t.name.split(".")[1]) for t in GLM if ".nextn." in t.name}
 RNG = np.random.default_rng(3)
@@ -60,7 +60,7 @@ def test_what_follows_the_last_router_is_added_plainly() -> None:
     }
     assert TRUTH.plain == last | {"output.weight"}
     trunk, further = max(GLM_BLOCKS - MTP), max(MTP)
-    found = behind_all(t.name for t in GLM)
+    found = find_additive_tensors(t.name for t in GLM)
     assert f"blk.{trunk}.ffn_down_exps.weight" in found
     assert not {n for n in found if n.startswith((f"blk.{further}.", f"blk.{trunk}.attn", "token"))}
 

@@ -11,15 +11,15 @@ from quant.errors import InputError
 from quant.llama.gguf import TensorSpec, pad
 from quant.plan.inventory import (
     count_parameters,
+    find_architecture_problems,
     list_tensors,
     list_vision_tensors,
     read_architecture,
-    recipe_problems,
 )
+from quant.plan.inventory.config import ArchitectureConfig
 from quant.plan.inventory.glm4 import Glm4
 from quant.plan.inventory.glm4_moe import Glm4Moe
 from quant.plan.inventory.mla import Glm4MoeLite, GlmMoeDsa
-from quant.plan.inventory.numbers import Numbers
 from quant.plan.load import load_model, load_variant
 from quant.plan.plan import make_plan
 
@@ -239,14 +239,16 @@ def test_glm4_has_as_many_tensors_and_weights_as_the_formula_says(n: Glm4) -> No
 
 
 @given(ANY)
-def test_no_name_comes_twice_and_every_name_fits_ggml(n: Numbers) -> None:
+def test_no_name_comes_twice_and_every_name_fits_ggml(n: ArchitectureConfig) -> None:
     names = [t.name for t in n.tensors()]
     assert len(set(names)) == len(names)
     assert max(map(len, names)) <= 63
 
 
 @given(ANY)
-def test_a_file_is_its_weights_and_less_than_a_padding_for_each_tensor(n: Numbers) -> None:
+def test_a_file_is_its_weights_and_less_than_a_padding_for_each_tensor(
+    n: ArchitectureConfig,
+) -> None:
     tensors = n.tensors()
     wide = sum(t.elements for t in tensors if t.type.name == "F32")
     exact = 2 * count_parameters(tensors) + 2 * wide
@@ -338,7 +340,7 @@ def test_a_vision_part_that_is_no_table_is_told(part: Any) -> None:
 def test_a_recipe_may_only_state_numbers_that_count() -> None:
     architecture = config("glm-4.6v-flash")
     text = architecture["text_config"] | {"hidden_sise": 1}
-    outer, inner = recipe_problems(
+    outer, inner = find_architecture_problems(
         architecture | {"text_config": text, "rms_norm_eps": 1e-5}, "m.toml"
     )
     assert outer.startswith("m.toml: rms_norm_eps: unknown key; ")
@@ -348,7 +350,7 @@ def test_a_recipe_may_only_state_numbers_that_count() -> None:
 @pytest.mark.parametrize("part", [7, [], "none"])
 def test_a_recipe_whose_parts_are_no_tables_is_told(part: Any) -> None:
     for key in ("text_config", "vision_config"):
-        assert [*recipe_problems(config("glm-4.6v-flash") | {key: part}, "m.toml")]
+        assert [*find_architecture_problems(config("glm-4.6v-flash") | {key: part}, "m.toml")]
 
 
 def test_the_cache_of_a_token_is_keys_and_values_or_the_latent() -> None:

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quant.llama.gguf import TensorSpec
-from quant.plan.inventory.numbers import Numbers, ends, f32, matrix
+from quant.plan.inventory.config import ArchitectureConfig, ends, f32, matrix
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixture(Numbers):
+class MoEConfig(ArchitectureConfig):
     """Everything but the attention, which families add."""
 
     hidden_size: int

@@ -9,11 +9,11 @@ from quant.errors import raise_problems
 from quant.llama.gguf import TensorSpec
 from quant.llama.types import TYPES
 
-T = TypeVar("T", bound="Numbers")
+T = TypeVar("T", bound="ArchitectureConfig")
 
 
 @dataclass(frozen=True)
-class Numbers(ABC):
+class ArchitectureConfig(ABC):
     """The numbers of config.json from which an architecture's tensors follow; fields are called as the keys are."""
 
     def tensors(self) -> tuple[TensorSpec, ...]:
