@@ -1,6 +1,5 @@
 """Whether the disks hold what a build will write: asked before it begins, so that it does not end on a full one."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from quant.calibration.imatrix import SMALL_BASE
 from quant.calibration.text import check_set
 from quant.chat.scenarios import Scenarios, merge_scenarios
 from quant.chat.smoke import collect_waivers
+from quant.core.disk import find_existing_folder, find_space_problem, measure_folder
 from quant.core.store import Store
 from quant.errors import InputError, raise_problems
 from quant.hub.lock import Lock, choose_commit, read_lock
@@ -208,36 +208,18 @@ def disk_problems(
     tensors = inventory.read_architecture(model.architecture).tensors()
     plans = [make_plan(v, tensors) for v in variants]
     needed = estimate_build_bytes(tensors, plans, model)
-    if problem := _too_little(work, needed - _held(work), "--work"):
+    if problem := _space_problem(work, needed - measure_folder(work), "--work"):
         yield problem
     release = sum(p.bytes for p in plans)
-    if _standing(work).stat().st_dev != _standing(out).stat().st_dev and (
-        problem := _too_little(out, release, "--out")
-    ):
+    disks = {find_existing_folder(folder).stat().st_dev for folder in (work, out)}
+    if len(disks) > 1 and (problem := _space_problem(out, release, "--out")):
         yield problem
 
 
-def _too_little(folder: Path, needed: int, option: str) -> str | None:
-    free = shutil.disk_usage(_standing(folder)).free
-    if needed <= free:
-        return None
-    return (
-        f"{folder}: expected {needed:,} bytes free for what this build will write, found {free:,};"
-        f" free some, name another folder with {option}, or build fewer variants"
+def _space_problem(folder: Path, needed: int, option: str) -> str | None:
+    return find_space_problem(
+        folder,
+        needed,
+        purpose=" for what this build will write",
+        advice=f"free some, name another folder with {option}, or build fewer variants",
     )
-
-
-def _held(folder: Path) -> int:
-    """Bytes of disk that a folder takes; a file of two names counts once."""
-    found = {
-        (s.st_dev, s.st_ino): s.st_blocks * 512
-        for p in folder.rglob("*")
-        if p.is_file()
-        for s in [p.stat()]
-    }
-    return sum(found.values())
-
-
-def _standing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    return next(p for p in (folder, *folder.parents) if p.is_dir())

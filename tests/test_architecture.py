@@ -159,6 +159,8 @@ OPENS = {
 }
 ONE_PLACE = {  # a pattern of source text: the one module that has it
     r"blk\\\.(\(|\\d)": "quant/llama/tensors.py",
+    r"disk_usage|statvfs|posix_fallocate": "quant/core/disk.py",
+    "MemAvailable": "quant/core/memory.py",
 }
 """Patterns of source text, each of which belongs to one module."""
 HEAVY = {"torch", "transformers", "prefect", "datasets"}
@@ -385,6 +387,9 @@ PLANTED = {
     ),
     "a second block regex": lambda: second_places(
         {"quant/plan/plan.py": r'BLOCK = re.compile(r"blk\.(\d+)\.")'}
+    ),
+    "a second look at the free disk": lambda: second_places(
+        {"quant/plan/plan.py": "shutil.disk_usage(folder).free"}
     ),
     "a skipped format": lambda: formatter_skips({"quant/plan/plan.py": "x = 1  # fmt: " + "skip"}),
     "a door": lambda: open_doors(

@@ -28,7 +28,8 @@ from quant.calibration.gradients import ARCHITECTURES, EMBEDDING, OUTPUT, REVISI
 from quant.calibration.gradients.shape import find_shape_problems
 from quant.calibration.hessian_collector import ABOUT, COUNTS
 from quant.calibration.text import CalibrationText
-from quant.core import files, process, progress
+from quant.core import files, memory, process, progress
+from quant.core.disk import find_space_problem
 from quant.core.files import Receipt
 from quant.core.format import to_pretty_json
 from quant.core.store import Store
@@ -189,7 +190,7 @@ def collect_hessians(
     if (
         backward
     ):  # as many as there is memory for; what is free may have changed since it was looked at
-        threads = min(threads, max(1, (process.measure_free_memory() - needed - once) // each))
+        threads = min(threads, max(1, (memory.measure_free_memory() - needed - once) // each))
     log.info(
         "moments: %d matrices take %s bytes of memory, and as many of disk",
         len(matrices),
@@ -309,11 +310,11 @@ def _beside(
 def _no_room(out: Path, needed: int, beside: int) -> Iterator[str]:
     """Why this machine cannot do it: sums are held until the end, and something comes to them."""
     help_ = "take some tensors at a time with --only REGEX"
-    if (free := process.measure_free_memory()) < needed + beside:
+    if (free := memory.measure_free_memory()) < needed + beside:
         yield f"moments: expected {needed + beside:,} bytes of memory, found {free:,} free; {help_}"
-    standing = next(p for p in out.resolve().parents if p.is_dir())
-    if (free := shutil.disk_usage(standing).free) < needed:
-        yield f"{out}: expected {needed:,} bytes free on its disk, found {free:,}; {help_}, or free some"
+    advice = f"{help_}, or free some"
+    if problem := find_space_problem(out, needed, purpose=" on its disk", advice=advice):
+        yield problem
 
 
 def _tell(said: Path) -> None:

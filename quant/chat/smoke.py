@@ -18,7 +18,7 @@ from quant.chat.conversations import BATTERY
 from quant.chat.runner import SmokeRunner
 from quant.chat.scenarios import Scenarios, merge_scenarios
 from quant.chat.verdict import ANSWERS, SmokeResult, SmokeRun, judge_run, parse_run
-from quant.core import files, process
+from quant.core import files, memory, process
 from quant.core.format import hash_text
 from quant.core.store import Store
 from quant.errors import (
@@ -365,7 +365,7 @@ def _died(
     """How a server ended, and what it needed if it was killed: the kernel does so when memory runs out."""
     how = process.describe_exit(server.returncode)
     needed = f"weights of {size / 1e9:.2f} GB and a cache of {kv_cache_bytes(header, served.context) / 1e9:.2f} GB"
-    room = f"; it needed {needed} for {served.context} tokens, and {process.measure_free_memory() / 1e9:.2f} GB are free now"
+    room = f"; it needed {needed} for {served.context} tokens, and {memory.measure_free_memory() / 1e9:.2f} GB are free now"
     killed = "SIGKILL" in how
     return (
         f"llama-server {how}{room if killed else ''}; its last words:\n{process.read_log_tail(log)}"

@@ -2,9 +2,7 @@
 
 import ctypes
 import os
-import resource
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,14 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from quant.core.disk import find_write_problem
 from quant.errors import InputError, ToolError
 
 LAST_WORDS = 12
 """Lines of a failed tool's log that the error quotes."""
-
-
-LITTLE_BYTES = 4 * 2**20
-"""A disk with less than this is full: tools write in pieces of about this size."""
 
 
 LOOK_SECONDS = 1.0
@@ -52,7 +47,7 @@ def run_program(
                 meanwhile()
         finally:
             _stop(process)
-    if code and (reason := find_disk_problem(cwd)):
+    if code and (reason := find_write_problem(cwd)):
         raise InputError(
             f"{cwd}: {name or Path(command[0]).name} stopped: {reason}; free some and run again"
         )
@@ -60,18 +55,6 @@ def run_program(
         raise ToolError(
             f"{name or Path(command[0]).name} {describe_exit(code)}; its last words:\n{read_log_tail(log)}"
         )
-
-
-def find_disk_problem(folder: Path) -> str | None:
-    """Why nothing more can be written in a folder, if that is so: tools seldom say it in words that can be understood."""
-    if shutil.disk_usage(folder).free < LITTLE_BYTES:
-        return "no space left"
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if limit != resource.RLIM_INFINITY and any(
-        p.stat().st_size >= limit for p in folder.rglob("*") if p.is_file()
-    ):
-        return f"a file grew too large (the limit here is {limit} bytes)"
-    return None
 
 
 def read_log_tail(log: Path) -> str:
@@ -91,12 +74,6 @@ def find_free_port(wanted: int | None = None) -> int:
                 f"port {wanted}: expected a free port on 127.0.0.1, found it taken ({e}); give another"
             ) from e
         return int(s.getsockname()[1])
-
-
-def measure_free_memory() -> int:
-    """Bytes of main memory that a new program can have, as the kernel estimates it."""
-    said = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(said["MemAvailable"].split()[0]) * 1024
 
 
 @contextmanager

@@ -4,16 +4,16 @@ The tool checks none of its reads and writes, so nothing is believed because it 
 is compared with the one after.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quant.core import files
+from quant.core.disk import find_space_problem
 from quant.core.files import Receipt
 from quant.core.store import Store, StoredResult
-from quant.errors import CheckError, InputError, convert_disk_errors, raise_problems
+from quant.errors import CheckError, InputError, convert_disk_errors
 from quant.llama.gguf import read_header, read_headers
 from quant.llama.model_file import ModelFile
 from quant.llama.toolchain import Toolchain
@@ -135,7 +135,10 @@ def merge_shards(first: Path, out: Path, tools: Toolchain) -> Receipt:
         )
     if out.exists():
         raise InputError(f"{out}: exists already; name another file or take it away")
-    raise_problems(_no_room(sum(h.path.stat().st_size for h in headers), out))
+    needed = sum(h.path.stat().st_size for h in headers)
+    purpose = " for the merged file beside its shards"
+    if problem := find_space_problem(out, needed, purpose=purpose):
+        raise InputError(problem)
     expected = _digests([h.path for h in headers])
     partial = out.with_name(out.name + files.PARTIAL)
     log = out.with_name(out.name + ".log")
@@ -160,13 +163,6 @@ def merge_shards(first: Path, out: Path, tools: Toolchain) -> Receipt:
             files.remove(log)
         files.flush_folder(out.parent)
     return files.make_receipt(out, out.parent)
-
-
-def _no_room(needed: int, out: Path) -> Iterator[str]:
-    """Said before anything is read: a merge of hundreds of gigabytes must not end on a full disk."""
-    there = next(folder for folder in out.resolve().parents if folder.is_dir())
-    if (free := shutil.disk_usage(there).free) < needed:
-        yield f"{out}: expected {needed:,} bytes free for the merged file beside its shards, found {free:,} in {there}"
 
 
 def find_changed_tensors(

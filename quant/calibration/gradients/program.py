@@ -7,8 +7,6 @@ precision, and the sums of all.
 """
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +25,7 @@ from quant.calibration.gradients import EMBEDDING, OUTPUT
 from quant.calibration.gradients.glm4moe import block, normed, rotation
 from quant.calibration.gradients.shape import ModelShape
 from quant.calibration.hessian_collector import HessianSums, write_hessians
+from quant.core.disk import reserve_file
 from quant.llama.gguf import read_headers
 from quant.llama.model import LoadedModel, Numbers
 
@@ -200,16 +199,7 @@ class ModelPass:
 def _on_disk(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """An array of nothing, for which there is room: a full disk would end the process without a word later."""
     found: NDArray[np.float32] = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    size = path.stat().st_size
-    try:
-        with path.open("r+b") as f:
-            os.posix_fallocate(f.fileno(), 0, size)
-    except OSError as e:
-        free = shutil.disk_usage(path.parent).free
-        raise SystemExit(
-            f"{path.parent}: expected {size:,} bytes on its disk for {path.name}, found {free:,} free ({e.strerror});"
-            " take fewer chunks, or free some"
-        ) from e
+    reserve_file(path, advice="take fewer chunks, or free some")
     return found
 
 

@@ -3,12 +3,12 @@
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from quant.core import files
+from quant.core.disk import find_space_problem
 from quant.llama.gguf import ALIGNMENT, TensorSpec
 from quant.llama.types import FLOATS, TYPES
 from quant.quantize.engine.layout import FileLayout
@@ -154,6 +154,5 @@ def room_problems(layouts: Mapping[Path, FileLayout]) -> Iterator[str]:
         there = sum(p.stat().st_blocks * 512 for p in partials if p.exists())
         needed[path.parent] = needed.get(path.parent, 0) + max(layout.bytes - there, 0)
     for folder, size in needed.items():
-        free = shutil.disk_usage(folder).free
-        if free < size + RESERVE_BYTES:
-            yield f"{folder}: expected {size + RESERVE_BYTES} bytes free, found {free}; free some and run again"
+        if problem := find_space_problem(folder, size + RESERVE_BYTES):
+            yield problem

@@ -14,9 +14,8 @@ from safetensors.numpy import save_file
 from quant.calibration import hessian_collector, hessians, imatrix_file
 from quant.calibration.hessian_collector import GraphTensor, HessianCollector
 from quant.calibration.hessians import FORM, Hessians, HessianSettings, collect_hessians
-from quant.core import files
+from quant.core import disk, files, memory
 from quant.errors import InputError, ToolError
-from quant.llama import toolchain
 from quant.llama.gguf import read_header
 from quant.llama.model import LIBRARY
 from quant.llama.toolchain import find_toolchain
@@ -125,18 +124,20 @@ def test_too_little_memory_or_disk_is_refused_with_both_numbers(
 ) -> None:
     base = write_base(tmp_path / "base.gguf")
     (tmp_path / "text").write_text("x")
-    monkeypatch.setattr(toolchain, "free_memory", lambda: 2_097_151)
-    monkeypatch.setattr(hessians.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_048_575))  # type: ignore[attr-defined]
+    monkeypatch.setattr(memory, "measure_free_memory", lambda: 2_097_151)
+    monkeypatch.setattr(disk, "measure_free_space", lambda _: 1_048_575)
     with pytest.raises(InputError) as refused:
         collect_hessians(
             base, tmp_path / "text", tmp_path / "m", HessianSettings(only="output.weight")
         )
-    memory, disk = refused.value.problems
+    of_memory, of_disk = refused.value.problems
     assert (
         "expected 2,097,152 bytes of memory, found 2,097,151 free; take some tensors at a time with --only"
-        in memory
+        in of_memory
     )
-    assert f"{tmp_path / 'm'}: expected 1,048,576 bytes free on its disk, found 1,048,575" in disk
+    assert (
+        f"{tmp_path / 'm'}: expected 1,048,576 bytes free on its disk, found 1,048,575" in of_disk
+    )
 
 
 @pytest.mark.parametrize(

@@ -122,12 +122,10 @@ def test_merging_is_refused_where_there_is_no_room_and_the_shards_stay(
     fake_tools: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair(tmp_path / "in", [[Tensor("a", (32,))], [Tensor("b", (32,))]])
-    monkeypatch.setattr(
-        "quant.quantize.shard.shutil.disk_usage", lambda _: SimpleNamespace(free=100)
-    )
+    monkeypatch.setattr("quant.core.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(
         InputError,
-        match=r"M\.gguf: expected \d+ bytes free for the merged file beside its shards, found 100",
+        match=r"M\.gguf: expected [\d,]+ bytes free for the merged file beside its shards, found 100",
     ):
         merge_shards(
             tmp_path / "in" / "M-00001-of-00002.gguf", tmp_path / "new" / "M.gguf", fake_tools()

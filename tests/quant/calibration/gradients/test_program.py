@@ -14,10 +14,9 @@ from quant.calibration.gradients.glm4moe import normed
 from quant.calibration.gradients.program import ModelPass, Tensors
 from quant.calibration.hessian_collector import HessianSums
 from quant.calibration.hessians import HessianSettings, collect_hessians
-from quant.core import files, process
+from quant.core import files, memory, process
 from quant.core.format import to_pretty_json
 from quant.errors import InputError, ToolError
-from quant.llama import toolchain
 from quant.llama.toolchain import find_toolchain
 from tests.quant.quantize.engine.models import replace_weight, write_base
 
@@ -228,7 +227,7 @@ def test_what_reading_backward_takes_is_told_before_it_begins(
     words, block = 4096, (8 + 1) * 3 * 256**2 + attention + routing + norms
     needed = 4 * 256**2 + 4 * max(words * 256, block) + 4 * (4 * CONTEXT * words + 256**2)
     for free, refused in ((needed - 1, True), (2 * needed, False)):
-        monkeypatch.setattr(toolchain, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(memory, "measure_free_memory", lambda free=free: free)
         if refused:
             with pytest.raises(
                 InputError, match=f"expected {needed:,} bytes of memory, found {free:,} free"

@@ -145,7 +145,7 @@ def test_no_room_before_the_work(copy: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 64 * 2**20)
     )
-    with pytest.raises(InputError, match=r"out: expected \d+ bytes free, found 67108864"):
+    with pytest.raises(InputError, match=r"out: expected [\d,]+ bytes free, found 67,108,864"):
         quantize_job(told(copy), copy)
     assert not list((copy / "out").iterdir())
 
