@@ -61,8 +61,7 @@ DOORS = {  # a module          who may import it, or a part of it (a name that e
     "subprocess": {
         "quant/core/process.py",
         "quant/llama/toolchain.py",
-        "quant/chat/smoke.py",
-        "quant/chat/engines.py",
+        "quant/llama/server.py",
     },
     "multiprocessing": set(),
     "concurrent.futures.process": set(),

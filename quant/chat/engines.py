@@ -6,10 +6,8 @@ server makes of a conversation depends on the template and not on the weights.
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +17,8 @@ from quant.chat.rules import Rendering, Renderings, RenderRequest
 from quant.chat.sandbox import SandboxLimits
 from quant.core import files, process
 from quant.errors import ToolError
-from quant.llama.chat_client import ChatClient, ServerError, connect
+from quant.llama.chat_client import ChatClient, ServerError
+from quant.llama.server import ServerSettings, serve_model
 from quant.llama.toolchain import Toolchain
 
 START_SECONDS = 120
@@ -140,20 +139,10 @@ def render_by_server(
     with tempfile.TemporaryDirectory(prefix="quant-serve-") as name:
         folder = Path(name)
         write_mute_model(folder / "mute.gguf", template, tokens or SpecialTokens())
-        port, log = process.find_free_port(), folder / "log"
-        arguments: list[str | Path] = [
-            "-m",
-            folder / "mute.gguf",
-            "--jinja",
-            "--no-reasoning-preserve",
-            *SMALL,
-        ]
-        with (
-            tools.serve(arguments, port=port, cwd=folder, log=log) as server,
-            connect(port, 60) as talk,
-        ):
-            _wait(talk, server, log)
-            return {ask.name: _served(talk, ask) for ask in prompts}
+        arguments = ("-m", folder / "mute.gguf", "--jinja", "--no-reasoning-preserve", *SMALL)
+        settings = ServerSettings(arguments, log=folder / "log", load_seconds=START_SECONDS)
+        with serve_model(tools, settings) as server:
+            return {ask.name: _served(server.client, ask) for ask in prompts}
 
 
 def write_mute_model(path: Path, template: str, tokens: SpecialTokens) -> None:
@@ -247,16 +236,6 @@ def _results(
         else:
             results[ask.name] = Rendering(None, f"{NOT_TRIED} ({ended or last.error})")
     return results
-
-
-def _wait(talk: ChatClient, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not talk.is_ready():
-        if server.poll() is not None or time.monotonic() > deadline:
-            raise ToolError(
-                f"llama-server does not come up; its last words:\n{process.read_log_tail(log)}"
-            )
-        time.sleep(0.05)
 
 
 def _served(talk: ChatClient, ask: RenderRequest) -> Rendering:

@@ -5,10 +5,7 @@ that a verdict can be repeated. What a file said is kept in the store; the verdi
 so a variant is held against the BF16 file without asking that one again.
 """
 
-import subprocess
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +15,20 @@ from quant.chat.conversations import BATTERY
 from quant.chat.runner import SmokeRunner
 from quant.chat.scenarios import Scenarios, merge_scenarios
 from quant.chat.verdict import ANSWERS, SmokeResult, SmokeRun, judge_run, parse_run
-from quant.core import files, memory, process
+from quant.core import files, process
 from quant.core.format import hash_text
 from quant.core.store import Store
 from quant.errors import (
     CheckError,
     InputError,
-    ToolError,
     convert_disk_errors,
     raise_problems,
     suggest_name,
 )
-from quant.llama.chat_client import ChatClient, Message, connect
+from quant.llama.chat_client import ChatClient, Message
 from quant.llama.gguf import Header
 from quant.llama.model_file import ModelFile
+from quant.llama.server import ServerSettings, serve_model
 from quant.llama.toolchain import Toolchain
 from quant.plan.recipe import ModelRecipe
 from quant.plan.sizes import kv_cache_bytes
@@ -41,7 +38,6 @@ LOAD_BYTES_PER_SECOND = 50 * 10**6
 """A server that has not loaded at this pace after START_SECONDS is given up: a slow network disk reads faster."""
 SECONDS_PER_TOKEN = 5
 """An answer that comes slower than this is given up: a large model on processors alone is ten times faster."""
-DYING_SECONDS = 0.5
 CHECKS = 1
 """Counts up when what is checked changes in a way that the scenarios do not show; kept work is then done again."""
 ENDS = ("eos", "eot", "eom")
@@ -192,31 +188,21 @@ def run_smoke_test(
         raise InputError(
             f"{served.file.path}: expected the first shard, which finds the others, found number {number + 1}"
         )
-    port, log = process.find_free_port(served.port), folder / report.LOG
     size = sum(h.path.stat().st_size for h in headers)
     arguments: list[str | Path] = ["-m", served.file.path, *served.server, "--no-webui"]
     arguments += ["--mmproj", served.vision] if served.vision else []
     arguments += ["-t", "1"] if size < SMALL_BYTES else []
-    patience = start_seconds + SECONDS_PER_TOKEN * served.max_answer
-    with (
-        convert_disk_errors(folder),
-        tools.serve(arguments, port=port, cwd=folder, log=log) as server,
-        connect(port, patience, served.max_answer) as talk,
-    ):
-
-        def check_dead() -> None:
-            if server.poll() is not None:
-                raise ToolError(_died(server, log, size, headers[0], served))
-
-        def check_dying() -> None:
-            with suppress(
-                subprocess.TimeoutExpired
-            ):  # its sockets are closed a moment before it is gone
-                server.wait(DYING_SECONDS)
-            check_dead()
-
-        _wait_until_loaded(talk, check_dead, log, start_seconds + size / LOAD_BYTES_PER_SECOND)
-        holding = SmokeRunner(talk, served.tried, check_dying)
+    settings = ServerSettings(
+        arguments=tuple(arguments),
+        log=folder / report.LOG,
+        port=served.port,
+        load_seconds=start_seconds + size / LOAD_BYTES_PER_SECOND,
+        answer_seconds=start_seconds + SECONDS_PER_TOKEN * served.max_answer,
+        max_answer=served.max_answer,
+        memory_needed=_describe_memory(size, headers[0], served.context),
+    )
+    with convert_disk_errors(folder), serve_model(tools, settings) as server:
+        holding = SmokeRunner(server.client, served.tried, server.explain_failed_request)
         _hold_the_file(holding, headers, served)
         holding.all()
     return SmokeRun(
@@ -347,28 +333,11 @@ def find_zero_tensors(header: Header) -> Iterator[str]:
                 yield f"tensor {t.name}: expected weights, found {t.bytes} bytes of zero"
 
 
-def _wait_until_loaded(talk: ChatClient, check_dead: Any, log: Path, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not talk.is_ready():
-        check_dead()
-        if time.monotonic() > deadline:
-            raise ToolError(
-                f"llama-server: expected it to be ready within {seconds:.0f} s, found it still loading;"
-                f" its last words:\n{process.read_log_tail(log)}"
-            )
-        time.sleep(0.05)
-
-
-def _died(
-    server: "subprocess.Popen[bytes]", log: Path, size: int, header: Header, served: SmokeSettings
-) -> str:
-    """How a server ended, and what it needed if it was killed: the kernel does so when memory runs out."""
-    how = process.describe_exit(server.returncode)
-    needed = f"weights of {size / 1e9:.2f} GB and a cache of {kv_cache_bytes(header, served.context) / 1e9:.2f} GB"
-    room = f"; it needed {needed} for {served.context} tokens, and {memory.measure_free_memory() / 1e9:.2f} GB are free now"
-    killed = "SIGKILL" in how
+def _describe_memory(size: int, header: Header, context: int) -> str:
+    """What a server needs memory for: the weights, and the cache of that many tokens."""
+    cache = kv_cache_bytes(header, context)
     return (
-        f"llama-server {how}{room if killed else ''}; its last words:\n{process.read_log_tail(log)}"
+        f"weights of {size / 1e9:.2f} GB and a cache of {cache / 1e9:.2f} GB for {context} tokens"
     )
 
 

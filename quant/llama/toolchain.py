@@ -10,14 +10,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quant.core.process import _die_with_parent, _logged, _start, _stop, run_program
+from quant.core.process import _die_with_parent, run_program
 from quant.errors import ToolError
 
 TOOLS = (
@@ -118,21 +117,6 @@ class Toolchain:
         ``meanwhile`` is called every second while it runs.
         """
         run_program([self.path(tool), *args], cwd=cwd, log=log, meanwhile=meanwhile)
-
-    @contextmanager
-    def serve(
-        self, args: Sequence[str | Path], *, port: int, cwd: Path, log: Path
-    ) -> Iterator[subprocess.Popen[bytes]]:
-        """llama-server on a loopback port while the block runs; nothing that it started outlives the block.
-
-        It is a process group of its own, so an interrupt of the terminal reaches it only through this block's end.
-        """
-        command = [self.path("llama-server"), *args, "--host", "127.0.0.1", "--port", str(port)]
-        with _logged(command, log) as out, _start(command, cwd, out, group=True) as server:
-            try:
-                yield server
-            finally:
-                _stop(server, group=True)
 
 
 def find_toolchain(folder: str | Path | None = None) -> Toolchain:

@@ -2,7 +2,6 @@
 
 import base64
 import struct
-import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +15,11 @@ import pytest
 from quant.calibration import documents, hessians, imatrix
 from quant.calibration.text import render_for_model
 from quant.chat.template import patch_template
-from quant.core import process
 from quant.hub import checkpoint as source
 from quant.llama import toolchain
 from quant.llama.convert import FileMetadata, write_vision
 from quant.llama.gguf import Header, read_header
+from quant.llama.server import ServerSettings, serve_model
 from quant.plan.load import list_recipes, load_variant
 from quant.plan.plan import make_plan
 from quant.plan.recipe import ImatrixRecipe, Variant
@@ -275,26 +274,14 @@ def test_an_fp8_checkpoint_is_converted_as_what_it_stands_for(tmp_path: Path) ->
 
 @contextmanager
 def served(model: Path, folder: Path, *options: str | Path) -> Iterator[httpx.Client]:
-    """A client of a server that has loaded this file."""
-    port = process.find_free_port()
-    arguments = ["-m", model, "-c", "512", "--jinja", "-t", "2", *options]
+    """Yield a client of a server that has loaded this file."""
+    arguments = ("-m", model, "-c", "512", "--jinja", "-t", "2", *options)
+    settings = ServerSettings(arguments, folder / "server.log")
     with (
-        toolchain.find_toolchain().serve(
-            arguments, port=port, cwd=folder, log=folder / "server.log"
-        ) as server,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+        serve_model(toolchain.find_toolchain(), settings) as server,
+        httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as client,
     ):
-        while not is_up(client):
-            assert server.poll() is None, process.read_log_tail(folder / "server.log")
-            time.sleep(0.05)
         yield client
-
-
-def is_up(client: httpx.Client) -> bool:
-    try:
-        return client.get("/health").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def png(width: int, height: int) -> bytes:

@@ -104,11 +104,6 @@ def test_a_tool_that_is_no_program_is_a_tool_error(fake_tools: Fake, tmp_path: P
     with pytest.raises(ToolError, match=r"llama-quantize: cannot be started"):
         tools.run("llama-quantize", [], cwd=tmp_path, log=tmp_path / "log")
     (tools.bin / "llama-server").write_bytes(b"\x7fELF of another machine")
-    with (
-        pytest.raises(ToolError, match=r"llama-server: cannot be started"),
-        tools.serve([], port=1, cwd=tmp_path, log=tmp_path / "log"),
-    ):
-        pass
     with pytest.raises(ToolError, match=r"llama-server: cannot be started"):
         _ = tools.version
 
@@ -243,45 +238,20 @@ def test_a_port_beyond_all_ports_is_refused() -> None:
         find_free_port(70000)
 
 
-def test_a_server_runs_on_loopback_while_the_block_does(fake_tools: Fake, tmp_path: Path) -> None:
-    tools = fake_tools(llama_server='echo "$@"; exec sleep 60')
-    log = tmp_path / "log"
-    with tools.serve(["-m", Path("x.gguf")], port=4711, cwd=tmp_path, log=log) as server:
-        assert server.poll() is None
-        wait_for(lambda: "4711" in log.read_text().partition("\n")[2])
-    assert server.returncode == -signal.SIGTERM
-    assert log.read_text().splitlines()[1] == "-m x.gguf --host 127.0.0.1 --port 4711"
-
-
-def test_a_server_is_ended_when_the_block_fails(fake_tools: Fake, tmp_path: Path) -> None:
-    tools = fake_tools(llama_server="exec sleep 60")
-    with (
-        pytest.raises(ValueError, match="inside"),
-        tools.serve([], port=1, cwd=tmp_path, log=tmp_path / "log") as server,
-    ):
-        raise ValueError("inside")
-    assert server.returncode is not None
-
-
 PARENT = """
     import sys
     from pathlib import Path
     from quant.llama.toolchain import Toolchain
+
     tools, folder = Toolchain(Path(sys.argv[1])), Path(sys.argv[2])
-    if sys.argv[3] == "run":
-        tools.run("llama-quantize", [], cwd=folder, log=folder / "log")
-    with tools.serve([], port=1, cwd=folder, log=folder / "log") as server:
-        server.wait()
+    tools.run("llama-quantize", [], cwd=folder, log=folder / "log")
 """
 
 
-@pytest.mark.parametrize("how", ["run", "serve"])
-def test_a_tool_dies_with_a_parent_that_is_killed(
-    fake_tools: Fake, tmp_path: Path, how: str
-) -> None:
-    body = f"echo $$ > {tmp_path}/pid; trap '' TERM; while :; do sleep 0.05; done"
-    tools = fake_tools(llama_quantize=body, llama_server=body)
-    command = [sys.executable, "-c", textwrap.dedent(PARENT), str(tools.bin), str(tmp_path), how]
+def test_a_tool_dies_with_a_parent_that_is_killed(fake_tools: Fake, tmp_path: Path) -> None:
+    loop = f"echo $$ > {tmp_path}/pid; trap '' TERM; while :; do sleep 0.05; done"
+    tools = fake_tools(llama_quantize=loop)
+    command = [sys.executable, "-c", textwrap.dedent(PARENT), str(tools.bin), str(tmp_path)]
     with subprocess.Popen(command) as parent:
         pid = written_pid(tmp_path / "pid")
         assert lives(pid)
