@@ -88,6 +88,7 @@ STARTS_PROCESSES = {"quant/core/process.py", "quant/llama/toolchain.py"}
 PURE = {
     "quant/errors.py",
     "quant/core/format.py",
+    "quant/core/svg.py",
     "quant/llama/types.py",
     "quant/llama/tensors.py",
     "quant/plan/recipe.py",

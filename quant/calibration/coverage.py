@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quant.core.svg import blend_colors, format_element, format_svg
 from quant.llama.tensors import split_block
 
 CELL, GUTTER, LINE = 10, 46, 14
 """Of the picture, in pixels."""
-UNVISITED_COLOUR, DARK, LIGHT = "#d62728", (8, 48, 107), (247, 251, 255)
+UNVISITED_COLOR, DARK, LIGHT = "#d62728", (8, 48, 107), (247, 251, 255)
 SHOWN = 8
 """Numbers of experts that one line tells."""
 
@@ -134,9 +135,10 @@ def list_rows(counts: Counts) -> tuple[tuple[str, ...], ...]:
 
 
 def draw_heat_map(counts: Counts, title: str) -> str:
-    """A picture in SVG: a row a layer, a column an expert, darker for more tokens (logarithmic), red for none.
+    """Return an SVG heat map: a row per layer, a column per expert, darker for more tokens.
 
-    Of a layer's matrices the one that saw the fewest tokens is drawn.
+    The scale is logarithmic, and an expert without tokens is red. Of the matrices of a layer, the
+    one that saw the fewest tokens is drawn.
     """
     layers: dict[int, Coverage] = {}
     for c in expert_coverage(counts):
@@ -149,45 +151,46 @@ def draw_heat_map(counts: Counts, title: str) -> str:
     width, top = max(GUTTER + columns * cell + 10, 520), 3 * LINE
     height = top + len(layers) * cell + 4 * LINE
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="10">',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        f'<text x="{GUTTER}" y="{LINE}" font-size="12">{_escaped(title)}</text>',
-        f'<text x="{GUTTER - 4}" y="{top - 4}" text-anchor="end">layer</text>',
-        f'<text x="{GUTTER}" y="{top - 4}">expert 0 to {columns - 1}</text>',
+        format_element("rect", width=width, height=height, fill="#ffffff"),
+        format_element("text", title, x=GUTTER, y=LINE, font_size=12),
+        format_element("text", "layer", x=GUTTER - 4, y=top - 4, text_anchor="end"),
+        format_element("text", f"expert 0 to {columns - 1}", x=GUTTER, y=top - 4),
     ]
     for row, (block, c) in enumerate(sorted(layers.items())):
         y = top + row * cell
-        if cell > CELL or row % 2 == 0:
-            parts.append(
-                f'<text x="{GUTTER - 4}" y="{y + cell / 2 + 4:g}" text-anchor="end">{block}</text>'
-            )
+        if cell > CELL or row % 2 == 0:  # a label is higher than a small cell
+            at = {"x": GUTTER - 4, "y": f"{y + cell / 2 + 4:g}"}
+            parts.append(format_element("text", str(block), **at, text_anchor="end"))
         parts += (
-            f'<rect x="{GUTTER + n * cell}" y="{y}" width="{cell}" height="{cell}" fill="{_colour(seen, most)}">'
-            f"<title>layer {block}, expert {n}: {seen:,} tokens</title></rect>"
-            for n, seen in enumerate(c.tokens)
+            format_element(
+                "rect",
+                title=f"layer {block}, expert {n}: {tokens:,} tokens",
+                x=GUTTER + n * cell,
+                y=y,
+                width=cell,
+                height=cell,
+                fill=_choose_color(tokens, most),
+            )
+            for n, tokens in enumerate(c.tokens)
         )
-    parts += _legend(most, top + len(layers) * cell + LINE)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    parts += _draw_legend(most, top + len(layers) * cell + LINE)
+    return format_svg(width, height, parts, font_family="sans-serif", font_size=10)
 
 
-def _legend(most: int, y: int) -> Iterator[str]:
+def _draw_legend(most: int, y: int) -> Iterator[str]:
+    """Yield swatches for no token, for the powers of ten, and for the most tokens."""
     marks = [0, *(10**n for n in range(len(str(most)))), most]
     x = GUTTER
-    for seen in dict.fromkeys(marks):
-        yield f'<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" fill="{_colour(seen, most)}" stroke="#999999"/>'
-        yield f'<text x="{x + CELL + 3}" y="{y + CELL - 1}">{seen:,}</text>'
-        x += CELL + 12 + 7 * len(f"{seen:,}")
-    yield f'<text x="{x}" y="{y + CELL - 1}">tokens</text>'
+    for tokens in dict.fromkeys(marks):
+        box = {"x": x, "y": y, "width": CELL, "height": CELL}
+        fill = _choose_color(tokens, most)
+        yield format_element("rect", **box, fill=fill, stroke="#999999")
+        yield format_element("text", f"{tokens:,}", x=x + CELL + 3, y=y + CELL - 1)
+        x += CELL + 12 + 7 * len(f"{tokens:,}")
+    yield format_element("text", "tokens", x=x, y=y + CELL - 1)
 
 
-def _colour(seen: int, most: int) -> str:
-    if not seen:
-        return UNVISITED_COLOUR
-    share = math.log1p(seen) / math.log1p(most)
-    return "#" + "".join(
-        f"{round(a + (b - a) * share):02x}" for a, b in zip(LIGHT, DARK, strict=True)
-    )
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")
+def _choose_color(tokens: int, most: int) -> str:
+    if not tokens:
+        return UNVISITED_COLOR
+    return blend_colors(LIGHT, DARK, math.log1p(tokens) / math.log1p(most))

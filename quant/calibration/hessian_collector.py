@@ -21,13 +21,11 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from quant.calibration.hessian_file import COUNTS, METADATA_KEY
 from quant.llama.model import LIBRARY, LoadedModel, Numbers
 from quant.llama.types import TYPES
 
 NAME = "libggml-base.so"
-COUNTS = ".counts"
-ABOUT = "moments"
-"""The one key of the file's metadata; its value is JSON. Several keys would stand in another order each time."""
 TINY = 1e-300
 INT32 = 26
 """The type of numbers of experts; see ``enum ggml_type``."""
@@ -271,7 +269,7 @@ def write_hessians(sums: HessianSums, job: Mapping[str, Any], chunks: int) -> No
     from safetensors.numpy import save_file
 
     about = json.dumps({**job["about"], "chunks": chunks}, sort_keys=True)
-    save_file(sums.tensors(), job["out"], {ABOUT: about})
+    save_file(sums.tensors(), job["out"], {METADATA_KEY: about})
 
 
 def main(path: Path) -> None:

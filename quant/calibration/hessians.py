@@ -8,25 +8,21 @@ tensor NAME of a matrix's sums (by expert where there are such), NAME.counts of 
 metadata what it was made of. It grows with the square of a row's length, so it is read one expert at a time.
 """
 
-import json
 import logging
 import os
 import re
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from quant.calibration.gradients import ARCHITECTURES, EMBEDDING, OUTPUT, REVISION
 from quant.calibration.gradients.shape import find_shape_problems
-from quant.calibration.hessian_collector import ABOUT, COUNTS
+from quant.calibration.hessian_file import FORM, Hessians
 from quant.calibration.text import CalibrationText
 from quant.core import files, memory, process, progress
 from quant.core.disk import find_space_problem
@@ -42,9 +38,6 @@ from quant.plan.plan import find_coverable, is_quantizable
 from quant.plan.recipe import ModelRecipe
 
 log = logging.getLogger(__name__)
-FORM = "quant-moments-1"
-FEWEST_ROWS = 32
-"""An expert that saw fewer is not known."""
 FLOAT_BYTES = 4
 LIKE_LOGITS = 4
 """Arrays of a thread that have a number for every token and word."""
@@ -64,66 +57,6 @@ class HessianSettings:
     """A regular expression that the whole name of a matrix matches; all matrices when not given."""
     gradients: bool | None = None
     """Whether rows count by their gradients; when not given, where the model can be read backward."""
-
-
-@dataclass(frozen=True)
-class Hessians:
-    """A file of second moments."""
-
-    path: Path
-    about: Mapping[str, Any]
-    """What it was made of: the digests of base and text, context, chunks, and llama.cpp's version."""
-    counts: Mapping[str, NDArray[np.int64]]
-    """Rows that each expert of each matrix saw, or as many as they are worth; one number where there are no experts."""
-    file: Any = field(repr=False)
-
-    @classmethod
-    def open(cls, path: Path, base_digest: str | None = None) -> "Hessians":
-        """The moments in a file, of the base with that digest. Raises InputError for any other file."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            file: Any = safe_open(path, "numpy")
-            about: dict[str, Any] = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
-        except OSError as e:
-            raise InputError(f"{path}: cannot be read ({e.strerror or e})") from e
-        except (SafetensorError, ValueError) as e:
-            raise InputError(
-                f"{path}: expected a whole file of moments, found another or a damaged one ({e})"
-            ) from e
-        if (form := about.get("form")) != FORM:
-            raise InputError(
-                f"{path}: form: expected {FORM}, found {form}; make it anew with `quant moments`"
-            )
-        if base_digest and about.get("base") != base_digest:
-            raise InputError(
-                f"{path}: of another model: expected the moments of the base {base_digest}, found those of"
-                f" {about.get('base')}; make them anew with `quant moments`"
-            )
-        raise_problems(_problems(path, file))
-        names = [name for name in file.keys() if not name.endswith(COUNTS)]  # noqa: SIM118 (it is no dict)
-        return cls(path, about, {n: file.get_tensor(n + COUNTS) for n in sorted(names)}, file)
-
-    def columns(self, name: str) -> int | None:
-        """How long a row of a matrix is; none for a matrix that was not observed."""
-        return int(self.file.get_slice(name).get_shape()[-1]) if name in self.counts else None
-
-    def of(self, name: str, expert: int = 0) -> NDArray[np.float32] | None:
-        """The mean of x xᵀ over the rows that went into one expert of a matrix.
-
-        None for a matrix that was not observed, and for an expert that saw too few rows. Raises InputError for numbers
-        that are none.
-        """
-        if name not in self.counts or (count := self.counts[name][expert]) < FEWEST_ROWS:
-            return None
-        part = self.file.get_slice(name)
-        sums = part[expert] if len(part.get_shape()) > 2 else part[:]
-        if not np.isfinite(sums).all():
-            raise InputError(
-                f"{self.path}: {name}: expected numbers, found NaN or infinity; make it anew"
-            )
-        mean: NDArray[np.float32] = sums / np.float32(count)
-        return mean
 
 
 @dataclass(frozen=True)
@@ -322,19 +255,3 @@ def _tell(said: Path) -> None:
     if found := PACE.findall(said.read_text(errors="replace")):
         done, of = map(int, found[-1])
         progress.report_progress(done / of)
-
-
-def _problems(path: Path, file: Any) -> Iterator[str]:
-    """Everything in which a file of this form is not what it has to be."""
-    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
-    shapes = {name: (s.get_shape(), s.get_dtype()) for name, s in slices.items()}
-    for name, (shape, kind) in shapes.items():
-        if name.endswith(COUNTS):
-            if name.removesuffix(COUNTS) not in shapes:
-                yield f"{path}: {name}: expected a matrix {name.removesuffix(COUNTS)}, found none"
-            continue
-        experts = prod(shape[:-2])
-        if kind != "F32" or len(shape) not in (2, 3) or shape[-1] != shape[-2]:
-            yield f"{path}: {name}: expected squares in F32, found {shape} in {kind}"
-        if shapes.get(name + COUNTS) != ([experts], "I64"):
-            yield f"{path}: {name}{COUNTS}: expected {experts} numbers in I64, found {shapes.get(name + COUNTS)}"

@@ -11,7 +11,7 @@ import click
 
 from quant.cli import progress, tables
 from quant.cli.evaluate import CONTEXT, chunks_option, set_of, text_option, threads_option
-from quant.cli.options import FILE, FOLDER, json_option, moments_option, quant, tools_option
+from quant.cli.options import FILE, FOLDER, hessians_option, json_option, quant, tools_option
 
 if TYPE_CHECKING:
     from quant.core.store import Store
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     type=FILE,
     help="Sensitivities; measured and written there if it is not there.  [in --work]",
 )
-@moments_option
+@hessians_option
 @text_option
 @chunks_option
 @threads_option
@@ -119,7 +119,7 @@ def allocate(
     as_ladder: bool,
     errors: Path | None,
     sensitivity: Path | None,
-    moments: Path | None,
+    hessians: Path | None,
     texts: tuple[Path, ...],
     chunks: int | None,
     threads: int,
@@ -176,19 +176,19 @@ def allocate(
             matrix,
             types or CANDIDATES,
             errors,
-            moments,
+            hessians,
             store,
             tools,
             coverage=coverage,
         )
         targets_of(unprobed)
         reading = partial(
-            _setting, Path(what), matrix, moments, texts, chunks, threads, store, tools
+            _setting, Path(what), matrix, hessians, texts, chunks, threads, store, tools
         )
         material = _probed(unprobed, sensitivity or store.root / "sensitivity.json", reading)
         maker = _searching(reading(), measured) if measured else maker
-    elif measured or moments:
-        option = "--measured" if measured else "--moments"
+    elif measured or hessians:
+        option = "--measured" if measured else "--hessians"
         raise click.UsageError(
             f"{option}: expected a BF16 GGUF, of a MODEL's name there is nothing to build"
         )
@@ -244,7 +244,7 @@ def _unprobed(
     matrix: Path | None,
     types: tuple[str, ...],
     errors: Path | None,
-    moments: Path | None,
+    hessians: Path | None,
     store: "Store",
     tools: "Toolchain",
     *,
@@ -266,10 +266,10 @@ def _unprobed(
         progress.say(f"{errors}: measuring what {len(types)} types do to each tensor")
         error_table.write_error_table(
             errors,
-            error_measurement.measure_errors(base, matrix, tools, types=types, moments=moments),
+            error_measurement.measure_errors(base, matrix, tools, types=types, moments=hessians),
         )
     found = error_table.read_error_table(errors, digest).only(types)
-    error_table.check_hessian_digest(errors, found.moments, moments)
+    error_table.check_hessian_digest(errors, found.moments, hessians)
     known = matrices.read_imatrix(matrix, header.tensors) if matrix else None
     return AllocationInputs(
         header.tensors,
@@ -287,7 +287,7 @@ def _unprobed(
 def _setting(
     base: Path,
     matrix: Path | None,
-    moments: Path | None,
+    hessians: Path | None,
     texts: tuple[Path, ...],
     chunks: int | None,
     threads: int,
@@ -306,7 +306,7 @@ def _setting(
         tools,
         store,
         reading,
-        moments=moments and moments.resolve(),
+        moments=hessians and hessians.resolve(),
     )
 
 

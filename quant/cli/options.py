@@ -1,7 +1,7 @@
 """What the commands share: the group they belong to, and the options that mean the same everywhere."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,16 +14,38 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class AliasedOption(click.Option):
+    """An option that is still accepted under its former names, which `--help` does not show."""
+
+    def __init__(self, *args: Any, aliases: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.aliases = tuple(aliases)
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Register the option's names and its aliases with the parser."""
+        # Only the parser may see the aliases: help and error texts are made from `opts`.
+        shown = self.opts
+        try:
+            self.opts = [*shown, *self.aliases]
+            super().add_to_parser(parser, ctx)
+        finally:
+            self.opts = shown
+
+
 variants_option = click.option(
     "--variant", "-v", "variants", multiple=True, metavar="V", help="Only this one; repeatable."
 )
 work_option = click.option(
     "--work", type=FOLDER, envvar="QUANT_WORK", help="Where finished stages are kept.  [OUT/.work]"
 )
-moments_option = click.option(
-    "--moments",
+hessians_option = click.option(
+    "--hessians",
+    cls=AliasedOption,
+    aliases=("--moments",),
     type=FILE,
-    help="Second moments of BASE, from `quant moments`: rounding is fed back.  [ggml's bytes]",
+    help="Hessians of BASE, from `quant hessians`: enables error compensation (GPTQ).  [off]",
 )
 tools_option = click.option(
     "--llama-cpp", type=FOLDER, help="A llama.cpp of your own.  [$QUANT_LLAMA_CPP]"

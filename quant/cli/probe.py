@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quant.cli import progress
-from quant.cli.options import FILE, FOLDER, moments_option, quant, tools_option
+from quant.cli.options import FILE, FOLDER, hessians_option, quant, tools_option
 from quant.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ CONTEXT = 512
 @click.option(
     "--errors", type=FILE, help="An error database; written there if it is not there.  [in --work]"
 )
-@moments_option
+@hessians_option
 @click.option(
     "--text", type=FILE, required=True, help="Calibration-side: never what files are judged by."
 )
@@ -62,7 +62,7 @@ def probe(
     base: Path,
     matrix: Path | None,
     errors: Path | None,
-    moments: Path | None,
+    hessians: Path | None,
     text: Path,
     chunks: int | None,
     threads: int,
@@ -92,10 +92,10 @@ def probe(
     errors = errors or store.root / "errors.json"
     if not errors.exists():
         error_table.write_error_table(
-            errors, error_measurement.measure_errors(base, matrix, tools, moments=moments)
+            errors, error_measurement.measure_errors(base, matrix, tools, moments=hessians)
         )
     found = error_table.read_error_table(errors, files.hash_file(base))
-    error_table.check_hessian_digest(errors, found.moments, moments)
+    error_table.check_hessian_digest(errors, found.moments, hessians)
     setting = probe.ProbeSetup(
         base.resolve(),
         matrix and matrix.resolve(),
@@ -103,7 +103,7 @@ def probe(
         tools,
         store,
         EvaluationSettings(CONTEXT, chunks, threads),
-        moments=moments and moments.resolve(),
+        moments=hessians and hessians.resolve(),
     )
     wanted = probe.list_probes(read_header(base).tensors, found, cheap=cheap)
     here = probe.select_share(wanted, part) if part else wanted

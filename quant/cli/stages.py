@@ -11,9 +11,9 @@ from quant.cli.options import (
     FILE,
     FOLDER,
     absent,
+    hessians_option,
     jobs_option,
     memory_option,
-    moments_option,
     quant,
     settings,
     size,
@@ -70,7 +70,7 @@ def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vis
 @click.option(
     "--imatrix", "matrix", type=FILE, help="Its importance matrix.  [none: types that need none]"
 )
-@moments_option
+@hessians_option
 @click.option("--out", "-o", type=FOLDER, required=True, help="The folder for the files.")
 @click.option(
     "--tensor-types",
@@ -89,7 +89,7 @@ def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vis
 def quantize(
     base: Path,
     matrix: Path | None,
-    moments: Path | None,
+    hessians: Path | None,
     out: Path,
     tensor_types: Path | None,
     max_size: str | None,
@@ -104,7 +104,7 @@ def quantize(
     type, its sha256, and the share of its weighted squares that was lost.
     """
     from quant.calibration import imatrix as matrices
-    from quant.calibration.hessians import Hessians
+    from quant.calibration.hessian_file import Hessians
     from quant.core import files
     from quant.core.store import Store
     from quant.errors import InputError, raise_problems
@@ -134,10 +134,10 @@ def quantize(
     targets = [
         QuantizeTarget(p, out.resolve() / f"{stem}-{p.variant.name}.gguf", max_size) for p in plans
     ]
-    if moments:
-        Hessians.open(moments, files.hash_file(base))
-    seen = [p.resolve().stat() for p in (base, matrix, moments) if p]
-    how = [REVISION] if moments else []
+    if hessians:
+        Hessians.open(hessians, files.hash_file(base))
+    seen = [p.resolve().stat() for p in (base, matrix, hessians) if p]
+    how = [REVISION] if hessians else []
     identity = to_canonical_json(
         [*how, *((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in seen)]
     )
@@ -161,7 +161,7 @@ def quantize(
         tools,
         work.root,
         settings(jobs, memory),
-        moments=moments and moments.resolve(),
+        moments=hessians and hessians.resolve(),
     )
     with work.lock(), progress.shown(1) as do:
         written = do("quantize", stem, pass_over)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from quant.calibration.hessians import Hessians
+from quant.calibration.hessian_file import Hessians
 from quant.core import files
 from quant.core.format import to_canonical_json
 from quant.core.store import Store

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quant.calibration.hessians import Hessians
+from quant.calibration.hessian_file import Hessians
 from quant.llama.ggml import Bytes, Rows
 from quant.llama.gguf import TensorSpec
 from quant.llama.tensors import EMBEDDINGS
@@ -52,7 +52,7 @@ class ErrorCompensator:
         return refined(ggml_type, rows, data, metric) if ggml_type.name in FORMS else data
 
     def _found(self, tensor: TensorSpec, expert: int) -> Metric | None:
-        mean = self.moments.of(tensor.name, expert)
+        mean = self.moments.read_mean(tensor.name, expert)
         if mean is not None:
             return Metric(mean)
         if tensor.name in EMBEDDINGS:

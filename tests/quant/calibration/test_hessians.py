@@ -1,7 +1,6 @@
 """Second moments: held against llama-imatrix, which sums their diagonals, and what is refused."""
 
 import ctypes
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from quant.calibration import hessian_collector, hessians, imatrix_file
 from quant.calibration.hessian_collector import GraphTensor, HessianCollector
-from quant.calibration.hessians import FORM, Hessians, HessianSettings, collect_hessians
+from quant.calibration.hessian_file import Hessians
+from quant.calibration.hessians import HessianSettings, collect_hessians
 from quant.core import disk, files, memory
 from quant.errors import InputError, ToolError
 from quant.llama.gguf import read_header
@@ -24,96 +23,6 @@ from tests.quant.quantize.engine.models import write_base
 RNG = np.random.default_rng(1)
 CHUNKS = 4
 Tiny = tuple[Path, Path, Path]
-
-
-def write(path: Path, change: dict[str, Any] | None = None, **about: Any) -> Path:
-    """A file of moments: one matrix, and one of three experts of which the second saw too little."""
-    x = RNG.normal(size=(3, 40, 8)).astype(np.float32)
-    sums = x.swapaxes(1, 2) @ x
-    tensors = {
-        "a.weight": sums[0],
-        "a.weight.counts": np.array([40]),
-        "e.weight": sums,
-        "e.weight.counts": np.array([40, 31, 32]),
-    } | (change or {})
-    save_file(
-        {k: v for k, v in tensors.items() if v is not None},
-        path,
-        {"moments": json.dumps({"form": FORM} | about)},
-    )
-    return path
-
-
-def test_moments_are_means_and_what_saw_too_little_is_not_known(tmp_path: Path) -> None:
-    sums = np.full((3, 8, 8), 64, np.float32)
-    found = Hessians.open(write(tmp_path / "m", {"e.weight": sums}, base="it"), "it")
-    assert [*found.counts] == ["a.weight", "e.weight"]
-    assert (found.columns("a.weight"), found.columns("other.weight")) == (8, None)
-    means = [found.of("e.weight", n) for n in range(3)]
-    assert means[0] is not None and means[2] is not None
-    assert means[1] is None
-    assert means[0].shape == (8, 8)
-    assert (means[0] == np.float32(1.6)).all() and (means[2] == 2).all()
-    assert found.of("other.weight") is None
-
-
-BROKEN: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
-    (
-        {},
-        {"base": "other"},
-        "of another model: expected the moments of the base it, found those of other",
-    ),
-    ({}, {"form": "quant-moments-9"}, "form: expected quant-moments-1, found quant-moments-9"),
-    ({"a.weight.counts": None}, {}, "a.weight.counts: expected 1 numbers in I64, found None"),
-    (
-        {"e.weight.counts": np.array([40, 40])},
-        {},
-        r"e.weight.counts: expected 3 numbers in I64, found \(\[2\], 'I64'\)",
-    ),
-    ({"a.weight": None}, {}, "a.weight.counts: expected a matrix a.weight, found none"),
-    (
-        {"a.weight": np.ones((8, 7), np.float32)},
-        {},
-        r"a.weight: expected squares in F32, found \[8, 7\] in F32",
-    ),
-    (
-        {"a.weight": np.ones((8, 8))},
-        {},
-        r"a.weight: expected squares in F32, found \[8, 8\] in F64",
-    ),
-)
-
-
-@pytest.mark.parametrize(("change", "about", "problem"), BROKEN)
-def test_a_file_of_another_model_or_form_is_refused(
-    change: dict[str, Any], about: dict[str, Any], problem: str, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match=problem):
-        Hessians.open(write(tmp_path / "m", change, **{"base": "it"} | about), "it")
-
-
-def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole", base="it").read_bytes()
-    for name, data in (("short", whole[:-4]), ("gguf", b"GGUF" * 99), ("empty", b"")):
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(
-            InputError,
-            match=f"{name}: expected a whole file of moments, found another or a damaged",
-        ):
-            Hessians.open(tmp_path / name)
-    save_file({"x": np.ones(2)}, tmp_path / "foreign")
-    with pytest.raises(InputError, match="form: expected quant-moments-1, found None"):
-        Hessians.open(tmp_path / "foreign")
-    with pytest.raises(InputError, match="none: cannot be read"):
-        Hessians.open(tmp_path / "none")
-
-
-def test_numbers_that_are_none_are_told_by_their_tensor(tmp_path: Path) -> None:
-    sums = np.ones((8, 8), np.float32)
-    sums[3, 4] = np.nan
-    found = Hessians.open(write(tmp_path / "m", {"a.weight": sums}))
-    with pytest.raises(InputError, match=r"m: a\.weight: expected numbers, found NaN"):
-        found.of("a.weight")
 
 
 # ---- what is refused before anything begins
@@ -298,7 +207,7 @@ def test_the_diagonal_is_what_llama_imatrix_sums(
         entry = expected.entries[name]
         assert [*counts] == [*entry.counts], name
         for expert, sums in enumerate(entry.sums.reshape(len(counts), -1)):
-            mean = found.of(name, expert)
+            mean = found.read_mean(name, expert)
             assert (mean is None) == (counts[expert] < 32)
             if mean is not None:
                 assert np.allclose(mean.diagonal(), sums / counts[expert], rtol=1e-5, atol=0), (
@@ -336,7 +245,7 @@ def test_moments_are_symmetric_and_no_direction_is_below_zero(
 ) -> None:
     for name, counts in seen[0].counts.items():
         for expert in range(len(counts)):
-            mean = seen[0].of(name, expert)
+            mean = seen[0].read_mean(name, expert)
             if mean is not None:
                 assert np.array_equal(mean, mean.T), name
                 values = np.linalg.eigvalsh(mean.astype(np.float64))
@@ -363,11 +272,11 @@ def test_only_some_are_written_and_to_the_byte_what_they_are_among_all(
         for p in paths
     ]
     assert [*found[0].counts] == [name]
-    assert np.array_equal(found[0].of(name, 0), seen[0].of(name, 0))  # type: ignore[arg-type]
+    assert np.array_equal(found[0].read_mean(name, 0), seen[0].read_mean(name, 0))  # type: ignore[arg-type]
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "other"]
     with pytest.raises(
-        InputError, match="one: of another model: expected the moments of the base 123"
+        InputError, match="one: of another model: expected Hessians of the base 123"
     ):
         Hessians.open(paths[0], "123")
 

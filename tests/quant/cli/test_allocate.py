@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from quant.calibration.hessians import FORM
+from quant.calibration.hessian_file import FORM
 from quant.core import files
 from quant.evaluate import error_measurement
 from quant.llama.toolchain import find_toolchain
@@ -147,7 +147,7 @@ def test_what_was_measured_otherwise_is_not_taken_for_what_is_fed_back(
     code, _, err = run(
         "allocate", "tiny-glm", "--size", "4MB", "--moments", seen, "-o", tmp_path / "v.toml"
     )
-    assert code == 2 and "--moments: expected a BF16 GGUF" in err
+    assert code == 2 and "--hessians: expected a BF16 GGUF" in err
 
 
 def test_texts_of_one_name_cannot_both_be_domains(run: Run, tmp_path: Path) -> None:

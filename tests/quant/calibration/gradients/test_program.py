@@ -150,7 +150,7 @@ def test_the_sums_do_not_depend_on_the_threads_and_are_of_the_rows_that_llama_cp
         # Rows that count differently are worth fewer; and llama.cpp rounds inputs, so that some go to other experts.
         assert (made[0].counts[name] <= counts + 9).all(), name
         assert made[0].counts[name].sum() > 0.05 * counts.sum(), name
-    weighed, alike = (m.of("blk.0.attn_q.weight") for m in (made[0], plain))
+    weighed, alike = (m.read_mean("blk.0.attn_q.weight") for m in (made[0], plain))
     assert weighed is not None and alike is not None
     assert np.array_equal(weighed, weighed.T)
     # Weights are one on average, and the norm gives all tokens of a block inputs of about one length.

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from quant.calibration.hessians import FORM, Hessians
+from quant.calibration.hessian_file import FORM, Hessians
 from quant.llama.gguf import read_header
 from quant.quantize.engine.job import EngineSettings
 from quant.quantize.engine.run import run_engine
@@ -83,7 +83,7 @@ def test_rows_are_what_feedback_makes_of_ggmls_where_the_inputs_are_known(
     )
     assert fed.stat().st_size == plain.stat().st_size
     source = (rows(model[0], KNOWN).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    mean = Hessians.open(model[2]).of(KNOWN)
+    mean = Hessians.open(model[2]).read_mean(KNOWN)
     assert mean is not None
     expected = refine(
         read_header(plain).by_name[KNOWN].type, source, rows(plain, KNOWN).reshape(-1), Metric(mean)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.calibration.hessians import Hessians
+from quant.calibration.hessian_file import Hessians
 from tests.quant.cli.conftest import Run
 from tests.quant.quantize.engine.models import write_base
 
@@ -24,7 +24,7 @@ def test_it_says_what_it_takes_and_what_was_seen_too_little(
     few = sum(int((c < 32).sum()) for c in found.counts.values())
     assert (code, said, found.about["context"], found.about["chunks"]) == (0, "", 64, 1)
     assert f"2 matrices take {needed:,} bytes of memory, and as many of disk" in told
-    assert f"{few} experts saw fewer than 32 tokens: of them nothing is known" in told
+    assert f"{few} experts saw fewer than 32 tokens: they have no Hessian" in told
     assert f"{out}: 2 matrices, 1 chunks, each token by its gradient" in told
     assert few
     alike = tmp_path / "alike.safetensors"
@@ -69,3 +69,21 @@ def test_wrong_input_is_refused(
     code, _, told = run("moments", base, "-f", tmp_path / "text", "-o", tmp_path / "m", *change)
     assert (code, problem in told) == (2, True)
     assert not (tmp_path / "m").exists()
+
+
+def test_the_former_name_of_the_command_works_and_is_not_listed(run: Run, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf")
+    options = ("-f", tmp_path / "none.txt", "-o", tmp_path / "m", "--chunks", "1")
+    code, _, expected = run("hessians", base, *options)
+    assert (code, "none.txt: cannot be read" in expected) == (2, True)
+    assert run("moments", base, *options) == (2, "", expected)
+    listed = run("--help")[1]
+    assert "  hessians " in listed and "moments" not in listed
+
+
+@pytest.mark.parametrize("command", ["quantize", "allocate", "probe"])
+def test_the_former_name_of_the_option_works_and_is_not_listed(command: str, run: Run) -> None:
+    assert "--hessians" in (listed := run(command, "--help")[1]) and "--moments" not in listed
+    for option in ("--hessians", "--moments"):
+        code, _, message = run(command, option)  # an option that is not known is another error
+        assert (code, "requires an argument" in message) == (2, True)
