@@ -12,7 +12,9 @@ Color = Sequence[int]
 """Red, green and blue, each from 0 to 255."""
 
 
-def format_element(name: str, content: str = "", *, title: str = "", **attributes: object) -> str:
+def format_element(
+    name: str, content: str = "", /, *, title: object = "", **attributes: object
+) -> str:
     """Return an SVG element.
 
     Args:
@@ -33,7 +35,7 @@ def format_element(name: str, content: str = "", *, title: str = "", **attribute
         for key, value in attributes.items()
         if value is not None
     )
-    inner = (f"<title>{escape(title)}</title>" if title else "") + escape(content)
+    inner = (f"<title>{escape(str(title))}</title>" if title else "") + escape(content)
     return f"<{name}{written}>{inner}</{name}>" if inner else f"<{name}{written}/>"
 
 

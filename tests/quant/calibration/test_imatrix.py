@@ -21,7 +21,7 @@ from quant.calibration.imatrix import (
     measure_range,
 )
 from quant.calibration.text import CalibrationText
-from quant.core import files, progress
+from quant.core import files, process, progress
 from quant.core.store import Store
 from quant.errors import InputError
 from quant.llama import toolchain
@@ -135,10 +135,11 @@ def test_the_ranges_add_up_to_what_llama_imatrix_makes_of_them(
 KILLED = """
 import sys
 from pathlib import Path
-from quant import ongoing
-from tests.quant import test_imatrix as t
-tiny, text = t.base_of(Path(sys.argv[1])), Path(sys.argv[2])
-with ongoing.heard(lambda share: print(share, file=sys.stderr, flush=True)):
+from quant.core import progress
+from quant.llama.model_file import ModelFile
+from tests.quant.calibration import test_imatrix as t
+tiny, text = ModelFile.open(Path(sys.argv[1])), Path(sys.argv[2])
+with progress.listen_to_progress(lambda share: print(share, file=sys.stderr, flush=True)):
     t.made(tiny, t.text_of(text, int(sys.argv[3])), Path(sys.argv[4]))
 """
 
@@ -179,7 +180,7 @@ def test_a_run_killed_between_ranges_continues_and_ends_in_the_bytes_of_one_that
 def test_the_share_that_is_done_is_told_within_ranges_and_after_each(
     tiny: ModelFile, text: CalibrationText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(toolchain, "LOOK_SECONDS", 0.002)
+    monkeypatch.setattr(process, "LOOK_SECONDS", 0.002)
     shares: list[float] = []
     with progress.listen_to_progress(shares.append):
         made(tiny, text, tmp_path, replace(SETTINGS, pass_chunks=1))
