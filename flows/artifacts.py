@@ -11,7 +11,7 @@ from quant.calibration.held_out import left_out
 from quant.calibration.imatrix import ImportanceMatrix
 from quant.chat.report import format_transcript
 from quant.chat.verdict import SmokeResult
-from quant.evaluate.figures import ReleaseEvaluation
+from quant.evaluate.release import ReleaseEvaluation
 from quant.plan.plan import Plan
 from quant.release.package import list_warnings, variants_table
 from quant.release.publish import Change, Publication
@@ -77,7 +77,7 @@ def publish_conversation(key: str, verdict: SmokeResult) -> None:
 
 def publish_figures(key: str, found: ReleaseEvaluation) -> None:
     """How far each file is from BF16, as a whole and by domain."""
-    told = [f"BF16: PPL {found.base['ppl']}", left_out(found.too_short), *map(str, found.beaten)]
+    told = [f"BF16: PPL {found.base['ppl']}", left_out(found.too_short), *map(str, found.dominated)]
     create_table_artifact(
         key=_key(key),
         table=[

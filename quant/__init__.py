@@ -12,7 +12,7 @@ STAGES = {
     "shard": "quant.quantize.shard:shard_base",
     "smoke": "quant.chat.smoke:smoke_test",
     "send": "quant.hub.upload:upload_variant",
-    "evaluate": "quant.evaluate.figures:evaluate_release",
+    "evaluate": "quant.evaluate.release:evaluate_release",
     "package": "quant.release.package:package_release",
     "deliver": "quant.release.deliver:deliver_release",
     "sign": "quant.release.sign:sign_release",

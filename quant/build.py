@@ -24,7 +24,7 @@ from quant.core import files
 from quant.core.format import to_pretty_json
 from quant.core.store import Store
 from quant.errors import InputError, raise_problems
-from quant.evaluate.figures import evaluate_release
+from quant.evaluate.release import evaluate_release
 from quant.hub import checkpoint as sources
 from quant.hub.checkpoint import Checkpoint
 from quant.hub.lock import Lock, check_lock

@@ -115,7 +115,7 @@ def rebuild_release(
     figures = measured_otherwise(known, built.release.manifest)
     if figures:  # what tells them differs with them, and nothing else may
         excused |= {MANIFEST, PROVENANCE, CHECKSUMS, "README.md", html.REPORT}
-        excused |= {n for n in differing_names(before, new) if n.startswith(f"{html.FOLDER}/")}
+        excused |= {n for n in differing_names(before, new) if n.startswith(f"{html.PICTURES}/")}
     differing = differing_names(before, new)
     if wrong := [n for n in differing if n not in excused]:
         raise CheckError(

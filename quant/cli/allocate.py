@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quant.cli import progress, tables
-from quant.cli.evaluate import CONTEXT, chunks_option, set_of, text_option, threads_option
+from quant.cli.evaluate import chunks_option, text_option, threads_option
 from quant.cli.options import FILE, FOLDER, hessians_option, json_option, quant, tools_option
 
 if TYPE_CHECKING:
     from quant.core.store import Store
-    from quant.evaluate.probe import ProbeSetup
+    from quant.evaluate.probe import ProbeSettings
     from quant.llama.toolchain import Toolchain
     from quant.plan.budgets import Allocation, AllocationInputs, Maker, SizeTarget
     from quant.plan.solver import Constraints
@@ -266,7 +266,7 @@ def _unprobed(
         progress.say(f"{errors}: measuring what {len(types)} types do to each tensor")
         error_table.write_error_table(
             errors,
-            error_measurement.measure_errors(base, matrix, tools, types=types, moments=hessians),
+            error_measurement.measure_errors(base, matrix, tools, types=types, hessians=hessians),
         )
     found = error_table.read_error_table(errors, digest).only(types)
     error_table.check_hessian_digest(errors, found.moments, hessians)
@@ -293,25 +293,32 @@ def _setting(
     threads: int,
     store: "Store",
     tools: "Toolchain",
-) -> "ProbeSetup":
+) -> "ProbeSettings":
     from quant.evaluate.compare import EvaluationSettings
-    from quant.evaluate.probe import ProbeSetup
+    from quant.evaluate.probe import ProbeSettings
+    from quant.evaluate.texts import render_set
+    from quant.llama.model_file import ModelFile
 
-    text = texts[0] if texts else set_of("embedded", base, CONTEXT, tools, store).path
-    reading = EvaluationSettings(CONTEXT, chunks, threads)
-    return ProbeSetup(
-        base.resolve(),
-        matrix and matrix.resolve(),
-        text.resolve(),
-        tools,
-        store,
-        reading,
-        moments=hessians and hessians.resolve(),
+    model, evaluation = (
+        ModelFile.open(base.resolve()),
+        EvaluationSettings(chunks=chunks, threads=threads),
+    )
+    text = (
+        texts[0] if texts else render_set("embedded", model, evaluation.context, tools, store).path
+    )
+    return ProbeSettings(
+        base=model,
+        imatrix=matrix and matrix.resolve(),
+        text=text.resolve(),
+        tools=tools,
+        store=store,
+        evaluation=evaluation,
+        hessians=hessians and hessians.resolve(),
     )
 
 
 def _probed(
-    unprobed: "AllocationInputs", path: Path, reading: "Callable[[], ProbeSetup]"
+    unprobed: "AllocationInputs", path: Path, reading: "Callable[[], ProbeSettings]"
 ) -> "AllocationInputs":
     """With the sensitivities of a file, which is written from probes if it is not there."""
     from quant.cli.probe import measure
@@ -324,8 +331,12 @@ def _probed(
             path, unprobed.errors, reading(), probe.list_probes(unprobed.tensors, unprobed.errors)
         )
     found = sensitivity.read_sensitivities(path, unprobed.errors.base)
-    wanted = f"{probe.FED_BACK} {unprobed.errors.moments[:12]}" if unprobed.errors.moments else None
-    if wanted not in found.source if wanted else probe.FED_BACK in found.source:
+    wanted = (
+        f"{probe.COMPENSATION_MARK} {unprobed.errors.moments[:12]}"
+        if unprobed.errors.moments
+        else None
+    )
+    if wanted not in found.source if wanted else probe.COMPENSATION_MARK in found.source:
         raise InputError(
             f"{path}: expected probes {wanted or 'with the rounding of ggml'}, found {found.source}; name another file, or"
             " take it away"
@@ -333,7 +344,7 @@ def _probed(
     return replace(unprobed, sensitivities=found)
 
 
-def _searching(setting: "ProbeSetup", count: int) -> "Maker":
+def _searching(setting: "ProbeSettings", count: int) -> "Maker":
     """Makes an allocation by building and reading so many files."""
     from quant.evaluate.probe import measure_probes
     from quant.plan.search import search_allocations

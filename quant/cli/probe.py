@@ -10,12 +10,9 @@ from quant.cli.options import FILE, FOLDER, hessians_option, quant, tools_option
 from quant.errors import InputError
 
 if TYPE_CHECKING:
-    from quant.evaluate.probe import ProbeSetup
+    from quant.evaluate.probe import ProbeSettings
     from quant.plan.error_table import ErrorTable
     from quant.plan.sensitivity import Probe, ProbeResult
-
-CONTEXT = 512
-"""Tokens in a chunk of a probe."""
 
 
 @quant.command()
@@ -84,7 +81,7 @@ def probe(
     from quant.evaluate import error_measurement, probe
     from quant.evaluate.compare import EvaluationSettings
     from quant.llama import toolchain
-    from quant.llama.gguf import read_header
+    from quant.llama.model_file import ModelFile
     from quant.plan import error_table
 
     tools = toolchain.find_toolchain(llama_cpp)
@@ -92,28 +89,28 @@ def probe(
     errors = errors or store.root / "errors.json"
     if not errors.exists():
         error_table.write_error_table(
-            errors, error_measurement.measure_errors(base, matrix, tools, moments=hessians)
+            errors, error_measurement.measure_errors(base, matrix, tools, hessians=hessians)
         )
     found = error_table.read_error_table(errors, files.hash_file(base))
     error_table.check_hessian_digest(errors, found.moments, hessians)
-    setting = probe.ProbeSetup(
-        base.resolve(),
-        matrix and matrix.resolve(),
-        text.resolve(),
-        tools,
-        store,
-        EvaluationSettings(CONTEXT, chunks, threads),
-        moments=hessians and hessians.resolve(),
+    setting = probe.ProbeSettings(
+        base=ModelFile.open(base.resolve()),
+        imatrix=matrix and matrix.resolve(),
+        text=text.resolve(),
+        tools=tools,
+        store=store,
+        evaluation=EvaluationSettings(chunks=chunks, threads=threads),
+        hessians=hessians and hessians.resolve(),
     )
-    wanted = probe.list_probes(read_header(base).tensors, found, cheap=cheap)
-    here = probe.select_share(wanted, part) if part else wanted
+    wanted = probe.list_probes(setting.base.tensors, found, cheap=cheap)
+    here = probe.select_part(wanted, part) if part else wanted
     measure(out, found, setting, here, parts=parts, whole=not part, only_told=only_told)
 
 
 def measure(
     out: Path,
     errors: "ErrorTable",
-    setting: "ProbeSetup",
+    setting: "ProbeSettings",
     wanted: "tuple[Probe, ...]",
     *,
     parts: tuple[Path, ...] = (),

@@ -1,16 +1,23 @@
-"""What each type does to each tensor: the error database, which is measured once for a model and may be published.
+"""Measure the quantization error of every type on every tensor: the error table, which may be published and used again.
 
-An error is relative: the squares of what was lost over the squares of what was there, each weighted by the importance of
-its column, and experts by how often they were visited. So it is the share of a tensor's output that turned to noise.
-Of long tensors some rows of every expert are taken, evenly; then the standard error tells how far the rest may be.
+The error is the relative weighted MSE of a tensor: with weights w, their dequantized values q, the imatrix's importance c
+of each column, and the fraction v of tokens that each expert saw,
+
+    error = sum_e v_e sum_ij c_ej (q_eij - w_eij)^2 / sum_e v_e sum_ij c_ej w_eij^2
+
+c_j is the mean square of column j's input, so this is the fraction of the output's energy that becomes noise, as far as
+inputs are uncorrelated. With Hessians, the columns' correlation is in it as well, and quantization is followed by GPTQ.
+
+Of long tensors, evenly spaced rows of each expert are measured; the table has the standard error of that sample.
 """
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,153 +40,184 @@ if TYPE_CHECKING:
     from quant.quantize.gptq.refiner import ErrorCompensator
 
 ROWS = 4096
-"""Of a tensor that are measured; a sample of so many is exact to about a hundredth."""
-FEWEST_ROWS = 8
+"""Rows of a tensor that are measured: enough for a standard error of about 1 % of the error."""
+MIN_ROWS = 8
 """Of each expert."""
+Energies: TypeAlias = NDArray[np.float64]
+"""A weighted sum of squares for each row."""
 
 
 def measure_errors(
     base: Path,
-    matrix: Path | None,
+    imatrix: Path | None,
     tools: Toolchain,
     *,
     types: Iterable[str] = CANDIDATES,
     rows: int = ROWS,
     jobs: int | None = None,
-    moments: Path | None = None,
+    hessians: Path | None = None,
 ) -> ErrorTable:
-    """The error of every type on every tensor that may have it; with moments, that which is left when rounding is fed back.
+    """Return the error of every type on every tensor that may have it.
 
-    Raises InputError for weights that are no numbers, and for an imatrix of another model.
+    Args:
+        base: The BF16 file.
+        imatrix: The importance of columns; None weights all columns alike, and leaves out types that need an imatrix.
+        tools: The llama.cpp whose ggml quantizes.
+        types: The types to measure.
+        rows: Maximum number of rows of a tensor that are measured.
+        jobs: Threads; None takes one for each core.
+        hessians: Measure the error that remains after GPTQ with these Hessians; None measures ggml's quantization.
+
+    Raises:
+        InputError: If a weight is not finite, or the imatrix or the Hessians are of another model.
     """
-    source, importance = WeightSource.open(base), ColumnImportance.open(matrix) if matrix else None
+    source = WeightSource.open(base)
+    importance = ColumnImportance.open(imatrix) if imatrix else None
     if importance:
         raise_problems(importance.problems(source.header.tensors))
     library = ggml.load_ggml(ggml.find_library(tools.bin))
-    kernels = Kernels(library)
     digest = files.hash_file(base)
-    refiner = _refiner(moments, digest) if moments else None
+    meter = _ErrorMeter(
+        source=source,
+        importance=importance,
+        library=library,
+        kernels=Kernels(library),
+        types=tuple(types),
+        rows=rows,
+        compensator=_open_compensator(hessians, digest) if hessians else None,
+    )
     tensors = [t for t in source.header.tensors if is_quantizable(t)]
     with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
-        found = list(
-            pool.map(
-                lambda t: _errors(
-                    t, source, importance, library, kernels, tuple(types), rows, refiner
-                ),
-                tensors,
-            )
-        )
-    errors = {t.name: by_type for t, (by_type, _) in zip(tensors, found, strict=True)}
-    squares = {t.name: whole for t, (_, whole) in zip(tensors, found, strict=True)}
-    matrix_digest, seen = (files.hash_file(path) if path else None for path in (matrix, moments))
-    return ErrorTable(digest, matrix_digest, errors, squares, seen)
-
-
-def _refiner(moments: Path, base_digest: str) -> "ErrorCompensator":
-    from quant.quantize.gptq.refiner import (
-        ErrorCompensator,  # errors of ggml's bytes are measured without it
+        results = list(pool.map(meter.measure, tensors))
+    errors = {t.name: by_type for t, (by_type, _) in zip(tensors, results, strict=True)}
+    squares = {t.name: energy for t, (_, energy) in zip(tensors, results, strict=True)}
+    imatrix_digest, hessians_digest = (
+        files.hash_file(path) if path else None for path in (imatrix, hessians)
     )
-
-    return ErrorCompensator.open(moments, base_digest)
-
-
-def _errors(
-    tensor: TensorSpec,
-    source: WeightSource,
-    matrix: ColumnImportance | None,
-    library: Library,
-    kernels: Kernels,
-    types: Sequence[str],
-    rows: int,
-    refiner: "ErrorCompensator | None",
-) -> tuple[dict[str, TensorError], float]:
-    """By type, and the weighted squares of the whole tensor."""
-    covered = matrix is not None and matrix.columns(tensor, 0) is not None
-    wanted = [
-        n for n in list_possible_types(tensor, types, covered=covered) if n != tensor.type.name
-    ]
-    visits = _visits(tensor, matrix)
-    lost: dict[str, list[NDArray[np.float64]]] = {n: [] for n in wanted}
-    there: list[NDArray[np.float64]] = []
-    for expert, parts in _sample(tensor, rows):
-        data = _rows(tensor, source, library, parts)
-        columns = matrix.columns(tensor, expert) if matrix else None
-        metric = refiner.metric(tensor, expert) if refiner else None
-        weights = 1.0 if columns is None else columns.astype(np.float64)
-
-        def lengths(
-            error: Rows,
-            metric: "Metric | None" = metric,
-            weights: Any = weights,
-            often: float = float(visits[expert]),
-        ) -> NDArray[np.float64]:
-            found = (
-                metric.loss(error.T) if metric else (error.astype(np.float64) ** 2 * weights).sum(1)
-            )
-            return np.asarray(found * often, np.float64)
-
-        there.append(lengths(data))
-        for name in wanted:
-            stored = kernels.kernel(TYPES[name])(data, columns)
-            if refiner and metric:
-                stored = refiner.refine(TYPES[name], data, stored, metric)
-            lost[name].append(
-                lengths(library.to_float(TYPES[name], stored, tensor.shape[0]) - data)
-            )
-    whole = np.concatenate(there)
-    every = math.prod(tensor.shape[1:])
-    squares = float(f"{whole.sum() * every / len(whole):.6g}")
-    return {
-        name: _share(np.concatenate(parts), whole, every) for name, parts in lost.items()
-    }, squares
+    return ErrorTable(digest, imatrix_digest, errors, squares, hessians_digest)
 
 
-def _share(lost: NDArray[np.float64], whole: NDArray[np.float64], rows: int) -> TensorError:
-    """The ratio of two sums over a sample of rows, and its standard error (of a ratio estimator, without return)."""
-    total = whole.sum()
-    if not total:
+def _open_compensator(hessians: Path, base_digest: str) -> "ErrorCompensator":
+    # Imported late: errors of ggml's own quantization need no GPTQ.
+    from quant.quantize.gptq.refiner import ErrorCompensator
+
+    return ErrorCompensator.open(hessians, base_digest)
+
+
+@dataclass(frozen=True)
+class _ErrorMeter:
+    """Everything that the measurement of a tensor needs."""
+
+    source: WeightSource
+    importance: ColumnImportance | None
+    library: Library
+    kernels: Kernels
+    types: Sequence[str]
+    rows: int
+    compensator: "ErrorCompensator | None"
+
+    def measure(self, tensor: TensorSpec) -> tuple[dict[str, TensorError], float]:
+        """Return the error of each type, and the energy of the whole tensor (the error's denominator)."""
+        importance = self.importance
+        covered = importance is not None and importance.columns(tensor, 0) is not None
+        types = [
+            n
+            for n in list_possible_types(tensor, self.types, covered=covered)
+            if n != tensor.type.name
+        ]
+        visits = _read_visits(tensor, importance)
+        lost: dict[str, list[Energies]] = {n: [] for n in types}
+        total: list[Energies] = []
+        for expert, parts in _sample_rows(tensor, self.rows):
+            data = self._read(tensor, parts)
+            columns = importance.columns(tensor, expert) if importance else None
+            metric = self.compensator.metric(tensor, expert) if self.compensator else None
+            energies = _make_energies(metric, columns, float(visits[expert]))
+            total.append(energies(data))
+            for name in types:
+                stored = self.kernels.kernel(TYPES[name])(data, columns)
+                if self.compensator and metric:
+                    stored = self.compensator.refine(TYPES[name], data, stored, metric)
+                restored = self.library.to_float(TYPES[name], stored, tensor.shape[0])
+                lost[name].append(energies(restored - data))
+        energy = np.concatenate(total)
+        rows = math.prod(tensor.shape[1:])
+        errors = {
+            name: _estimate_error(np.concatenate(parts), energy, rows)
+            for name, parts in lost.items()
+        }
+        # The sample's energy, scaled to all rows; 6 digits are what the table keeps.
+        return errors, float(f"{energy.sum() * rows / len(energy):.6g}")
+
+    def _read(self, tensor: TensorSpec, parts: Sequence[Chunk]) -> Rows:
+        """Return rows as floats, (rows, columns). Raise InputError if one is not finite."""
+        raw = np.concatenate([self.source.raw(tensor, part) for part in parts])
+        rows = self.library.to_float(tensor.type, raw, tensor.shape[0])
+        if not finite(rows):
+            raise InputError(self.source.non_finite(tensor, self.library))
+        return rows
+
+
+def _make_energies(
+    metric: "Metric | None", columns: Rows | None, visits: float
+) -> Callable[[Rows], Energies]:
+    """Return the function that gives the weighted sum of squares of each row.
+
+    Args:
+        metric: The Hessian H of the tensor's input, which weights a row x by ``x H x``. Without one, ``sum_j c_j x_j^2``.
+        columns: The importance c of each column; None is 1 for all.
+        visits: The fraction of tokens that the expert saw.
+    """
+    weights: Any = 1.0 if columns is None else columns.astype(np.float64)
+
+    def energies(x: Rows) -> Energies:
+        sums = metric.loss(x.T) if metric else (x.astype(np.float64) ** 2 * weights).sum(1)
+        return np.asarray(sums * visits, np.float64)
+
+    return energies
+
+
+def _estimate_error(lost: Energies, total: Energies, rows: int) -> TensorError:
+    """Return the ratio R = sum(lost) / sum(total) over a sample of rows, and its standard error.
+
+    It is the ratio estimator under simple random sampling without replacement (Cochran, Sampling Techniques, 1977,
+    chapter 6): with n of N rows,
+
+        se^2 = (1 - n/N) n / (n - 1) sum (lost_i - R total_i)^2 / sum(total)^2
+
+    Evenly spaced rows are no random sample, but rows of a weight matrix have no order that would matter.
+    """
+    energy = total.sum()
+    if not energy:
         return TensorError(0.0, 0.0)
-    share, n = lost.sum() / total, len(lost)
-    spread = (
-        np.sqrt(max(1 - n / rows, 0) * ((lost - share * whole) ** 2).sum() * n / max(n - 1, 1))
-        / total
-    )
-    return TensorError(float(f"{share:.6g}"), float(f"{spread:.3g}"))
+    error, n = lost.sum() / energy, len(lost)
+    squares = ((lost - error * total) ** 2).sum()
+    deviation = np.sqrt(max(1 - n / rows, 0) * squares * n / max(n - 1, 1)) / energy
+    return TensorError(float(f"{error:.6g}"), float(f"{deviation:.3g}"))
 
 
-def _sample(tensor: TensorSpec, rows: int) -> Iterator[tuple[int, list[Chunk]]]:
-    """For every expert the rows that are measured: all, or single ones evenly apart."""
+def _sample_rows(tensor: TensorSpec, rows: int) -> Iterator[tuple[int, list[Chunk]]]:
+    """Yield the rows of each expert that are measured: all of them, or single ones evenly spaced."""
     expert_rows, experts = tensor.shape[1], math.prod(tensor.shape[2:])
-    each = min(max(rows // experts, FEWEST_ROWS), expert_rows)
+    count = min(max(rows // experts, MIN_ROWS), expert_rows)
     for expert in range(experts):
         first = expert * expert_rows
-        if each == expert_rows:
+        if count == expert_rows:
             yield expert, [Chunk(0, expert, first, expert_rows)]
         else:
-            yield (
-                expert,
-                [Chunk(n, expert, first + n * expert_rows // each, 1) for n in range(each)],
-            )
+            starts = (first + n * expert_rows // count for n in range(count))
+            yield expert, [Chunk(n, expert, start, 1) for n, start in enumerate(starts)]
 
 
-def _rows(
-    tensor: TensorSpec, source: WeightSource, library: Library, parts: Sequence[Chunk]
-) -> Rows:
-    raw = np.concatenate([source.raw(tensor, part) for part in parts])
-    rows = library.to_float(tensor.type, raw, tensor.shape[0])
-    if not finite(rows):
-        raise InputError(source.non_finite(tensor, library))
-    return rows
-
-
-def _visits(tensor: TensorSpec, matrix: ColumnImportance | None) -> NDArray[np.float64]:
-    """How often each expert was visited, as a share; alike where nobody counted."""
+def _read_visits(tensor: TensorSpec, importance: ColumnImportance | None) -> NDArray[np.float64]:
+    """Return the fraction of tokens that each expert saw; equal fractions if the imatrix does not have counts."""
     experts = math.prod(tensor.shape[2:])
-    counts = matrix.header.by_name.get(tensor.name + COUNTS) if matrix else None
-    if matrix is None or counts is None or counts.elements != experts:
+    counts = importance.header.by_name.get(tensor.name + COUNTS) if importance else None
+    if importance is None or counts is None or counts.elements != experts:
         return np.full(experts, 1 / experts)
-    start = matrix.header.data_start + counts.offset
-    found = matrix.file.read(start, 4 * experts, tensor.name).view(np.float32).astype(np.float64)
-    visits: NDArray[np.float64] = np.maximum(found, 1)
+    start = importance.header.data_start + counts.offset
+    raw = importance.file.read(start, 4 * experts, tensor.name).view(np.float32)
+    # An expert without tokens counts as one token: its weights are in the file and may be needed.
+    visits: NDArray[np.float64] = np.maximum(raw.astype(np.float64), 1)
     visits /= visits.sum()
     return visits

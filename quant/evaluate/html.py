@@ -1,100 +1,98 @@
-"""Figures of files as one page that works without network: a table that sorts, domains, and the pictures. Pure."""
+"""The evaluation report: one HTML page with sortable tables and charts, which needs no network. Pure.
 
-from collections.abc import Iterator, Mapping, Sequence
+The page is ``templates/report.html.jinja``; this module fills it. The charts are those that a release has as files too.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from quant.core.format import human_bytes
 from quant.evaluate import charts
-from quant.evaluate.figures import figure_words
+from quant.evaluate.figures import format_figures, round_figures
 from quant.llama.tensors import tensor_class
 
-REPORT = "report.html"
-FOLDER = "pictures"
+if TYPE_CHECKING:
+    from jinja2 import Template
 
-HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta name="color-scheme" content="light dark">
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-body { color: #1f2328; background: #ffffff; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
-.wide { overflow-x: auto; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #d0d7de; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-th { cursor: pointer; user-select: none; } th:hover { text-decoration: underline; }
-tr:hover td { background: #f6f8fa; }
-svg { max-width: 100%; height: auto; margin: 1rem 0; }
-.peer td:first-child { color: #bc4c00; }
-@media (prefers-color-scheme: dark) {
-  body { color: #e6edf3; background: #0d1117; } th, td { border-color: #30363d; } tr:hover td { background: #161b22; }
-  .peer td:first-child { color: #f0883e; }
-}
-</style>
-"""
-ABOUT = """<p>Every file against BF16 on text that was held out. KLD: mean divergence of the probabilities, in nats, ± half of
-its 95 % interval; less is better. Top-1: how often both hold the same word for the likeliest. Perplexity of BF16: {ppl:.4g}.
-A click on a head sorts; a file's name tells more when the pointer rests on it.</p>"""
-TAIL = "</tbody></table></div>"
-SORT = """<script>
-for (const head of document.querySelectorAll("th")) head.onclick = () => {
-  const table = head.closest("table"), n = head.cellIndex, up = head.dataset.up = head.dataset.up === "1" ? "0" : "1";
-  const value = row => { const v = row.cells[n].dataset.v; return v === undefined ? row.cells[n].textContent : +v; };
-  const rows = [...table.tBodies[0].rows].sort((a, b) => {
-    const x = value(a), y = value(b), c = x < y ? -1 : x > y ? 1 : 0;
-    return up === "1" ? c : -c;
-  });
-  table.tBodies[0].append(...rows);
-};
-</script>
-"""
+    from quant.evaluate.request import Comparison
+
+REPORT = "report.html"
+PICTURES = "pictures"
+"""Folder of a release with its charts."""
+COLUMNS = ("file", "size", "PPL", "KLD", "median", "99 %", "99.9 %", "max", "top-1")
 
 
 @dataclass(frozen=True)
-class ReportData:
-    """One file as the page and the pictures show it."""
+class ReportFile:
+    """One file as the report and the charts show it."""
 
     name: str
     bytes: int
     figures: Mapping[str, Any]
+    """See :func:`quant.evaluate.scores.compute_figures`; of a release, with ``errors`` by tensor class."""
     tensors: Mapping[str, str]
-    """Every tensor's type."""
+    """Type of each tensor."""
     peer: bool = False
-    """A file to compare with."""
+    """Whether it is only to compare with."""
     is_base: bool = False
 
     @property
     def errors(self) -> dict[str, float]:
-        """By class, in the order in which the picture of bits has them."""
-        told, classes = (
-            self.figures.get("errors", {}),
-            dict.fromkeys(map(tensor_class, self.tensors)),
-        )
-        return {kind: told[kind] for kind in classes if kind in told}
+        """Quantization error by tensor class, in the order of the chart of bits."""
+        errors = self.figures.get("errors", {})
+        classes = dict.fromkeys(map(tensor_class, self.tensors))
+        return {kind: errors[kind] for kind in classes if kind in errors}
 
     @property
     def point(self) -> charts.Point:
-        """In the picture of KLD against size."""
-        f = self.figures
+        """The file in the chart of KLD against size."""
         return charts.Point(
-            self.name,
-            self.bytes,
-            f["kld_mean"],
-            f["kld_mean_low"],
-            f["kld_mean_high"],
+            name=self.name,
+            bytes=self.bytes,
+            kld=self.figures["kld_mean"],
+            low=self.figures["kld_mean_low"],
+            high=self.figures["kld_mean_high"],
             peer=self.peer,
         )
 
 
-def read_report_data(manifest: Mapping[str, Any]) -> list[ReportData]:
-    """The files of a release that were measured."""
+@dataclass(frozen=True)
+class Cell:
+    """A number in a table: what it is sorted by, and what it shows."""
+
+    value: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A file's row in a table."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    tip: str = ""
+    peer: bool = False
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """A table of the report; its first column has the files' names."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    heading: str = ""
+
+
+def list_report_files(manifest: Mapping[str, Any]) -> list[ReportFile]:
+    """Return the files of a release that were measured, from its manifest."""
     return [
-        ReportData(
-            v["name"],
-            v["bytes"],
-            v["evaluation"],
-            {n: t["type"] for n, t in v["tensors"].items()},
+        ReportFile(
+            name=v["name"],
+            bytes=v["bytes"],
+            figures=v["evaluation"],
+            tensors={n: t["type"] for n, t in v["tensors"].items()},
             is_base=not v["recipe"]["rules"],
         )
         for v in manifest["variants"]
@@ -102,91 +100,132 @@ def read_report_data(manifest: Mapping[str, Any]) -> list[ReportData]:
     ]
 
 
-def draw_charts(files: Sequence[ReportData], title: str) -> dict[str, tuple[str, str]]:
-    """The pictures by the names of their files: what each shows, and the SVG; without those that would be empty."""
-    others = [f for f in files if not f.is_base]
-    found = {
+def draw_charts(files: Sequence[ReportFile], title: str) -> dict[str, tuple[str, str]]:
+    """Return the charts by the names of their files: the alternative text and the SVG of each. Empty ones are left out."""
+    quantized = [f for f in files if not f.is_base]
+    pictures = {
         "kld-by-size.svg": (
-            f"{title}: KLD against size",
+            "KLD against size",
             charts.draw_kld_by_size(
-                [f.point for f in others], f"{title}: how near to BF16 for how many bytes"
+                [f.point for f in quantized], f"{title}: KLD from BF16, by file size"
             ),
         ),
         "bits.svg": (
-            f"{title}: bits by class and layer",
+            "bits by class and layer",
             charts.draw_bits(
                 {f.name: f.tensors for f in files},
                 f"{title}: bits per weight, by class, layers left to right",
             ),
         ),
         "error-by-class.svg": (
-            f"{title}: error by class",
+            "error by class",
             charts.draw_errors(
-                {f.name: f.errors for f in others if f.errors},
-                f"{title}: squares lost over squares, weighted by the imatrix, by class of tensor",
+                {f.name: f.errors for f in quantized if f.errors},
+                f"{title}: quantization error (relative MSE, weighted by the imatrix), by tensor class",
             ),
         ),
         "kld-by-domain.svg": (
-            f"{title}: KLD by domain",
+            "KLD by domain",
             charts.draw_kld_by_domain(
                 {
                     f.name: {d: v["kld_mean"] for d, v in f.figures["domains"].items()}
-                    for f in others
+                    for f in quantized
                 },
                 f"{title}: mean KLD by domain",
             ),
         ),
     }
-    return {name: (about, svg) for name, (about, svg) in found.items() if svg}
+    return {name: (f"{title}: {about}", svg) for name, (about, svg) in pictures.items() if svg}
 
 
-def render_page(
-    files: Sequence[ReportData], title: str, base_ppl: float, notes: Sequence[str] = ()
+def render_report(
+    files: Sequence[ReportFile], title: str, base_ppl: float, notes: Sequence[str] = ()
 ) -> str:
-    """The whole page."""
+    """Return the whole page.
+
+    Args:
+        files: What is shown, in this order.
+        title: Heading of the page, and beginning of the charts' titles.
+        base_ppl: Perplexity of the base.
+        notes: Sentences without their final period.
+    """
     domains = list(dict.fromkeys(d for f in files for d in f.figures["domains"]))
-    parts = [
-        HEAD,
-        f"<title>{escape(title)}</title></head><body>\n<h1>{escape(title)}</h1>",
-        ABOUT.format(ppl=base_ppl),
-        *(f"<p>Note: {escape(note)}.</p>" for note in notes),
-        *_table(files),
-        *(_domains(files, domains) if len(domains) > 1 else ()),
+    tables = [_make_table(files)]
+    if len(domains) > 1:
+        tables.append(_make_domain_table(files, domains))
+    return _load_template().render(
+        title=title,
+        base_ppl=f"{base_ppl:.4g}",
+        notes=notes,
+        tables=tables,
+        charts=[svg for _, svg in draw_charts(files, title).values()],
+    )
+
+
+def render_comparison(comparison: "Comparison", note: str = "") -> str:
+    """Return the page of files that are no release, as ``quant evaluate --html`` writes it."""
+    files = [
+        ReportFile(
+            name=model.path.name.removesuffix(".gguf").partition("-00001-of-")[0],
+            bytes=evaluation.bytes,
+            figures=round_figures(evaluation.figures()),
+            tensors={t.name: t.type.name for t in model.tensors},
+            peer=model.path in comparison.peers,
+            is_base=model.path == comparison.base.path,
+        )
+        for model, evaluation in zip(comparison.files, comparison.evaluations, strict=True)
     ]
-    parts += (svg for _, svg in draw_charts(files, title).values())
-    return "\n".join([*parts, SORT + "</body></html>"]) + "\n"
+    base_ppl = comparison.evaluations[0].figures()["ppl_base"]
+    return render_report(files, comparison.base.path.stem, base_ppl, [note] if note else [])
 
 
-def _table(files: Sequence[ReportData]) -> Iterator[str]:
-    yield _head(("file", "size", "PPL", "KLD", "median", "99 %", "99.9 %", "max", "top-1"))
-    for f in files:
-        told, words = f.figures, figure_words(f.figures)
-        low, high = told["kld_mean_low"], told["kld_mean_high"]
-        about = f"{f.bytes:,} bytes; KLD {told['kld_mean']:.4g}, 95 %: {low:.4g} to {high:.4g}"
-        cells = [(told["ppl"], words[0]), (told["kld_mean"], words[1])]
-        cells += [
-            (told[k], f"{told[k]:.3g}") for k in ("kld_median", "kld_p99", "kld_p999", "kld_max")
-        ]
-        cells += [(told["top1"], words[2])]
-        yield _row(f, [(f.bytes, human_bytes(f.bytes)), *cells], about)
-    yield TAIL
+@cache
+def _load_template() -> "Template":
+    # Imported late: a release's card and checks need the names above, and no template.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("quant.evaluate"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template("report.html.jinja")
 
 
-def _domains(files: Sequence[ReportData], domains: Sequence[str]) -> Iterator[str]:
+def _make_table(files: Sequence[ReportFile]) -> ReportTable:
+    return ReportTable(COLUMNS, tuple(map(_make_row, files)))
+
+
+def _make_row(file: ReportFile) -> Row:
+    f = file.figures
+    ppl, kld, top1 = format_figures(f)
+    tip = (
+        f"{file.bytes:,} bytes; KLD {f['kld_mean']:.4g},"
+        f" 95 %: {f['kld_mean_low']:.4g} to {f['kld_mean_high']:.4g}"
+    )
+    tails = ((f[k], f"{f[k]:.3g}") for k in ("kld_median", "kld_p99", "kld_p999", "kld_max"))
+    cells = (
+        (file.bytes, human_bytes(file.bytes)),
+        (f["ppl"], ppl),
+        (f["kld_mean"], kld),
+        *tails,
+        (f["top1"], top1),
+    )
+    return Row(file.name, tuple(_make_cell(value, text) for value, text in cells), tip, file.peer)
+
+
+def _make_domain_table(files: Sequence[ReportFile], domains: Sequence[str]) -> ReportTable:
     """A table of its own, so that the first one fits a screen."""
-    yield "<h2>KLD by domain</h2>"
-    yield _head(("file", *domains))
+    rows = []
     for f in files:
-        told = [f.figures["domains"][d] for d in domains]
-        yield _row(f, [(t["kld_mean"], figure_words(t)[1]) for t in told])
-    yield TAIL
+        figures = [f.figures["domains"][d] for d in domains]
+        cells = tuple(_make_cell(v["kld_mean"], format_figures(v)[1]) for v in figures)
+        rows.append(Row(f.name, cells, peer=f.peer))
+    return ReportTable(("file", *domains), tuple(rows), heading="KLD by domain")
 
 
-def _head(words: Sequence[str]) -> str:
-    return f'<div class="wide"><table><thead><tr>{"".join(f"<th>{escape(w)}</th>" for w in words)}</tr></thead><tbody>'
-
-
-def _row(file: ReportData, cells: Sequence[tuple[float, str]], about: str = "") -> str:
-    kind, tip = ' class="peer"' if file.peer else "", f' title="{escape(about)}"' if about else ""
-    told = "".join(f'<td data-v="{value:.10g}">{escape(said)}</td>' for value, said in cells)
-    return f"<tr{kind}><td{tip}>{escape(file.name)}</td>{told}</tr>"
+def _make_cell(value: float, text: str) -> Cell:
+    return Cell(f"{value:.10g}", text)

@@ -1,76 +1,82 @@
-"""Which files of a release are worth their bytes: the lower hull of KLD against size, and the files that others beat. Pure.
+"""Which files of a release are worth their bytes: dominated files, and the lower hull of KLD against size. Pure.
 
-A file is beaten when one that is not larger is clearly nearer to the base: by a bootstrap over pairs of chunks, which both
-files read, so that what is hard for both is not taken for a difference. It is a warning and stops nothing, because such a file
-can have other reasons (a processor, a program that takes no other type). Among the files of one ladder, whose names begin
-with ``UD-``, it means that the ladder is not monotone: its recipe wants work.
+A file is dominated if one that is not larger is clearly closer to the base: the 95 % interval of the difference, from a
+bootstrap over the chunks that both files read, lies above 0. It is a warning and fails no build, because there can be
+other reasons for such a file: a CPU, or a program that supports no other type. Among variants of one ladder, whose names
+begin with ``UD-``, it means that the ladder is not monotone: its recipe needs work.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TypeAlias
+
+from quant.evaluate.scores import Estimate
 
 LADDER = "UD-"
-
-
-@dataclass(frozen=True)
-class Gap:
-    """How much further one file is from the base than another, in mean KLD, and the interval that it lies in."""
-
-    value: float
-    low: float
-    high: float
+"""Begins the names of variants of one ladder."""
+Coordinates: TypeAlias = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class DominatedFile:
-    """A file that no one has to take for what it says."""
+    """A file, and the one that dominates it."""
 
     file: str
     by: str
-    gap: Gap
+    gap: Estimate
+    """Mean KLD of the file less that of the other, in nats."""
 
     @property
     def in_ladder(self) -> bool:
-        """Whether both are rungs of one ladder."""
+        """Whether both are variants of one ladder."""
         return self.file.startswith(LADDER) and self.by.startswith(LADDER)
 
     def __str__(self) -> str:
+        # A rebuild compares this text with the one in the manifest: it stays as it is.
         more = (
             f"its KLD is higher by {self.gap.value:.3g} ({self.gap.low:.3g} to {self.gap.high:.3g})"
         )
         if self.in_ladder:
-            return f"the ladder is not monotone: {self.file} is larger than {self.by} and further from BF16; {more}"
+            return (
+                f"the ladder is not monotone: {self.file} is larger than {self.by} and further from"
+                f" BF16; {more}"
+            )
         return f"{self.file} is dominated: {self.by} is not larger and nearer to BF16; {more}"
 
 
 def find_dominated(
-    sizes: Mapping[str, int], gap: Callable[[str, str], Gap]
+    sizes: Mapping[str, int], compare: Callable[[str, str], Estimate]
 ) -> tuple[DominatedFile, ...]:
-    """The files that are surely beaten, smallest first, each by the one that beats it by most.
+    """Return the dominated files, smallest first, each with the file that is better by most.
 
-    ``gap(a, b)`` is the mean KLD of a less that of b.
+    Args:
+        sizes: Bytes of each file.
+        compare: ``compare(a, b)`` returns the mean KLD of a less that of b.
     """
     worst: dict[str, DominatedFile] = {}
     for small, large in combinations(sorted(sizes, key=lambda name: sizes[name]), 2):
-        found = gap(large, small)
-        if found.low > 0 and (large not in worst or found.value > worst[large].gap.value):
-            worst[large] = DominatedFile(large, small, found)
+        gap = compare(large, small)
+        if gap.low > 0 and (large not in worst or gap.value > worst[large].gap.value):
+            worst[large] = DominatedFile(large, small, gap)
     return tuple(worst[name] for name in sorted(worst, key=lambda name: sizes[name]))
 
 
-def lower_hull(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """The lower left hull of points: what no other point, and no mixture of two, is below."""
-    found: list[tuple[float, float]] = []
+def lower_hull(points: Sequence[Coordinates]) -> tuple[Coordinates, ...]:
+    """Return the falling part of the lower convex hull of points, left to right.
+
+    No point, and no mixture of two, lies below it. It is Andrew's monotone chain (1979), without points that rise.
+    """
+    hull: list[Coordinates] = []
     for p in sorted(set(points)):
-        if found and p[1] >= found[-1][1]:
+        if hull and p[1] >= hull[-1][1]:
             continue
-        while len(found) > 1 and _below(found[-2], found[-1], p):
-            found.pop()
-        found.append(p)
-    return tuple(found)
+        while len(hull) > 1 and _is_above(hull[-2], hull[-1], p):
+            hull.pop()
+        hull.append(p)
+    return tuple(hull)
 
 
-def _below(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
-    """Whether the line from a to c runs below b."""
+def _is_above(a: Coordinates, b: Coordinates, c: Coordinates) -> bool:
+    """Return whether b lies on or above the line from a to c."""
     return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])

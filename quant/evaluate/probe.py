@@ -1,8 +1,8 @@
-"""Measure what coarse tensors do: build files in which only a few are coarse, and read a text with each.
+"""Measure how sensitive a model is to coarse tensors: quantize only a few of them, and measure the file's KLD.
 
-A probe is a file like the base in all but the probed tensors. Its divergence from the base is measured on text that is
-not the one that results are judged by. Small models are probed tensor by tensor, at several types; large ones by class
-and depth.
+A probe is a file that is the base but for the probed tensors, which have a coarse type. Its KLD is measured on text from
+the calibration side, never on the text by which results are judged. Small models are probed tensor by tensor at several
+types; large ones by tensor class and depth. :mod:`quant.plan.sensitivity` makes sensitivities of the results.
 """
 
 import math
@@ -20,9 +20,11 @@ from quant.core import files
 from quant.core.format import to_canonical_json
 from quant.core.store import Store
 from quant.errors import InputError
-from quant.evaluate import compare
-from quant.llama.gguf import Header, TensorSpec, read_header
+from quant.evaluate.compare import EvaluationSettings, measure_files
+from quant.evaluate.scores import TokenScores
+from quant.llama.gguf import Header, TensorSpec
 from quant.llama.model import bindings_version
+from quant.llama.model_file import ModelFile
 from quant.llama.tensors import tensor_class
 from quant.llama.toolchain import Toolchain
 from quant.llama.types import TYPES
@@ -30,13 +32,13 @@ from quant.plan.error_table import ErrorTable, TensorError
 from quant.plan.plan import Plan, compute_depths, is_quantizable, make_plan
 from quant.plan.recipe import Rule, Variant
 from quant.plan.sensitivity import Probe, ProbeResult
-from quant.quantize.engine.job import EngineSettings as Engine
+from quant.quantize.engine.job import EngineSettings
 from quant.quantize.gptq import REVISION
 from quant.quantize.variants import QuantizeTarget, write_variants
 
-LEVELS = ("IQ1_S", "IQ2_XXS", "IQ3_S", "Q4_K")
-"""Types of probes: from the coarsest that anyone would take to one that is nearly harmless."""
-NEAREST = {
+PROBE_TYPES = ("IQ1_S", "IQ2_XXS", "IQ3_S", "Q4_K")
+"""From the coarsest type that anyone would use to one that costs almost nothing: their spread shows how KLD grows."""
+WITHOUT_IMATRIX = {
     "IQ1_S": "Q2_K",
     "IQ1_M": "Q2_K",
     "IQ2_XXS": "Q2_K",
@@ -44,243 +46,273 @@ NEAREST = {
     "IQ2_S": "Q2_K",
     "IQ3_XXS": "IQ3_S",
 }
-"""For tensors without imatrix data."""
+"""The type that stands for one that needs an imatrix, on tensors of which the imatrix has no data."""
 BANDS = 4
-CHEAP_BANDS, CHEAP_LEVEL = 3, "IQ2_XXS"
+"""Parts of the model's depth in which a class is probed."""
+CHEAP_BANDS, CHEAP_TYPE = 3, "IQ2_XXS"
 SINGLE_BELOW = 200
 """Models with fewer matrices are probed tensor by tensor."""
-FEWEST_CHUNKS = 8
-"""With fewer, the noise of a probe is not known."""
-FED_BACK = "fed back by"
-"""Said of probes whose rounding was, before the digest of the moments."""
-AT_ONCE = 12
-"""Probe files that lie on the disk at a time."""
+MIN_CHUNKS = 8
+"""With fewer, the standard error of a probe is unknown itself."""
+COMPENSATION_MARK = "fed back by"
+"""In the description of probes that were quantized with GPTQ; the Hessians' digest follows.
+
+Sensitivity files that were published have it: it stays as it is.
+"""
+BATCH = 12
+"""Maximum number of probe files on disk."""
 BYTES_PER_TOKEN = 4
-"""Of a text, about, for a forecast."""
+"""Of text, roughly, for a forecast."""
 
 
 @dataclass(frozen=True)
-class ProbeSetup:
-    """Everything that probes are made and measured with."""
+class ProbeSettings:
+    """How probes are made and measured."""
 
-    base: Path
-    matrix: Path | None
+    base: ModelFile
+    imatrix: Path | None
     text: Path
-    """Calibration-side: never what files are judged by."""
+    """From the calibration side; never a text by which files are judged."""
     tools: Toolchain
     store: Store
-    reading: compare.EvaluationSettings
-    blanket: str = "BF16"
-    """Type of everything that is not probed; Q8_0 for models whose BF16 file is too large to be read so often."""
-    engine: Engine = field(default_factory=Engine)
-    moments: Path | None = None
-    """With which rounding is fed back."""
+    evaluation: EvaluationSettings
+    rest_type: str = "BF16"
+    """Type of every tensor that is not probed. Q8_0 for models whose BF16 file is too large to be read that often."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    hessians: Path | None = None
+    """Hessians for GPTQ; None quantizes as llama-quantize does."""
 
 
 def list_probes(
     tensors: Sequence[TensorSpec],
     errors: ErrorTable,
-    levels: Sequence[str] = LEVELS,
+    types: Sequence[str] = PROBE_TYPES,
     *,
     cheap: bool = False,
 ) -> tuple[Probe, ...]:
-    """What there is to measure for these tensors: each alone where they are few, else class by class and band by band.
+    """Return the probes of a model: one for each tensor and type if there are few tensors, else by class and depth.
 
-    Cheap, for models of hundreds of gigabytes: class by class and fewer bands at one type, about forty in all, and the
-    heaviest group at the others, which tells the power.
+    Args:
+        tensors: The base's tensors.
+        errors: Those in this table are probed.
+        types: The types to probe with, from coarse to fine.
+        cheap: About forty probes, for models of hundreds of gigabytes: classes in few bands of depth at one type. Only
+            the largest group is probed at all types, which is enough to fit how KLD grows with error.
     """
-    wanted = [t for t in tensors if t.name in errors.errors]
+    probed = [t for t in tensors if t.name in errors.errors]
     if cheap:
-        groups = _groups(_in_trunk(wanted), CHEAP_BANDS, singles=False)
-        weights = {t.name: t.elements for t in wanted}
-        heaviest = max(groups, key=lambda name: sum(weights[n] for n in groups[name]))
+        groups = _group(_without_mtp(probed), CHEAP_BANDS, singles=False)
+        elements = {t.name: t.elements for t in probed}
+        largest = max(groups, key=lambda name: sum(elements[n] for n in groups[name]))
     else:
-        groups, heaviest = _groups(wanted, BANDS, singles=len(wanted) < SINGLE_BELOW), ""
-    found = []
-    for level in levels:
+        groups, largest = _group(probed, BANDS, singles=len(probed) < SINGLE_BELOW), ""
+    probes: list[Probe] = []
+    for level in types:
         for name, members in groups.items():
-            if cheap and level != CHEAP_LEVEL and name != heaviest:
+            if cheap and level != CHEAP_TYPE and name != largest:
                 continue
-            types = {t: _nearest(level, errors.errors[t]) for t in members}
-            probe = Probe(f"{name} at {'/'.join(sorted(set(types.values())))}", types)
-            if probe not in found:
-                found.append(probe)
-    return tuple(found)
+            by_tensor = {t: _choose_type(level, errors.errors[t]) for t in members}
+            probe = Probe(f"{name} at {'/'.join(sorted(set(by_tensor.values())))}", by_tensor)
+            if probe not in probes:
+                probes.append(probe)
+    return tuple(probes)
 
 
-def forecast_probes(wanted: Sequence[Probe], setting: ProbeSetup) -> str:
-    """What measuring costs, in words, before it begins."""
-    header = read_header(setting.base)
-    todo = [p for p in wanted if not setting.store.find("probe", _key(p, setting))]
-    sizes = [_plan("probe", p, header, setting.blanket).bytes for p in todo]
-    tokens = (
-        setting.reading.chunks
-        or setting.text.stat().st_size // BYTES_PER_TOKEN // setting.reading.context
-    )
+def forecast_probes(probes: Sequence[Probe], settings: ProbeSettings) -> str:
+    """Return a line about how many probes are still to be measured, and what each takes."""
+    todo = [p for p in probes if not settings.store.find("probe", _make_key(p, settings))]
+    header = settings.base.header
+    sizes = [_plan("probe", p, header, settings.rest_type).bytes for p in todo]
+    reading = settings.evaluation
+    length = settings.text.stat().st_size // BYTES_PER_TOKEN // reading.context
     return (
-        f"{len(todo)} of {len(wanted)} probes are to be measured: each a file of about {max(sizes, default=0):,} bytes, at"
-        f" most {AT_ONCE} of them on the disk at a time, which reads {tokens} chunks of {setting.reading.context} tokens"
+        f"{len(todo)} of {len(probes)} probes are to be measured: each a file of about {max(sizes, default=0):,} bytes, at"
+        f" most {BATCH} of them on the disk at a time, which reads {reading.chunks or length} chunks of {reading.context}"
+        " tokens"
     )
 
 
 def measure_probes(
-    wanted: Sequence[Probe],
-    setting: ProbeSetup,
-    told: Callable[[int, int], None] = lambda done, of: None,
+    probes: Sequence[Probe],
+    settings: ProbeSettings,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[ProbeResult, ...]:
-    """What each probe does; what was measured before is not measured again.
+    """Return what each probe costs. What is in the store is not measured again.
 
-    Raises InputError for a text of too few chunks.
+    Args:
+        probes: What to measure.
+        settings: How probes are made and measured.
+        report: Called after each batch with how many are done, and of how many.
+
+    Returns:
+        For each probe its mean KLD and the standard error of it, both in nats.
+
+    Raises:
+        InputError: If the text has fewer than MIN_CHUNKS chunks, or the Hessians are of another model.
     """
-    base_digest = files.hash_file(setting.base)
-    if setting.moments:
-        Hessians.open(setting.moments, base_digest)
-    keys = [_key(p, setting) for p in wanted]
-    todo = [i for i, key in enumerate(keys) if not setting.store.find("probe", key)]
-    for at in range(0, len(todo), AT_ONCE):
-        some = todo[at : at + AT_ONCE]
-        for i, reading in zip(
-            some, _read([wanted[i] for i in some], setting, base_digest), strict=True
-        ):
-            means = reading.kld.mean(1, dtype=np.float64)
+    if settings.hessians:
+        Hessians.open(settings.hessians, settings.base.digest)
+    keys = [_make_key(p, settings) for p in probes]
+    todo = [i for i, key in enumerate(keys) if not settings.store.find("probe", key)]
+    for start in range(0, len(todo), BATCH):
+        batch = todo[start : start + BATCH]
+        for i, scores in zip(batch, _score([probes[i] for i in batch], settings), strict=True):
+            # Chunks are the independent samples: the standard error is that of a mean of chunk means.
+            means = scores.kld.mean(1, dtype=np.float64)
             facts = {
                 "kld": float(means.mean()),
                 "deviation": float(means.std(ddof=1) / math.sqrt(len(means))),
             }
-            setting.store.begin("probe", keys[i])
-            setting.store.commit("probe", keys[i], facts)
-        told(min(at + AT_ONCE, len(todo)), len(todo))
-    found = [setting.store.find("probe", key) for key in keys]
+            settings.store.begin("probe", keys[i])
+            settings.store.commit("probe", keys[i], facts)
+        report(min(start + BATCH, len(todo)), len(todo))
+    results = [settings.store.find("probe", key) for key in keys]
     return tuple(
         ProbeResult(p, done.facts["kld"], done.facts["deviation"])
-        for p, done in zip(wanted, found, strict=True)
+        for p, done in zip(probes, results, strict=True)
         if done
     )
 
 
-def select_share(wanted: Sequence[Probe], part: str) -> tuple[Probe, ...]:
-    """Those that the machine ``2/3`` of several measures. Raises InputError for anything else."""
-    found = re.fullmatch(r"(\d+)/(\d+)", part)
-    first, count = (int(found[1]), int(found[2])) if found else (0, 0)
+def select_part(probes: Sequence[Probe], part: str) -> tuple[Probe, ...]:
+    """Return the probes of one machine among several: ``2/3`` is every third from the second on.
+
+    Raises:
+        InputError: If ``part`` has another form.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
+    first, count = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= first <= count:
         raise InputError(
             f"part: expected a number and how many there are, as in 1/3, found {part!r}"
         )
-    return tuple(wanted[first - 1 :: count])
+    return tuple(probes[first - 1 :: count])
 
 
-def describe_probes(setting: ProbeSetup) -> str:
-    """On what probes were measured, in words that are equal only where they may be put together."""
-    text, how = files.hash_file(setting.text)[:12], setting.reading
-    fed_back = "".join(f", {FED_BACK} {digest[:12]}" for digest in _fed_by(setting).values())
-    chunks = f"{how.chunks or 'all'} chunks of {how.context}"
-    return f"{setting.text.name} ({text}, {chunks}), the rest in {setting.blanket}{fed_back}"
+def describe_probes(settings: ProbeSettings) -> str:
+    """Return what probes are measured on. Only probes with equal descriptions can be merged.
 
-
-def probe_variant(name: str, types: Mapping[str, str], file_type: str = "Q8_0") -> Variant:
-    """A variant that says the type of every tensor by its name."""
-    rules = tuple(
-        Rule(re.escape(tensor), kind, "One tensor of a probe.") for tensor, kind in types.items()
+    Sensitivity files that were published have it: its form stays as it is.
+    """
+    digest, reading = files.hash_file(settings.text)[:12], settings.evaluation
+    compensated = "".join(
+        f", {COMPENSATION_MARK} {h[:12]}" for h in _identify_compensation(settings).values()
     )
-    return Variant(name=name, summary="A probe.", file_type=file_type, rules=rules)
+    chunks = f"{reading.chunks or 'all'} chunks of {reading.context}"
+    return (
+        f"{settings.text.name} ({digest}, {chunks}), the rest in {settings.rest_type}{compensated}"
+    )
 
 
 @cache
-def _fed_by(setting: ProbeSetup) -> Mapping[str, str]:
-    """By which moments rounding is fed back, and how; nothing where it is not."""
-    return {"moments": f"{files.hash_file(setting.moments)} {REVISION}"} if setting.moments else {}
+def _identify_compensation(settings: ProbeSettings) -> Mapping[str, str]:
+    """Return what identifies the Hessians and the GPTQ code; nothing without Hessians."""
+    if not settings.hessians:
+        return {}
+    return {"moments": f"{files.hash_file(settings.hessians)} {REVISION}"}
 
 
-def _key(probe: Probe, setting: ProbeSetup) -> dict[str, Any]:
-    return {**_shared(setting), "types": dict(probe.types)}
+def _make_key(probe: Probe, settings: ProbeSettings) -> dict[str, Any]:
+    return {**_shared_key(settings), "types": dict(probe.types)}
 
 
 @cache
-def _shared(setting: ProbeSetup) -> Mapping[str, Any]:
-    """What all probes of a setting have in common."""
+def _shared_key(settings: ProbeSettings) -> Mapping[str, Any]:
+    """Return what the store's keys of all probes have in common. Its names are those of finished work."""
     return {
-        "base": files.hash_file(setting.base),
-        "imatrix": files.hash_file(setting.matrix) if setting.matrix else None,
-        "text": files.hash_file(setting.text),
-        "blanket": setting.blanket,
-        **asdict(setting.reading),
-        "llama.cpp": str(setting.tools.version),
+        "base": settings.base.digest,
+        "imatrix": files.hash_file(settings.imatrix) if settings.imatrix else None,
+        "text": files.hash_file(settings.text),
+        "blanket": settings.rest_type,
+        **asdict(settings.evaluation),
+        "llama.cpp": str(settings.tools.version),
         "reader": bindings_version(),
-        **_fed_by(setting),
+        **_identify_compensation(settings),
     }
 
 
-def _read(some: Sequence[Probe], setting: ProbeSetup, base_digest: str) -> list[compare.Reading]:
-    header = read_header(setting.base)
-    folder = setting.store.work_folder("probe")
+def _score(probes: Sequence[Probe], settings: ProbeSettings) -> list[TokenScores]:
+    """Write the probes' files, score them, and delete them."""
+    base, header = settings.base, settings.base.header
+    folder = settings.store.work_folder("probe")
     files.remove(folder)
     targets = [
-        QuantizeTarget(_plan(f"p{n}", p, header, setting.blanket), folder / f"p{n}.gguf")
-        for n, p in enumerate(some)
+        QuantizeTarget(_plan(f"p{n}", p, header, settings.rest_type), folder / f"p{n}.gguf")
+        for n, p in enumerate(probes)
     ]
     try:
         write_variants(
-            setting.base,
-            setting.matrix,
+            base.path,
+            settings.imatrix,
             targets,
-            base_digest,
-            setting.tools,
+            base.digest,
+            settings.tools,
             folder / "work",
-            setting.engine,
-            moments=setting.moments,
+            settings.engine,
+            moments=settings.hessians,
         )
-        digests = {
-            t.path: to_canonical_json(
-                [base_digest, setting.blanket, dict(p.types), *_fed_by(setting).values()]
-            )
-            for t, p in zip(targets, some, strict=True)
+        # What went into a file identifies it as well as its bytes, which need not be hashed.
+        shared = [*_identify_compensation(settings).values()]
+        identities = {
+            t.path: to_canonical_json([base.digest, settings.rest_type, dict(p.types), *shared])
+            for t, p in zip(targets, probes, strict=True)
         }
-        found = compare.read_texts(
-            setting.base, base_digest, digests, setting.text, setting.store, setting.reading
+        evaluations = measure_files(
+            base, identities, {"text": settings.text}, settings.store, settings.evaluation
         )
     finally:
         files.remove(folder)
-    readings = [found[t.path] for t in targets]
-    if (count := len(readings[0].kld)) < FEWEST_CHUNKS:
+    scores = [e.overall for e in evaluations]
+    if (count := len(scores[0].kld)) < MIN_CHUNKS:
         raise InputError(
-            f"{setting.text}: expected at least {FEWEST_CHUNKS} chunks to probe with, found {count}: too few to mean anything"
+            f"{settings.text}: expected at least {MIN_CHUNKS} chunks to probe with, found {count}: too few for a standard"
+            " error"
         )
-    return readings
+    return scores
 
 
-def _plan(name: str, probe: Probe, header: Header, blanket: str) -> Plan:
-    types = {t.name: probe.types.get(t.name, blanket) for t in header.tensors if is_quantizable(t)}
-    return make_plan(probe_variant(name, types), header.tensors, covered=frozenset(types))
+def _plan(name: str, probe: Probe, header: Header, rest_type: str) -> Plan:
+    types = {
+        t.name: probe.types.get(t.name, rest_type) for t in header.tensors if is_quantizable(t)
+    }
+    rules = tuple(
+        Rule(re.escape(tensor), kind, "One tensor of a probe.") for tensor, kind in types.items()
+    )
+    variant = Variant(name=name, summary="A probe.", file_type="Q8_0", rules=rules)
+    # Every tensor counts as covered: a coarse type is the purpose here.
+    return make_plan(variant, header.tensors, covered=frozenset(types))
 
 
-def _in_trunk(tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """Without MTP blocks, which no text shows; but all of a class that is nowhere else."""
-    at = compute_depths(tensors)
-    inside = [t for t in tensors if at.get(t.name, 0) < 1]
-    classes = {tensor_class(t.name) for t in inside}
-    return inside + [t for t in tensors if tensor_class(t.name) not in classes]
+def _without_mtp(tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Return the tensors without those of MTP blocks, which take no part in reading; but no class is lost entirely."""
+    depths = compute_depths(tensors)
+    trunk = [t for t in tensors if depths.get(t.name, 0) < 1]
+    classes = {tensor_class(t.name) for t in trunk}
+    return trunk + [t for t in tensors if tensor_class(t.name) not in classes]
 
 
-def _groups(tensors: Sequence[TensorSpec], bands: int, *, singles: bool) -> dict[str, list[str]]:
+def _group(tensors: Sequence[TensorSpec], bands: int, *, singles: bool) -> dict[str, list[str]]:
+    """Return names of tensors by the name of their group: each alone, or by class and band of depth."""
     if singles:
         return {t.name: [t.name] for t in tensors}
-    at = compute_depths(tensors)
+    depths = compute_depths(tensors)
     groups: dict[str, list[str]] = {}
     for t in tensors:
-        depth = at.get(t.name)
-        band = (
-            ""
-            if depth is None
-            else " behind the trunk"
-            if depth >= 1
-            else f" band {int(depth * bands) + 1} of {bands}"
-        )
+        depth = depths.get(t.name)
+        if depth is None:
+            band = ""
+        elif depth >= 1:
+            band = " behind the trunk"
+        else:
+            band = f" band {int(depth * bands) + 1} of {bands}"
         groups.setdefault(f"{tensor_class(t.name)}{band}", []).append(t.name)
     return groups
 
 
-def _nearest(level: str, possible: Mapping[str, TensorError]) -> str:
-    """The type to probe with: that one, else the one that stands for it, else the nearest in bits of those in the database."""
-    near = next((name for name in (level, NEAREST.get(level)) if name in possible), None)
+def _choose_type(level: str, possible: Mapping[str, TensorError]) -> str:
+    """Return the type to probe a tensor with: the level's, its stand-in without imatrix, or the closest in bits."""
+    for name in (level, WITHOUT_IMATRIX.get(level, level)):
+        if name in possible:
+            return name
     bits = TYPES[level].bits_per_weight
-    return near or min(sorted(possible), key=lambda name: abs(TYPES[name].bits_per_weight - bits))
+    return min(sorted(possible), key=lambda name: abs(TYPES[name].bits_per_weight - bits))

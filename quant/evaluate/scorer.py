@@ -1,10 +1,18 @@
-"""A program: read a text with a model by llama.cpp, and keep what it says to every token, or how far that is from a base.
+"""A child program that scores texts: ``python -m quant.evaluate.scorer JOB.json``.
 
-``python -m quant.evaluate.scorer JOB.json``.
-It calls the llama.cpp of the lock file through the bindings that come with it, not
-llama-perplexity: that one does not see a chat's special tokens, keeps 78 MB for 512 tokens of GLM's vocabulary, and now
-and then loses the last lines of what it prints. Each chunk of tokens begins with an empty memory, and the second half of
-it is predicted, as llama-perplexity has it. Of the base the likeliest words are kept, and the rest as one.
+It calls the llama.cpp of the lock file through llama-cpp-python, and does what llama-perplexity does (``perplexity``
+and ``kl_divergence`` in upstream's tools/perplexity/perplexity.cpp):
+
+- the text is cut into chunks of ``context`` tokens n, each read with an empty KV cache, the first token replaced by
+  BOS where the vocabulary adds one;
+- only the second half of a chunk is predicted, the tokens n/2 + 1 to n - 1, so that every prediction has at least half
+  a context before it: 255 of 512.
+
+llama-perplexity itself is not used. It tokenizes without special tokens, so a chat's control tokens would be read as
+plain text. Its base file keeps 16 bits for every token of the vocabulary: 78 MB a chunk of GLM-4.6. And now and then
+the last lines of its output, which have the result, are lost.
+
+Of the base, the k most likely tokens are kept (``top``), and the rest is one event; see :func:`compute_kld`.
 """
 
 import json
@@ -18,70 +26,104 @@ from numpy.typing import NDArray
 
 from quant.llama.model import LoadedModel, Numbers
 
-QUIET = 1e-12
-"""Of the probability, less than this is none."""
+SMALLEST_REST = 1e-12
+"""Lower bound of the rest's probability: sums in float32 end up at or below 0 where the rest is negligible."""
 ABOUT = "about.json"
-"""What is told of a base: how many chunks it read, and how many words it knows."""
+"""What the base's run leaves: how many chunks it read, and the size of its vocabulary."""
 
 
-def predicted_tokens(tokens: NDArray[np.int32], context: int) -> NDArray[np.int32]:
-    """The words that have to be predicted."""
+def select_targets(tokens: NDArray[np.int32], context: int) -> NDArray[np.int32]:
+    """Return the tokens that are predicted, the last axis cut to the second half of a chunk."""
     return tokens[..., context // 2 + 1 :]
 
 
-def score_base(scorer: LoadedModel, tokens: NDArray[np.int32], top: int, folder: Path) -> None:
-    """Write what the base says: the likeliest words of each token, how likely they are, and what came."""
-    shape = (len(tokens), scorer.context - 1 - scorer.context // 2, min(top, scorer.words))
-    words = np.lib.format.open_memmap(folder / "words.npy", "w+", np.int32, shape)
-    said = np.lib.format.open_memmap(folder / "said.npy", "w+", np.float32, shape)
-    first, nll = np.zeros(shape[:2], np.int32), np.zeros(shape[:2], np.float32)
+def score_base(model: LoadedModel, tokens: NDArray[np.int32], top: int, folder: Path) -> None:
+    """Write the base's log-probabilities of its most likely tokens, and its loss on the text.
+
+    The names of the files are those of the store's finished work; with other names, old work could not be read.
+
+    Args:
+        model: The base.
+        tokens: The text, a row for each chunk.
+        top: How many tokens are kept for each prediction; all if the vocabulary is not larger.
+        folder: Where the arrays go.
+    """
+    chunks, targets = len(tokens), model.context - 1 - model.context // 2
+    kept = min(top, model.words)
+    ids = np.lib.format.open_memmap(folder / "words.npy", "w+", np.int32, (chunks, targets, kept))
+    kept_log_p = np.lib.format.open_memmap(folder / "said.npy", "w+", np.float32, ids.shape)
+    best = np.zeros((chunks, targets), np.int32)
+    nll = np.zeros((chunks, targets), np.float32)
     for n, row in enumerate(tokens):
-        found = scorer.log_probabilities(row)
-        first[n] = found.argmax(1)
-        if shape[2] == scorer.words:
-            words[n], said[n] = np.arange(scorer.words), found
+        log_p = model.log_probabilities(row)
+        best[n] = log_p.argmax(1)
+        if kept == model.words:
+            ids[n], kept_log_p[n] = np.arange(model.words), log_p
         else:
-            words[n] = np.argpartition(-found, shape[2] - 1, axis=1)[:, : shape[2]]
-            said[n] = np.take_along_axis(found, words[n], 1)
-        nll[n] = -found[np.arange(shape[1]), predicted_tokens(row, scorer.context)]
-    words.flush()
-    said.flush()
-    for name, values in (("tokens", tokens), ("first", first), ("base_nll", nll)):
+            ids[n] = np.argpartition(-log_p, kept - 1, axis=1)[:, :kept]
+            kept_log_p[n] = np.take_along_axis(log_p, ids[n], 1)
+        nll[n] = -log_p[np.arange(targets), select_targets(row, model.context)]
+    ids.flush()
+    kept_log_p.flush()
+    for name, values in (("tokens", tokens), ("first", best), ("base_nll", nll)):
         np.save(folder / f"{name}.npy", values)
 
 
-def score_against_base(scorer: LoadedModel, base: Path, folder: Path) -> None:
-    """Write, for every token that is predicted, how far the model is from its base."""
-    tokens, words, said, first = (
+def score_against_base(model: LoadedModel, base: Path, folder: Path) -> None:
+    """Write KLD, loss and top-1 agreement for every predicted token.
+
+    Args:
+        model: The file to be measured.
+        base: The folder that :func:`score_base` filled.
+        folder: Where the arrays go, each with a row for each chunk.
+    """
+    tokens, ids, kept_log_p, best = (
         np.load(base / f"{name}.npy", mmap_mode="r")
         for name in ("tokens", "words", "said", "first")
     )
-    kld, nll = np.zeros(words.shape[:2], np.float32), np.zeros(words.shape[:2], np.float32)
-    same = np.zeros(words.shape[:2], bool)
+    kld, nll = np.zeros(ids.shape[:2], np.float32), np.zeros(ids.shape[:2], np.float32)
+    same = np.zeros(ids.shape[:2], bool)
+    whole = ids.shape[2] == model.words
     for n, row in enumerate(tokens):
-        found = scorer.log_probabilities(row)
-        nll[n] = -found[np.arange(len(found)), predicted_tokens(row, scorer.context)]
-        same[n] = found.argmax(1) == first[n]
-        whole = words.shape[2] == scorer.words
-        kld[n] = divergence(
-            said[n], found if whole else np.take_along_axis(found, words[n], 1), whole=whole
-        )
+        log_q = model.log_probabilities(row)
+        nll[n] = -log_q[np.arange(len(log_q)), select_targets(row, model.context)]
+        same[n] = log_q.argmax(1) == best[n]
+        kept_log_q = log_q if whole else np.take_along_axis(log_q, ids[n], 1)
+        kld[n] = compute_kld(kept_log_p[n], kept_log_q, whole=whole)
     for name, values in (("kld", kld), ("nll", nll), ("same_top", same)):
         np.save(folder / f"{name}.npy", values)
 
 
-def divergence(p: Numbers, q: Numbers, *, whole: bool) -> Numbers:
-    """Kullback-Leibler divergence by rows, in nats; words that are not there count as one, unless all are."""
-    kld = np.einsum("tw,tw->t", np.exp(p), p - q, dtype=np.float64)
+def compute_kld(log_p: Numbers, log_q: Numbers, *, whole: bool) -> Numbers:
+    """Return the Kullback-Leibler divergence of q from p for each row, in nats.
+
+    With the whole vocabulary it is ``sum_i p_i (log p_i - log q_i)``. With the k tokens that are most likely under p,
+    all others are merged into one event of probability ``r = 1 - sum_i p_i`` (and s of q):
+
+        KLD' = sum_{i<=k} p_i (log p_i - log q_i) + r (log r - log s)
+
+    By the log-sum inequality KLD' <= KLD. What is lost is ``r KL(p | rest || q | rest)``: the divergence within the
+    rest, times the probability of the rest. So a result is a lower bound, close where r is small.
+
+    Args:
+        log_p: Log-probabilities of the base; a row for each prediction, a column for each kept token.
+        log_q: The file's, of the same tokens.
+        whole: Whether the columns are the whole vocabulary.
+    """
+    kld = np.einsum("tw,tw->t", np.exp(log_p), log_p - log_q, dtype=np.float64)
     if not whole:
-        rest, other = (np.maximum(1 - np.exp(x).sum(1, dtype=np.float64), QUIET) for x in (p, q))
-        kld += rest * np.log(rest / other)
-    found: Numbers = np.maximum(kld, 0).astype(np.float32)  # below nothing only by rounding
-    return found
+        rest_p, rest_q = (
+            np.maximum(1 - np.exp(x).sum(1, dtype=np.float64), SMALLEST_REST)
+            for x in (log_p, log_q)
+        )
+        kld += rest_p * np.log(rest_p / rest_q)
+    # A divergence is never negative; it is computed so only where float32 log-probabilities do not sum to 1 exactly.
+    result: Numbers = np.maximum(kld, 0).astype(np.float32)
+    return result
 
 
 def main(path: Path) -> None:
-    """Do what a job says: each model is loaded once for all that it has to read."""
+    """Run a job. Consecutive parts with one model load it once."""
     job = json.loads(path.read_text())
     for model, parts in groupby(job["parts"], key=itemgetter("model")):
         scorer = LoadedModel(model, job["context"], job["threads"])

@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from quant.core.format import human_bytes
-from quant.evaluate.figures import figure_words
+from quant.evaluate.figures import format_figures
 from quant.plan.recipe import ModelRecipe
 from quant.release.card_body import BODY
 from quant.release.metadata import tags, task
@@ -91,7 +91,7 @@ def _values(model: ModelRecipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "pictures": _pictures(variants),
         "domains": list((manifest.get("evaluation") or {}).get("texts", ())),
         "by_domain": [
-            (v["name"], [figure_words(f)[1] for f in v["evaluation"]["domains"].values()])
+            (v["name"], [format_figures(f)[1] for f in v["evaluation"]["domains"].values()])
             for v in variants
             if v.get("evaluation") and v["recipe"]["rules"]
         ],
@@ -162,9 +162,9 @@ def _columns(
         )
     if any(v.get("evaluation") for v in variants):
         columns += [
-            ("PPL", "---:", lambda v: figure_words(v["evaluation"])[0]),
-            ("KLD", "---:", lambda v: figure_words(v["evaluation"])[1]),
-            ("top-1", "---:", lambda v: figure_words(v["evaluation"])[2]),
+            ("PPL", "---:", lambda v: format_figures(v["evaluation"])[0]),
+            ("KLD", "---:", lambda v: format_figures(v["evaluation"])[1]),
+            ("top-1", "---:", lambda v: format_figures(v["evaluation"])[2]),
         ]
     columns.append(("for whom", "---", lambda v: _cell(v["summary"])))
     if tested:

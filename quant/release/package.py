@@ -23,7 +23,8 @@ from quant.core.format import hash_text, to_pretty_json
 from quant.core.store import Store
 from quant.errors import raise_problems
 from quant.evaluate import html
-from quant.evaluate.figures import ReleaseEvaluation, figure_words
+from quant.evaluate.figures import format_figures
+from quant.evaluate.release import ReleaseEvaluation
 from quant.hub.checkpoint import Checkpoint
 from quant.llama.model_file import ModelFile
 from quant.plan import inventory
@@ -117,14 +118,14 @@ def _lay_out(
         if file:
             files.link_or_copy(file.path, partial / file.path.name)
     files.write_text(partial / "README.md", card.render_card(made.model, manifest))
-    if measured := html.read_report_data(manifest):
+    if measured := html.list_report_files(manifest):
         pictures = html.draw_charts(measured, made.model.title)
         for name, (_, svg) in pictures.items():
-            files.write_text(partial / html.FOLDER / name, svg)
+            files.write_text(partial / html.PICTURES / name, svg)
         ppl = manifest["evaluation"]["base"]["ppl"]
         left_out = held_out.left_out(manifest["evaluation"]["too_short"])
         notes = [*list_warnings(manifest), *([left_out] if left_out else [])]
-        told = html.render_page(measured, made.model.title, ppl, notes)
+        told = html.render_report(measured, made.model.title, ppl, notes)
         files.write_text(partial / html.REPORT, told)
     files.write_text(partial / "params", to_pretty_json(ollama_params(made.model)))
     if made.model.ollama.system:
@@ -260,7 +261,7 @@ def variants_table(manifest: Mapping[str, Any]) -> Sequence[Sequence[str]]:
             f"{v['bytes']:,}",
             f"{v['bpw']:.2f}",
             str(len(v["files"])),
-            *figure_words(v["evaluation"])[1:],
+            *format_figures(v["evaluation"])[1:],
             smoke_words(v["smoke"]),
         )
         for v in manifest["variants"]

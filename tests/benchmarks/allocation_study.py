@@ -27,11 +27,12 @@ from quant.chat.template import patch_template
 from quant.core import files
 from quant.core.format import to_canonical_json
 from quant.core.store import Store
-from quant.evaluate import compare, error_measurement, probe
+from quant.evaluate import compare, error_measurement, probe, scores
 from quant.job import pinned_model
 from quant.llama import toolchain
 from quant.llama.convert import convert_checkpoint
 from quant.llama.gguf import pad, read_header
+from quant.llama.model_file import ModelFile
 from quant.llama.tensors import tensor_class
 from quant.llama.types import TYPES
 from quant.plan import error_table, sensitivity
@@ -91,13 +92,13 @@ def main(out: Path, base: Path | None, threads: int, chunks: int, held_chunks: i
     presets = {p: _preset(out, base, matrix, p, tools) for p in PRESETS}
     errors = _errors(out, base, matrix, tools)
     header = read_header(base)
-    setting = probe.ProbeSetup(
-        base,
-        matrix,
-        calibration,
-        tools,
-        store,
-        compare.EvaluationSettings(512, chunks, threads, top=512),
+    setting = probe.ProbeSettings(
+        base=ModelFile.open(base),
+        imatrix=matrix,
+        text=calibration,
+        tools=tools,
+        store=store,
+        evaluation=compare.EvaluationSettings(512, chunks, threads, top=512),
         engine=Engine(threads),
     )
     with store.lock():
@@ -120,7 +121,11 @@ def main(out: Path, base: Path | None, threads: int, chunks: int, held_chunks: i
         chosen = _methods(known, measured[len(probes) :], sizes)
         made = _written(out, base, matrix, chosen, known, tools, threads)
         calibrated = compare.evaluate_files(
-            base, [*made.values(), *presets.values()], {"text": calibration}, store, setting.reading
+            setting.base,
+            [*map(ModelFile.open, (*made.values(), *presets.values()))],
+            {"text": calibration},
+            store,
+            setting.evaluation,
         )
         seen = {e.file.stem: _mean(e) for e in calibrated}
         again = _refitted(known, chosen, seen, {p: _types(presets[p]) for p in PRESETS})
@@ -146,12 +151,13 @@ def main(out: Path, base: Path | None, threads: int, chunks: int, held_chunks: i
         made |= _written(out, base, matrix, same, known, tools, threads, seen_by[False])
         chosen |= same
         pure = {p: _preset(out, base, matrix, p, tools) for p in PURE}
-        reading = replace(setting.reading, chunks=held_chunks, top=EVERY_WORD)
-        judged = compare.evaluate_files(
-            base, [*presets.values(), *pure.values(), *made.values()], held_out, store, reading
+        reading = replace(setting.evaluation, chunks=held_chunks, top=EVERY_WORD)
+        whole = [*map(ModelFile.open, (*presets.values(), *pure.values(), *made.values()))]
+        judged = compare.evaluate_files(setting.base, whole, held_out, store, reading)
+        rounded = ModelFile.open(_rounded(out, pure["Q8_0"], tools))
+        (activations,) = compare.evaluate_files(
+            rounded, [ModelFile.open(pure["Q8_0"])], held_out, store, reading
         )
-        rounded = _rounded(out, pure["Q8_0"], tools)
-        (activations,) = compare.evaluate_files(rounded, [pure["Q8_0"]], held_out, store, reading)
     print(f"the same weights, activations in 8 bits: {_mean(activations):.5f}")
     _report(out, known, fed, again, chosen, presets, judged)
 
@@ -328,22 +334,24 @@ def _moments(out: Path, base: Path, text: Path, threads: int, *, gradients: bool
 def _fed_back(
     out: Path,
     known: AllocationInputs,
-    setting: probe.ProbeSetup,
+    setting: probe.ProbeSettings,
     tools: toolchain.Toolchain,
     threads: int,
 ) -> AllocationInputs:
     """What is known when rounding is fed back: the errors that are left, and sensitivities by probes made so."""
-    seen = _moments(out, setting.base, setting.text, threads, gradients=True)
+    seen = _moments(out, setting.base.path, setting.text, threads, gradients=True)
     path = out / "errors fed back.json"
     if not path.exists():
         error_table.write_error_table(
             path,
-            error_measurement.measure_errors(setting.base, setting.matrix, tools, moments=seen),
+            error_measurement.measure_errors(
+                setting.base.path, setting.imatrix, tools, hessians=seen
+            ),
         )
     errors = error_table.read_error_table(path, known.errors.base)
     measured = probe.measure_probes(
         probe.list_probes(known.tensors, errors),
-        replace(setting, moments=seen),
+        replace(setting, hessians=seen),
         lambda done, of: print(f"probes, fed back: {done} of {of}", flush=True),
     )
     return replace(
@@ -371,8 +379,8 @@ def _rounded(out: Path, quantised: Path, tools: toolchain.Toolchain) -> Path:
     return path
 
 
-def _mean(e: compare.Evaluation) -> float:
-    return float(e.whole.kld.mean(dtype=np.float64))
+def _mean(e: scores.Evaluation) -> float:
+    return float(e.overall.kld.mean(dtype=np.float64))
 
 
 def _refitted(
@@ -424,7 +432,7 @@ def _report(
     again: Sensitivities,
     chosen: Mapping[str, Mapping[str, str]],
     presets: Mapping[str, Path],
-    judged: Sequence[compare.Evaluation],
+    judged: Sequence[scores.Evaluation],
 ) -> None:
     found = {e.file.stem: e for e in judged}
     kld = {name: _mean(e) for name, e in found.items()}
@@ -478,7 +486,9 @@ def _report(
     }
     files.write_text(out / "study.json", json.dumps(told, indent=1) + "\n")
     for method, p in itertools.product((OURS, FED_BACK), PRESETS):
-        gap = compare.difference(found[f"simple {p}"].whole, found[f"{method} {p}"].whole)
+        gap = scores.estimate_difference(
+            found[f"simple {p}"].overall, found[f"{method} {p}"].overall
+        )
         print(f"{method} less simple at {p}: {gap.value:+.5f} ({gap.low:+.5f} to {gap.high:+.5f})")
     print("Spearman of predicted and measured:", rank)
     print(

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from flows import artifacts
-from quant.evaluate.figures import ReleaseEvaluation
-from quant.evaluate.pareto import DominatedFile, Gap
+from quant.evaluate.pareto import DominatedFile
+from quant.evaluate.release import ReleaseEvaluation
+from quant.evaluate.scores import Estimate
 
 pytestmark = pytest.mark.prefect
 TOLD = {
@@ -24,10 +25,10 @@ def test_figures_are_told_for_the_whole_and_every_domain_with_what_has_to_be_kno
 ) -> None:
     left: list[dict[str, Any]] = []
     monkeypatch.setattr(artifacts, "create_table_artifact", lambda **told: left.append(told))
-    beaten = (DominatedFile("Q", "UD-A", Gap(0.1, 0.05, 0.2)),)
+    dominated = (DominatedFile("Q", "UD-A", Estimate(0.1, 0.05, 0.2)),)
     files = {"UD-A": {**TOLD, "domains": {"code": TOLD | {"kld_mean": 0.02}}}}
     artifacts.publish_artifact(
-        "evaluate", "2 files", ReleaseEvaluation({}, {}, {"ppl": 9.0}, files, beaten, ("maths",))
+        "evaluate", "2 files", ReleaseEvaluation({}, {}, {"ppl": 9.0}, files, dominated, ("maths",))
     )
     (artifact,) = left
     assert artifact["key"] == "evaluate-2-files"
@@ -38,5 +39,5 @@ def test_figures_are_told_for_the_whole_and_every_domain_with_what_has_to_be_kno
     assert artifact["description"].split("\n\n") == [
         "BF16: PPL 9.0",
         "not measured, too little held-out text: maths",
-        str(beaten[0]),
+        str(dominated[0]),
     ]

@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from quant.evaluate.html import ReportData, draw_charts, render_page
+from quant.evaluate.html import ReportFile, draw_charts, render_report
 
 FIGURES = {
     "ppl": 10.0,
@@ -27,9 +27,9 @@ TENSORS = {
 }
 
 
-def shown(name: str, size: int, kld: float, *, peer: bool = False) -> ReportData:
+def shown(name: str, size: int, kld: float, *, peer: bool = False) -> ReportFile:
     told = FIGURES | {"kld_mean": kld, "kld_mean_low": kld / 2, "kld_mean_high": 2 * kld}
-    return ReportData(
+    return ReportFile(
         name, size, {**told, "domains": {"code": told, "chat": told}}, TENSORS, peer=peer
     )
 
@@ -71,7 +71,7 @@ def test_what_a_class_lost_is_told_in_three_digits_and_what_none_lost_is_left_ou
 def test_a_base_alone_has_no_picture_of_divergence() -> None:
     assert draw_charts(
         [
-            ReportData(
+            ReportFile(
                 "BF16",
                 10,
                 {**FIGURES, "kld_mean": 0.0, "domains": {}, "errors": {}},
@@ -84,7 +84,7 @@ def test_a_base_alone_has_no_picture_of_divergence() -> None:
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
-    text = render_page(FILES, "GLM", 9.5, ["Q is dominated"])
+    text = render_report(FILES, "GLM", 9.5, ["Q is dominated"])
     assert (
         text.count("<tr") == 2 * (1 + len(FILES))
         and "UD-&lt;B&gt;" in text

@@ -3,7 +3,7 @@
 import pytest
 
 from quant.errors import InputError
-from quant.evaluate.probe import list_probes, select_share
+from quant.evaluate.probe import list_probes, select_part
 from quant.plan.inventory import list_tensors
 from quant.plan.load import load_model
 from quant.plan.priors import make_typical_errors
@@ -38,11 +38,11 @@ def test_a_huge_model_is_probed_with_about_forty_files_that_tell_the_power_too()
 
 def test_parts_hold_every_probe_once() -> None:
     every = list_probes(TINY, ERRORS)
-    parts = [select_share(every, f"{n}/3") for n in (1, 2, 3)]
+    parts = [select_part(every, f"{n}/3") for n in (1, 2, 3)]
     assert sorted(p.name for part in parts for p in part) == sorted(p.name for p in every)
     for wrong in ("0/3", "4/3", "1", "a/b", "1/0"):
         with pytest.raises(InputError, match="as in 1/3"):
-            select_share(every, wrong)
+            select_part(every, wrong)
 
 
 def test_a_tensor_without_importance_is_probed_with_a_type_that_needs_none() -> None:
