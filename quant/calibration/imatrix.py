@@ -258,7 +258,7 @@ def read_imatrix(path: Path, tensors: Collection[TensorSpec] | None = None) -> I
             f"{path}: expected GGUF, found the older .dat; `quant imatrix convert` makes one of it"
         )
     if tensors is not None:
-        raise_problems(imatrix_file.find_unknown_tensors(found, tensors, str(path)))
+        raise_problems(imatrix_file.find_model_problems(found.sizes(), tensors, str(path)))
     return ImportanceMatrix(path, files.make_receipt(path, path.parent), found.counts())
 
 

@@ -32,7 +32,7 @@ from quant.llama.types import TYPES
 from quant.plan.error_table import CANDIDATES, ErrorTable, TensorError, list_possible_types
 from quant.plan.plan import is_quantizable
 from quant.quantize.engine.chunks import Chunk
-from quant.quantize.engine.weights import COUNTS, ColumnImportance, WeightSource, finite
+from quant.quantize.engine.weights import ColumnImportance, WeightSource, finite
 from quant.quantize.kernels import Kernels
 
 if TYPE_CHECKING:
@@ -212,10 +212,10 @@ def _sample_rows(tensor: TensorSpec, rows: int) -> Iterator[tuple[int, list[Chun
 def _read_visits(tensor: TensorSpec, importance: ColumnImportance | None) -> NDArray[np.float64]:
     """Return the fraction of tokens that each expert saw; equal fractions if the imatrix does not have counts."""
     experts = math.prod(tensor.shape[2:])
-    counts = importance.header.by_name.get(tensor.name + COUNTS) if importance else None
-    if importance is None or counts is None or counts.elements != experts:
+    entry = importance.entries.get(tensor.name) if importance else None
+    if importance is None or entry is None or entry.counts.elements != experts:
         return np.full(experts, 1 / experts)
-    start = importance.header.data_start + counts.offset
+    start = importance.header.data_start + entry.counts.offset
     raw = importance.file.read(start, 4 * experts, tensor.name).view(np.float32)
     # An expert without tokens counts as one token: its weights are in the file and may be needed.
     visits: NDArray[np.float64] = np.maximum(raw.astype(np.float64), 1)

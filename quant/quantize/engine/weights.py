@@ -7,21 +7,26 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.calibration.imatrix_file import (
+    EntryTensors,
+    find_count_problem,
+    find_format_problems,
+    find_model_problems,
+    find_sum_problem,
+    list_entries,
+)
 from quant.errors import InputError
 from quant.llama.ggml import Bytes, Library, Rows
 from quant.llama.gguf import Header, TensorSpec, read_header
-from quant.llama.tensors import EMBEDDINGS
 from quant.quantize.engine.chunks import Chunk, split_into_chunks
 
-SUMS, COUNTS = ".in_sum2", ".counts"
-SHOWN = 5
-"""Names of a long list that an error tells."""
 READ_BYTES: Final = 4 * 2**20
 
 
@@ -100,57 +105,38 @@ class WeightSource:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """Where the data of one matrix is."""
-
-    sums: TensorSpec
-    counts: TensorSpec
-
-
-@dataclass(frozen=True)
 class ColumnImportance:
-    """An imatrix file: how much each column of each tensor matters."""
+    """An open imatrix file: the importance of every column, read when it is asked for.
+
+    :mod:`quant.calibration.imatrix_file` knows the format and checks it. Only the reading differs:
+    a whole imatrix of a large model would not fit into the engine's memory limit.
+    """
 
     header: Header
     file: WatchedFile
 
     @staticmethod
     def open(path: Path) -> "ColumnImportance":
-        """Its head is read and checked."""
+        """Open an imatrix and read its header."""
         file = WatchedFile(path)
         return ColumnImportance(read_header(path), file)
 
     @cached_property
-    def entries(self) -> Mapping[str, _Entry]:
-        """By the tensor that they speak of."""
-        by_name = self.header.by_name
-        return {
-            name.removesuffix(SUMS): _Entry(sums, by_name[name.removesuffix(SUMS) + COUNTS])
-            for name, sums in by_name.items()
-            if name.endswith(SUMS) and name.removesuffix(SUMS) + COUNTS in by_name
-        }
+    def entries(self) -> Mapping[str, EntryTensors]:
+        """Where the data of each weight matrix is, by its name."""
+        return list_entries(self.header)
 
     def problems(self, tensors: Collection[TensorSpec]) -> Iterator[str]:
-        """Everything in which it is not an imatrix of a model with these tensors."""
+        """Yield everything in which it is not an imatrix of a model with these tensors."""
         where = f"{self.file.path}: imatrix"
-        if not self.entries:
-            yield f"{where}: expected tensors NAME{SUMS} and NAME{COUNTS}, found none"
-        by_name = {t.name: t for t in tensors}
-        if unknown := sorted(self.entries.keys() - by_name.keys()):
-            more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
-            yield f"{where}: of another model; it speaks of {', '.join(unknown[:SHOWN])}{more}, which the weights lack"
+        if format_problems := [*find_format_problems(self.header)]:
+            yield from format_problems
+            return
+        sizes = {name: entry.sizes for name, entry in self.entries.items()}
+        yield from find_model_problems(sizes, tensors, where)
         for name, entry in self.entries.items():
-            if (
-                (tensor := by_name.get(name))
-                and name not in EMBEDDINGS
-                and not _fits(entry, tensor)
-            ):
-                found = entry.sums.elements
-                yield f"{where}: {name}: expected {_columns(tensor)} values, as its rows are long, found {found}"
-            if entry.sums.type.name != "F32" or entry.counts.type.name != "F32":
-                yield f"{where}: {name}: expected numbers in F32, found {entry.sums.type.name}, {entry.counts.type.name}"
-            elif not (self._finite(entry.sums) and self._finite(entry.counts)):
-                yield f"{where}: {name}: values that are NaN or infinite"
+            if problem := self._find_value_problem(entry):
+                yield f"{where}: {name}: {problem}"
 
     def columns(self, tensor: TensorSpec, expert: int) -> NDArray[np.float32] | None:
         """What each column of an expert's rows weighs; nothing where there is no data.
@@ -169,13 +155,16 @@ class ColumnImportance:
         ]
         return np.where(counts > 0, sums / np.where(counts > 0, counts, 1), 1).astype(np.float32)
 
-    def _finite(self, tensor: TensorSpec) -> bool:
+    def _find_value_problem(self, entry: EntryTensors) -> str | None:
+        sums = (find_sum_problem(values, first) for first, values in self._blocks(entry.sums))
+        counts = (find_count_problem(np.rint(v)) for _, v in self._blocks(entry.counts))
+        return next(filter(None, chain(sums, counts)), None)
+
+    def _blocks(self, tensor: TensorSpec) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield a tensor's values in parts of bounded size, each with the position of its first."""
         step = READ_BYTES // 4
-        starts = range(0, tensor.elements, step)
-        return all(
-            np.isfinite(self._read(tensor, at, min(step, tensor.elements - at))).all()
-            for at in starts
-        )
+        for first in range(0, tensor.elements, step):
+            yield first, self._read(tensor, first, min(step, tensor.elements - first))
 
     def _read(self, tensor: TensorSpec, first: int, count: int) -> NDArray[np.float32]:
         start = self.header.data_start + tensor.offset + 4 * first
@@ -191,5 +180,5 @@ def _columns(tensor: TensorSpec) -> int:
     return tensor.shape[0] * (tensor.shape[2] if len(tensor.shape) > 2 else 1)
 
 
-def _fits(entry: _Entry, tensor: TensorSpec) -> bool:
+def _fits(entry: EntryTensors, tensor: TensorSpec) -> bool:
     return entry.sums.elements == _columns(tensor)

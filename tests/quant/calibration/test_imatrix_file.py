@@ -10,7 +10,7 @@ import pytest
 from quant.calibration.imatrix_file import (
     ImatrixData,
     ImatrixEntry,
-    find_unknown_tensors,
+    find_model_problems,
     load_imatrix,
     merge_imatrices,
     save_imatrix,
@@ -177,12 +177,12 @@ FAULTS = [
     (
         "not a number",
         [sums(data=floats(1, float("nan"))), COUNT],
-        "expected numbers, found nan at value 1",
+        "expected finite numbers, found nan at value 1",
     ),
     (
         "infinite",
         [sums(data=floats(float("inf"), 1)), COUNT],
-        "expected numbers, found inf at value 0",
+        "expected finite numbers, found inf at value 0",
     ),
     (
         "negative",
@@ -246,7 +246,7 @@ def test_the_older_form_is_read_with_and_without_its_end(tmp_path: Path) -> None
         (b"some text of a person", "neither GGUF nor .dat"),
         (struct.pack("<i", 0), "number of entries: expected at least 1, found 0"),
         (legacy(("a", 1, [1.0]))[:-1], "a: expected 4 bytes at byte 17, found 3"),
-        (legacy(("a", 1, [float("nan")])), "a: expected numbers, found nan"),
+        (legacy(("a", 1, [float("nan")])), "a: expected finite numbers, found nan"),
         (legacy(("a", -1, [1.0])), "a: chunks: expected at least 0, found -1"),
         (legacy(("a", 1, [1.0]), end=END + b"x"), "found 1 bytes more"),
         (legacy(("a", 1, [1.0]), end=END[:-1]), "name of the text: expected 5 bytes"),
@@ -269,17 +269,17 @@ def spec(name: str, *shape: int) -> TensorSpec:
 
 def test_a_matrix_of_the_model_is_no_stranger_to_it() -> None:
     model = (spec(DENSE, 64, 8), spec(EXPERTS, 32, 8, 3), spec("blk.2.attn_q.weight", 64, 8))
-    assert list(find_unknown_tensors(matrix(), model, "m.gguf")) == []
+    assert list(find_model_problems(matrix().sizes(), model, "m.gguf")) == []
 
 
 def test_a_matrix_of_another_model_is_told() -> None:
-    assert list(find_unknown_tensors(matrix(), (spec(DENSE, 64, 8),), "m.gguf")) == [
-        f"m.gguf: of another model; it speaks of {EXPERTS}, which this model lacks"
+    assert list(find_model_problems(matrix().sizes(), (spec(DENSE, 64, 8),), "m.gguf")) == [
+        f"m.gguf: of another model; it has data for {EXPERTS}, which this model lacks"
     ]
-    [wide, experts] = find_unknown_tensors(
-        matrix(), (spec(DENSE, 96, 8), spec(EXPERTS, 32, 8, 4)), "m.gguf"
+    [wide, experts] = find_model_problems(
+        matrix().sizes(), (spec(DENSE, 96, 8), spec(EXPERTS, 32, 8, 4)), "m.gguf"
     )
     assert wide.startswith(f"m.gguf: {DENSE}: ") and wide.endswith(
-        "expected 1 x 96 values, as its rows are long, found 64"
+        "expected 1 x 96 values, one for each column, found 64"
     )
-    assert experts.endswith("expected 4 x 32 values, as its rows are long, found 96")
+    assert experts.endswith("expected 4 x 32 values, one for each column, found 96")

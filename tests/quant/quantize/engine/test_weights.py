@@ -1,14 +1,18 @@
 """The importance of columns, as llama-quantize computes it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
+from quant.calibration.imatrix_file import load_imatrix
 from quant.errors import InputError
 from quant.llama.gguf import TensorSpec
 from quant.llama.types import TYPES
+from quant.quantize.engine import weights
 from quant.quantize.engine.chunks import split_into_chunks
 from quant.quantize.engine.weights import ColumnImportance, WatchedFile, WeightSource
 from tests.gguf_files import Tensor, write
@@ -57,7 +61,9 @@ def test_data_of_another_size_is_told_except_for_the_embeddings(tmp_path: Path) 
     )
     said = list(found.problems([spec("a", 4, 2), spec("token_embd", 4, 2)]))
     assert (
-        len(said) == 1 and "a.weight: expected 4 values, as its rows are long, found 8" in said[0]
+        len(said) == 1
+        and "a.weight: of another model; expected 1 x 4 values, one for each column, found 8"
+        in said[0]
     )
     assert found.columns(spec("token_embd", 4, 2), 0) is None
 
@@ -66,13 +72,55 @@ def test_data_of_another_size_is_told_except_for_the_embeddings(tmp_path: Path) 
 def test_values_that_are_no_numbers_are_told(tmp_path: Path, bad: float) -> None:
     found = matrix(tmp_path / "m.gguf", a=(np.array([[1, bad]]), np.ones((1, 1))))
     assert any(
-        "a.weight: values that are NaN or infinite" in p for p in found.problems([spec("a", 2, 2)])
+        "a.weight: expected finite numbers, found" in p for p in found.problems([spec("a", 2, 2)])
     )
 
 
 def test_a_file_that_is_no_imatrix_is_told(tmp_path: Path) -> None:
     found = ColumnImportance.open(write(tmp_path / "m.gguf"))
-    assert any("expected tensors NAME.in_sum2" in p for p in found.problems([spec("a", 2, 2)]))
+    assert any(
+        "expected an importance matrix (tensors NAME.in_sum2" in p
+        for p in found.problems([spec("a", 2, 2)])
+    )
+
+
+@pytest.mark.parametrize(
+    ("sums", "counts", "problem"),
+    [
+        ([[1, 2], [3, -4]], [[1], [1]], "expected sums of squares, found -4.0 at value 3"),
+        ([[1, 2], [3, 4]], [[1], [-1]], "expected counts of tokens, found one that is negative"),
+        ([[1, 2], [3, 4]], [[1], [1], [1]], "as many values for each of 3 experts, found 4"),
+    ],
+)
+def test_what_an_imatrix_cannot_hold_is_refused_as_where_one_is_loaded(
+    sums: list[list[int]], counts: list[list[int]], problem: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.gguf"
+    columns = matrix(path, a=(np.array(sums), np.array(counts)))
+    [message] = columns.problems([spec("a", 2, 2, 2)])
+    assert problem in message
+    with pytest.raises(InputError) as refused:
+        load_imatrix(path)
+    assert refused.value.problems == (message,)
+
+
+def test_a_bad_value_behind_the_first_block_is_found_at_its_position(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "READ_BYTES", 16)
+    sums = np.ones((1, 9))
+    sums[0, 6] = np.nan
+    columns = matrix(tmp_path / "m.gguf", a=(sums, np.ones((1, 1))))
+    [message] = columns.problems([spec("a", 9, 2)])
+    assert message.endswith("a.weight: expected finite numbers, found nan at value 6")
+
+
+def test_reading_columns_loads_no_library_for_recipes_or_whole_files() -> None:
+    code = "import sys, quant.quantize.engine.weights; print(*sys.modules)"
+    names = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"pydantic", "gguf", "quant.plan.recipe", "quant.calibration.text"} & {*names}
 
 
 def test_rows_are_read_from_where_they_lie(tmp_path: Path) -> None:
