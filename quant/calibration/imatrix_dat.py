@@ -36,7 +36,7 @@ class DatMatrix:
 
 def read_dat(path: Path) -> DatMatrix:
     """Read a `.dat` file. Raise InputError if it is cut short or is no such file."""
-    reader = _Reader(path)
+    reader = _DatReader(path)
     entries = {}
     for _ in range(reader.number("number of entries", 1)):
         name = reader.text("name of an entry")
@@ -50,7 +50,7 @@ def read_dat(path: Path) -> DatMatrix:
     return DatMatrix(entries, chunks, dataset)
 
 
-class _Reader:
+class _DatReader:
     """Reads a file from begin to end.
 
     Each length is compared with what is left before anything is read or allocated: a length in a
