@@ -241,7 +241,7 @@ def _results(
 def _served(talk: ChatClient, ask: RenderRequest) -> Rendering:
     variables = {k: v for k, v in ask.variables.items() if k != "add_generation_prompt"}
     try:
-        return Rendering(talk.rendered(ask.messages, ask.conversation.tools, variables))
+        return Rendering(talk.render_messages(ask.messages, ask.conversation.tools, variables))
     except ServerError as e:
         return Rendering(None, f"llama-server: {e}")
 

@@ -18,8 +18,8 @@ from quant.chat.scenarios import Call, Scenario, Scenarios, Step, find_schema_fa
 from quant.chat.verdict import Answer, Exchange, Outcome
 from quant.llama.chat_client import (
     ChatClient,
+    ChatRequest,
     Message,
-    Question,
     Reply,
     ServerError,
     StreamedReply,
@@ -105,7 +105,7 @@ class SmokeRunner:
                 history += self._small_talk(scenario, history)
             history.append(_user(step, scenario.picture and n == 1))
             asked = self._question(scenario, history)
-            self.prompt = self.talk.prompt(history, scenario.thinking, asked.tools)
+            self.prompt = self.talk.render_prompt(history, scenario.thinking, asked.tools)
             replies: list[Reply] = []
             for fault in self._answered(scenario, step, n, asked, history, replies):
                 yield f"turn {n}: {fault}"
@@ -121,7 +121,7 @@ class SmokeRunner:
         scenario: Scenario,
         step: Step,
         n: int,
-        asked: Question,
+        asked: ChatRequest,
         history: list[Message],
         replies: list[Reply],
     ) -> Iterator[str]:
@@ -150,7 +150,7 @@ class SmokeRunner:
                 )
             if reply.calls and reply.finish_reason == "tool_calls":
                 history += [reply.message, *_results(step, reply.calls)]
-                self.prompt = self.talk.prompt(history, scenario.thinking, asked.tools)
+                self.prompt = self.talk.render_prompt(history, scenario.thinking, asked.tools)
                 reply = yield from self._reply(
                     scenario, _last(history), self._question(scenario, history)
                 )
@@ -162,10 +162,10 @@ class SmokeRunner:
             self._know(scenario, n, "answer", step.say, repr(step.expect), found, right)
 
     def _reply(
-        self, scenario: Scenario, question: str, asked: Question
+        self, scenario: Scenario, question: str, asked: ChatRequest
     ) -> Generator[str, None, Reply]:
         """One exchange, whole and, where the scenario wants it, as a stream."""
-        reply = self.talk.answer(asked)
+        reply = self.talk.complete(asked)
         self.said = reply.answer or _calls(reply)
         self.transcript.append(
             Exchange(
@@ -188,9 +188,9 @@ class SmokeRunner:
 
     def _question(
         self, scenario: Scenario, history: Sequence[Message], required: bool = False
-    ) -> Question:
+    ) -> ChatRequest:
         tools = self.tried.declared(scenario.tools)
-        return Question(
+        return ChatRequest(
             list(history),
             scenario.thinking,
             tools,
@@ -198,15 +198,16 @@ class SmokeRunner:
             required,
             scenario.schema,
             scenario.stop,
-            cached=not scenario.stream,
+            cache_prompt=not scenario.stream,
         )
 
     def _small_talk(self, scenario: Scenario, history: Sequence[Message]) -> list[Message]:
         """Turns that bring the prompt to the length that the scenario wants."""
         rounds = [m for said in SMALL_TALK for m in _turn(*said)]
-        here = self.talk.token_count(self.talk.prompt(history, scenario.thinking))
+        here = self.talk.count_tokens(self.talk.render_prompt(history, scenario.thinking))
         each = (
-            self.talk.token_count(self.talk.prompt([*history, *rounds], scenario.thinking)) - here
+            self.talk.count_tokens(self.talk.render_prompt([*history, *rounds], scenario.thinking))
+            - here
         )
         return rounds * max(1, -(-(scenario.fill_tokens - here) // max(1, each)))
 
@@ -223,7 +224,7 @@ class SmokeRunner:
         self.answers.append(Answer(scenario.name, n, about, question, expected, found, right))
 
 
-def find_reply_faults(reply: Reply, asked: Question) -> Iterator[str]:
+def find_reply_faults(reply: Reply, asked: ChatRequest) -> Iterator[str]:
     """What a client would stumble over in an answer, whatever the model knows."""
     ends = ("stop", "length", "tool_calls") if asked.tools else ("stop", "length")
     if reply.finish_reason not in ends:
@@ -248,14 +249,14 @@ def find_reply_faults(reply: Reply, asked: Question) -> Iterator[str]:
         yield from _shape_faults(reply.answer, asked.schema)
 
 
-def find_call_faults(reply: Reply, asked: Question) -> Iterator[str]:
+def find_call_faults(reply: Reply, asked: ChatRequest) -> Iterator[str]:
     """What is wrong with the calls of an answer: arguments that were not cut must fit what was declared."""
     declared = {t["function"]["name"]: t["function"]["parameters"] for t in asked.tools}
     if not reply.calls:
         yield "finish_reason is tool_calls, and there is no call"
     if len(ids := [c.id for c in reply.calls]) != len(set(ids)) or not all(ids):
         yield f"expected an id of its own for each call, found {ids}"
-    if not asked.parallel and len(reply.calls) > 1:
+    if not asked.parallel_calls and len(reply.calls) > 1:
         yield f"expected one call, because several were not allowed, found {len(reply.calls)}"
     for call in reply.calls:
         if call.name not in declared:

@@ -233,7 +233,7 @@ def _hold_the_file(holding: SmokeRunner, headers: Sequence[Header], served: Smok
 
 def _template_faults(talk: ChatClient, template: Any) -> Iterator[str]:
     """The server tells the template that it uses; another one would be llama.cpp's own guess."""
-    served = str(talk.properties().get("chat_template"))
+    served = str(talk.read_properties().get("chat_template"))
     if template is None:
         yield "the file holds no chat template"
     elif served.strip() != str(template).strip():
@@ -245,14 +245,14 @@ def _template_faults(talk: ChatClient, template: Any) -> Iterator[str]:
 
 def _generation_faults(talk: ChatClient) -> Iterator[str]:
     said: list[Message] = [{"role": "user", "content": "Hello."}]
-    prompt, past = talk.prompt(said, True), talk.past(said, True)
+    prompt, past = talk.render_prompt(said, True), talk.render_history(said, True)
     if prompt == past or not prompt.startswith(past):
         yield f"nothing behind the question asks the model for its answer: the prompt ends with {prompt[-40:]!r}"
 
 
 def _split_tokens(talk: ChatClient, singles: Sequence[str]) -> Iterator[str]:
     for token in singles:
-        if (count := talk.token_count(token)) != 1:
+        if (count := talk.count_tokens(token)) != 1:
             yield f"{token}: expected one token of the vocabulary, found {count} pieces"
 
 
@@ -287,7 +287,7 @@ def _format_faults(holding: SmokeRunner, marks: Sequence[str]) -> Iterator[str]:
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": "a result"},
     ]
-    holding.prompt = holding.talk.prompt(said, True, [tool.declared])
+    holding.prompt = holding.talk.render_prompt(said, True, [tool.declared])
     written = holding.prompt.partition("Hello.")[2]
     if missing := [mark for mark in (*marks, tool.name, "a result") if mark not in written]:
         yield f"expected a call and its result to be written with {', '.join(missing)}, found {written[:200]!r}"
@@ -299,8 +299,8 @@ def _raw_history(holding: SmokeRunner, thinking: bool) -> Iterator[str]:
         {"role": "user", "content": "Hello."},
         {"role": "assistant", "content": "<think>They greet me at some length.</think>\nHello!"},
     ]
-    past = holding.talk.past(said, thinking)
-    holding.prompt = prompt = holding.talk.prompt(
+    past = holding.talk.render_history(said, thinking)
+    holding.prompt = prompt = holding.talk.render_prompt(
         [*said, {"role": "user", "content": "And again."}], thinking
     )
     if "at some length" in prompt:

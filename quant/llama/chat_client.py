@@ -1,4 +1,9 @@
-"""Speak with a running llama-server as a user's program does: OpenAI's own client, and the server's own endpoints."""
+"""Talk to a running llama-server as a user's program does: by OpenAI's client and its own endpoints.
+
+The official client is used so that the smoke test meets what users meet: its parsing of streams,
+of tool calls and of errors. llama-server's additions (``/health``, ``/props``, ``/tokenize``,
+``/apply-template``) are described in llama.cpp's ``tools/server/README.md``.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,28 +16,29 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 ServerError = ValueError
-"""What is raised when the server refuses, does not answer, or answers something else; with its words."""
+"""Raised if the server refuses a request, does not answer, or answers something unusable."""
 
 
 @dataclass(frozen=True)
-class Question:
+class ChatRequest:
     """A conversation that ends with a question, and how it is to be answered."""
 
     messages: Sequence[Message]
     thinking: bool = False
     tools: Sequence[Message] = ()
-    parallel: bool = False
-    required: bool = False
-    """A tool has to be called."""
+    parallel_calls: bool = False
+    tool_required: bool = False
     schema: Mapping[str, Any] | None = None
+    """JSON schema of the answer."""
     stop: str | None = None
-    cached: bool = True
-    """False: the whole prompt is read anew, so that the same question is the same computation to the last bit."""
+    cache_prompt: bool = True
+    """False processes the whole prompt again. The same request is then the same computation, bit
+    for bit; a reused prefix is computed in other batches, and rounds otherwise."""
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model made; the arguments are text until somebody reads them."""
+    """A tool call of the model. Its arguments are unparsed text."""
 
     id: str
     name: str
@@ -40,17 +46,14 @@ class ToolCall:
 
     @property
     def message(self) -> Message:
-        """As the client sends it back."""
-        return {
-            "id": self.id,
-            "type": "function",
-            "function": {"name": self.name, "arguments": self.arguments},
-        }
+        """The call as a client sends it back."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back."""
+    """The model's reply to one request."""
 
     reasoning: str
     answer: str
@@ -61,24 +64,24 @@ class Reply:
 
     @property
     def message(self) -> Message:
-        """As the client sends it back."""
-        said: Message = {
+        """The reply as a client sends it back."""
+        message: Message = {
             "role": "assistant",
             "content": self.answer,
             "reasoning_content": self.reasoning,
         }
-        return said | ({"tool_calls": [c.message for c in self.calls]} if self.calls else {})
+        return message | ({"tool_calls": [c.message for c in self.calls]} if self.calls else {})
 
 
 @dataclass(frozen=True)
 class StreamedReply:
-    """A reply that came in pieces."""
+    """A reply that came in chunks."""
 
     reply: Reply
     order: tuple[str, ...]
-    """The kinds of pieces in their order, each once in a row: role, reasoning, content, calls, finish, usage."""
+    """Kinds of chunks in order, each run once: role, reasoning, content, calls, finish, usage."""
     argument_pieces: tuple[int, ...]
-    """In how many pieces the arguments of each call came."""
+    """Number of chunks with arguments, for each tool call."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,12 @@ class ChatClient:
 
     client: "OpenAI"
     max_answer: int
+    """Maximum number of tokens of an answer."""
     root: str
     """The server's address, under which its own endpoints lie."""
 
     def is_ready(self) -> bool:
-        """Whether the model is loaded."""
+        """Whether the server answers that its model is loaded."""
         from openai import OpenAIError
 
         try:
@@ -100,109 +104,121 @@ class ChatClient:
             return False
         return True
 
-    def properties(self) -> dict[str, Any]:
-        """What the server says of the model that it serves."""
-        with _words():
-            return dict(_mapping(self.client.get(f"{self.root}/props", cast_to=object)))
+    def read_properties(self) -> dict[str, Any]:
+        """Return the server's description of its model (``/props``). Raises ServerError."""
+        with _server_errors():
+            return dict(_require_mapping(self.client.get(f"{self.root}/props", cast_to=object)))
 
-    def token_count(self, text: str) -> int:
-        """How many tokens a text is, control tokens taken for what they are."""
-        with _words():
-            return len(
-                self._post(
-                    "/tokenize", {"content": text, "parse_special": True, "add_special": False}
-                )["tokens"]
-            )
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text, control tokens parsed. Raises ServerError."""
+        body = {"content": text, "parse_special": True, "add_special": False}
+        with _server_errors():
+            return len(self._post("/tokenize", body)["tokens"])
 
-    def prompt(
+    def render_prompt(
         self, messages: Sequence[Message], thinking: bool, tools: Sequence[Message] = ()
     ) -> str:
-        """What the model reads before it answers: the server's own rendering."""
-        return self.rendered(messages, tools, {"enable_thinking": thinking})
+        """Return the prompt that the server makes of a conversation. Raises ServerError."""
+        return self.render_messages(messages, tools, {"enable_thinking": thinking})
 
-    def past(self, messages: Sequence[Message], thinking: bool) -> str:
-        """The conversation so far, without the words that begin an answer."""
-        return self.rendered(
-            messages, (), {"enable_thinking": thinking}, add_generation_prompt=False
-        )
+    def render_history(self, messages: Sequence[Message], thinking: bool) -> str:
+        """Return the same without the generation prompt. Raises ServerError."""
+        variables = {"enable_thinking": thinking}
+        return self.render_messages(messages, (), variables, add_generation_prompt=False)
 
-    def rendered(
+    def render_messages(
         self,
         messages: Sequence[Message],
         tools: Sequence[Message],
         variables: Mapping[str, Any],
-        **more: Any,
+        **options: Any,
     ) -> str:
-        """The same with whatever the client passes to the template, and to the server."""
-        body = {"messages": messages, "chat_template_kwargs": variables, **more} | (
-            {"tools": tools} if tools else {}
-        )
-        with _words():
+        """Return the server's rendering of a conversation (``/apply-template``).
+
+        Args:
+            messages: The conversation.
+            tools: Declared tools.
+            variables: Passed to the template (``chat_template_kwargs``).
+            options: Further fields of the request.
+
+        Raises:
+            ServerError: The template refuses the conversation, or the server does not answer.
+        """
+        body = {"messages": messages, "chat_template_kwargs": variables, **options}
+        if tools:
+            body["tools"] = tools
+        with _server_errors():
             return str(self._post("/apply-template", body)["prompt"])
 
-    def answer(self, question: Question) -> Reply:
-        """The model's answer, whole, at temperature 0."""
-        with _words():
-            said = self.client.chat.completions.create(**self._asked(question))
-            choice, usage = said.choices[0], said.usage
-            message = choice.message
+    def complete(self, request: ChatRequest) -> Reply:
+        """Return the whole reply to a request, at temperature 0. Raises ServerError."""
+        with _server_errors():
+            completion = self.client.chat.completions.create(**self._create_body(request))
+            choice = completion.choices[0]
             calls = tuple(
                 ToolCall(c.id, c.function.name, c.function.arguments)
-                for c in message.tool_calls or ()
+                for c in choice.message.tool_calls or ()
                 if c.type == "function"
             )
             return Reply(
-                _reasoning(message),
-                message.content or "",
+                _read_reasoning(choice.message),
+                choice.message.content or "",
                 calls,
                 choice.finish_reason,
-                usage.prompt_tokens if usage else 0,
-                _cached(usage),
+                completion.usage.prompt_tokens if completion.usage else 0,
+                _count_cached(completion.usage),
             )
 
-    def stream(self, question: Question) -> StreamedReply:
-        """The same as it is written, piece by piece."""
-        with _words():
-            asked = self._asked(question) | {
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
-            return _gathered(self.client.chat.completions.create(**asked))
+    def stream(self, request: ChatRequest) -> StreamedReply:
+        """Return the reply to a request, put together from a stream. Raises ServerError."""
+        with _server_errors():
+            options = {"stream": True, "stream_options": {"include_usage": True}}
+            body = self._create_body(request) | options
+            return _gather_chunks(self.client.chat.completions.create(**body))
 
-    def _asked(self, question: Question) -> dict[str, Any]:
-        asked: dict[str, Any] = {
-            "model": "any",
-            "messages": list(question.messages),
+    def _create_body(self, request: ChatRequest) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": "any",  # a server with one model ignores the name, but the client requires it
+            "messages": list(request.messages),
             "temperature": 0,
             "max_tokens": self.max_answer,
             "extra_body": {
-                "chat_template_kwargs": {"enable_thinking": question.thinking},
-                "cache_prompt": question.cached,
+                "chat_template_kwargs": {"enable_thinking": request.thinking},
+                "cache_prompt": request.cache_prompt,
             },
         }
-        if question.tools:
-            asked |= {
-                "tools": list(question.tools),
-                "tool_choice": "required" if question.required else "auto",
-            }
-            asked |= {"parallel_tool_calls": question.parallel}
-        if question.schema is not None:
-            shape = {"name": "answer", "schema": question.schema, "strict": True}
-            asked |= {"response_format": {"type": "json_schema", "json_schema": shape}}
-        return asked | ({"stop": [question.stop]} if question.stop else {})
+        if request.tools:
+            body["tools"] = list(request.tools)
+            body["tool_choice"] = "required" if request.tool_required else "auto"
+            body["parallel_tool_calls"] = request.parallel_calls
+        if request.schema is not None:
+            schema = {"name": "answer", "schema": request.schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if request.stop:
+            body["stop"] = [request.stop]
+        return body
 
     def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        with _words():
-            return _mapping(self.client.post(f"{self.root}{path}", cast_to=object, body=body))
+        return _require_mapping(self.client.post(f"{self.root}{path}", cast_to=object, body=body))
 
 
 @contextmanager
-def connect(port: int, patience: float, max_answer: int = 1) -> Iterator[ChatClient]:
-    """A connection to a server on this machine; an answer that takes longer than ``patience`` seconds is given up."""
+def connect(port: int, answer_seconds: float, max_answer: int = 1) -> Iterator[ChatClient]:
+    """Connect to a server on this machine while the block runs.
+
+    Args:
+        port: The server's loopback port.
+        answer_seconds: Timeout of one request.
+        max_answer: Maximum number of tokens of an answer.
+
+    Yields:
+        A client that does not retry: a second try would hide what a user meets.
+    """
     from openai import DefaultHttpxClient, OpenAI
 
     root = f"http://127.0.0.1:{port}"
-    # Nothing of the environment: a proxy would be asked for a loopback address, and a user's key is none of our business.
+    # Nothing of the environment: a proxy would be asked for a loopback address, and a user's key
+    # has no business here.
     with (
         DefaultHttpxClient(trust_env=False) as http,
         OpenAI(
@@ -211,7 +227,7 @@ def connect(port: int, patience: float, max_answer: int = 1) -> Iterator[ChatCli
             organization="",
             project="",
             max_retries=0,
-            timeout=patience,
+            timeout=answer_seconds,
             http_client=http,
         ) as client,
     ):
@@ -219,8 +235,8 @@ def connect(port: int, patience: float, max_answer: int = 1) -> Iterator[ChatCli
 
 
 @dataclass
-class _Pieces:
-    """A reply that is being put together."""
+class _ReplyBuilder:
+    """A reply that is put together from the chunks of a stream."""
 
     reasoning: str = ""
     answer: str = ""
@@ -228,9 +244,9 @@ class _Pieces:
     usage: Any = None
     kinds: list[str] = field(default_factory=list)
     calls: dict[int, tuple[str, str, list[str]]] = field(default_factory=dict)
+    """Id, name and pieces of arguments of each call, by the index that the stream gives it."""
 
     def add(self, chunk: Any) -> None:
-        """One chunk of the stream."""
         if chunk.usage:
             self.kinds.append("usage")
             self.usage = chunk.usage
@@ -243,58 +259,57 @@ class _Pieces:
     def _add_delta(self, delta: Any) -> None:
         if delta.role:
             self.kinds.append("role")
-        if said := _reasoning(delta):
+        if reasoning := _read_reasoning(delta):
             self.kinds.append("reasoning")
-            self.reasoning += said
+            self.reasoning += reasoning
         if delta.content:
             self.kinds.append("content")
             self.answer += delta.content
         for piece in delta.tool_calls or ():
             self.kinds.append("calls")
-            call = self.calls.setdefault(
-                piece.index, (piece.id or "", piece.function.name or "", [])
-            )
+            # Id and name come with the first piece of a call only.
+            start = piece.id or "", piece.function.name or ""
+            call = self.calls.setdefault(piece.index, (*start, []))
             if piece.function.arguments:
                 call[2].append(piece.function.arguments)
 
 
-def _gathered(chunks: Iterable[Any]) -> StreamedReply:
-    """The reply that the chunks of a stream make."""
-    pieces = _Pieces()
+def _gather_chunks(chunks: Iterable[Any]) -> StreamedReply:
+    builder = _ReplyBuilder()
     for chunk in chunks:
-        pieces.add(chunk)
-    calls = [pieces.calls[n] for n in sorted(pieces.calls)]
+        builder.add(chunk)
+    calls = [builder.calls[n] for n in sorted(builder.calls)]
     reply = Reply(
-        pieces.reasoning,
-        pieces.answer,
-        tuple(ToolCall(i, name, "".join(parts)) for i, name, parts in calls),
-        pieces.finish_reason,
-        pieces.usage.prompt_tokens if pieces.usage else 0,
-        _cached(pieces.usage),
+        builder.reasoning,
+        builder.answer,
+        tuple(ToolCall(i, name, "".join(pieces)) for i, name, pieces in calls),
+        builder.finish_reason,
+        builder.usage.prompt_tokens if builder.usage else 0,
+        _count_cached(builder.usage),
     )
-    order = tuple(kind for kind, _ in groupby(pieces.kinds))
-    return StreamedReply(reply, order, tuple(len(parts) for _, _, parts in calls))
+    order = tuple(kind for kind, _ in groupby(builder.kinds))
+    return StreamedReply(reply, order, tuple(len(pieces) for _, _, pieces in calls))
 
 
-def _reasoning(message: Any) -> str:
-    """llama-server's addition to OpenAI's messages."""
+def _read_reasoning(message: Any) -> str:
+    """Return ``reasoning_content``, which llama-server adds to OpenAI's messages."""
     return str((message.model_extra or {}).get("reasoning_content") or "")
 
 
-def _cached(usage: Any) -> int:
+def _count_cached(usage: Any) -> int:
     details = usage.prompt_tokens_details if usage else None
     return (details.cached_tokens or 0) if details else 0
 
 
-def _mapping(said: Any) -> dict[str, Any]:
-    if not isinstance(said, dict):
-        raise ServerError(f"expected a JSON object, found {str(said)[:100]!r}")
-    return said
+def _require_mapping(answer: Any) -> dict[str, Any]:
+    if not isinstance(answer, dict):
+        raise ServerError(f"expected a JSON object, found {str(answer)[:100]!r}")
+    return answer
 
 
 @contextmanager
-def _words() -> Iterator[None]:
-    """Whatever goes wrong in an exchange, as one kind of error with the server's own words."""
+def _server_errors() -> Iterator[None]:
+    """Turn every failure of an exchange into a ServerError with the server's message."""
     from openai import APIStatusError, OpenAIError
 
     try:

@@ -19,8 +19,8 @@ from quant.chat.runner import (
 from quant.chat.scenarios import Call, Scenario, Scenarios, Step, Tool
 from quant.llama.chat_client import (
     ChatClient,
+    ChatRequest,
     Message,
-    Question,
     Reply,
     ServerError,
     StreamedReply,
@@ -29,19 +29,23 @@ from quant.llama.chat_client import (
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 ADD = Tool("add", "Adds.", SCHEMA)
-ASKED = Question([], tools=[ADD.declared])
+ASKED = ChatRequest([], tools=[ADD.declared])
 FINE = Reply("", "Hi, Eve!", (), "stop", 10, 4)
 CALL = ToolCall("1", "add", '{"a": 1}')
 
 
 def test_a_good_answer_has_no_faults() -> None:
-    assert list(find_reply_faults(FINE, Question([]))) == []
+    assert list(find_reply_faults(FINE, ChatRequest([]))) == []
     assert (
-        list(find_reply_faults(replace(FINE, reasoning="They greet."), Question([], thinking=True)))
+        list(
+            find_reply_faults(
+                replace(FINE, reasoning="They greet."), ChatRequest([], thinking=True)
+            )
+        )
         == []
     )
     assert (
-        list(find_reply_faults(replace(FINE, finish_reason="length", answer=""), Question([])))
+        list(find_reply_faults(replace(FINE, finish_reason="length", answer=""), ChatRequest([])))
         == []
     )
     assert list(find_reply_faults(Reply("", "", (CALL,), "tool_calls"), ASKED)) == []
@@ -63,14 +67,14 @@ def test_a_good_answer_has_no_faults() -> None:
     ],
 )
 def test_every_fault_of_an_answer_is_told(changes: dict[str, Any], said: str) -> None:
-    assert list(find_reply_faults(replace(FINE, **changes), Question([]))) == [said]
+    assert list(find_reply_faults(replace(FINE, **changes), ChatRequest([]))) == [said]
 
 
 def test_an_answer_that_goes_on_behind_its_stop_is_told() -> None:
-    assert list(find_reply_faults(replace(FINE, answer="4, 5, 6"), Question([], stop="5"))) == [
+    assert list(find_reply_faults(replace(FINE, answer="4, 5, 6"), ChatRequest([], stop="5"))) == [
         "the answer goes on behind '5', at which it had to stop"
     ]
-    assert list(find_reply_faults(replace(FINE, answer=""), Question([], stop="5"))) == []
+    assert list(find_reply_faults(replace(FINE, answer=""), ChatRequest([], stop="5"))) == []
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_an_answer_that_goes_on_behind_its_stop_is_told() -> None:
     ],
 )
 def test_an_answer_must_have_the_shape_that_was_asked_for(answer: str, said: list[str]) -> None:
-    asked = Question([], schema=SCHEMA)
+    asked = ChatRequest([], schema=SCHEMA)
     assert list(find_reply_faults(replace(FINE, answer=answer), asked)) == said
     assert (
         list(find_reply_faults(replace(FINE, answer=answer, finish_reason="length"), asked)) == []
@@ -178,19 +182,19 @@ class Scripted:
 
     replies: list[Reply | Exception]
     forgetful: bool = False
-    asked: list[Question] = field(default_factory=list)
+    asked: list[ChatRequest] = field(default_factory=list)
 
-    def prompt(
+    def render_prompt(
         self, messages: Sequence[Message], thinking: bool, tools: Sequence[Message] = ()
     ) -> str:
         shown = messages[-1:] if self.forgetful else messages
         return "".join(f"<{m['role']}>{m['content']}" for m in shown)
 
-    def token_count(self, text: str) -> int:
+    def count_tokens(self, text: str) -> int:
         return len(text)
 
-    def answer(self, question: Question) -> Reply:
-        self.asked.append(question)
+    def complete(self, request: ChatRequest) -> Reply:
+        self.asked.append(request)
         reply = self.replies.pop(0)
         if isinstance(reply, Exception):
             raise reply
@@ -289,7 +293,7 @@ def test_the_result_of_a_call_goes_back_and_the_answer_is_judged() -> None:
 
 def test_who_does_not_call_is_made_to_so_that_the_protocol_is_tried() -> None:
     holding, server = held(TOOLED, FINE, CALLED, replace(FINE, answer="It is 2."))
-    assert [q.required for q in server.asked] == [False, True, False]
+    assert [q.tool_required for q in server.asked] == [False, True, False]
     assert holding.outcomes[0].passed
     assert next((a.about, a.right, a.found) for a in holding.answers) == ("calls", False, "no call")
 
@@ -310,7 +314,7 @@ def test_a_long_prompt_is_filled_with_small_talk() -> None:
     )
     holding, server = held(filled, FINE, replace(FINE, prompt_tokens=1000, cached_tokens=10))
     assert holding.outcomes[0].passed
-    assert 1000 <= len(server.prompt(server.asked[1].messages, False)) < 1400
+    assert 1000 <= len(server.render_prompt(server.asked[1].messages, False)) < 1400
     short, _ = held(filled, FINE, replace(FINE, prompt_tokens=999, cached_tokens=10))
     assert short.outcomes[0].detail == "turn 2: expected a prompt of 1000 tokens, found 999"
 

@@ -1,4 +1,4 @@
-"""Talking with a server: what is asked, and what is made of its answers, whole and in pieces."""
+"""The client of llama-server: the requests it sends, and how it reads replies, whole and streamed."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,17 +9,17 @@ import httpx2
 import openai
 import pytest
 
-from quant.llama.chat_client import ChatClient, Question, Reply, ServerError, ToolCall
+from quant.llama.chat_client import ChatClient, ChatRequest, Reply, ServerError, ToolCall
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
-ASKED = Question(MESSAGES)
+REQUEST = ChatRequest(MESSAGES)
 Answer = Callable[[httpx2.Request], httpx2.Response]
 Connect = Callable[[Answer], ChatClient]
 
 
 @pytest.fixture
 def connect() -> Iterator[Connect]:
-    """A connection to a server that is a function here."""
+    """Return a function that connects to a server, which is a function of the test."""
     with ExitStack() as opened:
 
         def make(answer: Answer) -> ChatClient:
@@ -34,7 +34,7 @@ def connect() -> Iterator[Connect]:
         yield make
 
 
-def whole(reason: str = "stop", **message: Any) -> dict[str, Any]:
+def completion(reason: str = "stop", **message: Any) -> dict[str, Any]:
     return {
         "id": "1",
         "created": 1,
@@ -56,39 +56,41 @@ def whole(reason: str = "stop", **message: Any) -> dict[str, Any]:
     }
 
 
-def say(body: Any) -> Answer:
+def answer_with(body: Any) -> Answer:
     return lambda _: httpx2.Response(200, json=body)
 
 
-def test_an_answer_is_asked_at_temperature_zero_and_taken_apart(connect: Connect) -> None:
-    asked: list[dict[str, Any]] = []
+def test_a_request_is_sent_at_temperature_zero_and_its_reply_is_parsed(connect: Connect) -> None:
+    bodies: list[dict[str, Any]] = []
 
     def server(request: httpx2.Request) -> httpx2.Response:
-        asked.append(json.loads(request.content))
+        bodies.append(json.loads(request.content))
         assert (request.method, request.url.path) == ("POST", "/v1/chat/completions")
-        return httpx2.Response(200, json=whole(reasoning_content="They greet."))
+        return httpx2.Response(200, json=completion(reasoning_content="They greet."))
 
-    assert connect(server).answer(Question(MESSAGES, thinking=True)) == Reply(
+    assert connect(server).complete(ChatRequest(MESSAGES, thinking=True)) == Reply(
         "They greet.", "Hi", (), "stop", 10, 4
     )
-    [body] = asked
+    [body] = bodies
     assert (body["temperature"], body["max_tokens"], body["messages"]) == (0, 77, MESSAGES)
     assert body["chat_template_kwargs"] == {"enable_thinking": True}
     assert not body.keys() & {"tools", "tool_choice", "response_format", "stop", "stream"}
 
 
-def test_tools_a_schema_and_a_stop_are_asked_for_as_openai_says(connect: Connect) -> None:
-    asked: list[dict[str, Any]] = []
+def test_tools_a_schema_and_a_stop_are_sent_in_openais_form(connect: Connect) -> None:
+    bodies: list[dict[str, Any]] = []
 
     def server(request: httpx2.Request) -> httpx2.Response:
-        asked.append(json.loads(request.content))
-        return httpx2.Response(200, json=whole())
+        bodies.append(json.loads(request.content))
+        return httpx2.Response(200, json=completion())
 
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-    connect(server).answer(
-        Question(MESSAGES, False, [tool], True, True, {"type": "object"}, "5", cached=False)
+    connect(server).complete(
+        ChatRequest(
+            MESSAGES, False, [tool], True, True, {"type": "object"}, "5", cache_prompt=False
+        )
     )
-    [body] = asked
+    [body] = bodies
     assert (body["tools"], body["tool_choice"], body["parallel_tool_calls"]) == (
         [tool],
         "required",
@@ -98,9 +100,11 @@ def test_tools_a_schema_and_a_stop_are_asked_for_as_openai_says(connect: Connect
     assert (body["stop"], body["cache_prompt"]) == (["5"], False)
 
 
-def test_calls_are_taken_as_they_stand(connect: Connect) -> None:
+def test_the_arguments_of_calls_are_kept_as_text(connect: Connect) -> None:
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": '}}
-    reply = connect(say(whole("tool_calls", content=None, tool_calls=[call]))).answer(ASKED)
+    reply = connect(
+        answer_with(completion("tool_calls", content=None, tool_calls=[call]))
+    ).complete(REQUEST)
     assert reply == Reply("", "", (ToolCall("a", "f", '{"x": '),), "tool_calls", 10, 4)
     assert reply.message["tool_calls"] == [call]
 
@@ -108,17 +112,17 @@ def test_calls_are_taken_as_they_stand(connect: Connect) -> None:
 @pytest.mark.parametrize(
     "usage", [None, {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}]
 )
-def test_an_answer_may_leave_out_what_is_optional(connect: Connect, usage: Any) -> None:
-    body = whole(content=None, reasoning_content=None) | {"usage": usage}
-    assert connect(say(body)).answer(ASKED) == Reply("", "", (), "stop", 0, 0)
+def test_optional_fields_of_a_reply_may_be_missing(connect: Connect, usage: Any) -> None:
+    body = completion(content=None, reasoning_content=None) | {"usage": usage}
+    assert connect(answer_with(body)).complete(REQUEST) == Reply("", "", (), "stop", 0, 0)
 
 
-def events(*deltas: Any, reason: str = "stop", usage: bool = True) -> Answer:
+def stream_of(*deltas: Any, reason: str = "stop", usage: bool = True) -> Answer:
     head = {"id": "1", "created": 1, "model": "any", "object": "chat.completion.chunk"}
     chunks = [head | {"choices": [{"index": 0, "delta": d, "finish_reason": None}]} for d in deltas]
     chunks.append(head | {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
     if usage:
-        chunks.append(head | {"choices": [], "usage": whole()["usage"]})
+        chunks.append(head | {"choices": [], "usage": completion()["usage"]})
     text = "".join(f"data: {json.dumps(c)}\n\n" for c in chunks) + "data: [DONE]\n\n"
     return lambda _: httpx2.Response(200, text=text, headers={"content-type": "text/event-stream"})
 
@@ -135,30 +139,30 @@ def piece(index: int, arguments: str, **head: Any) -> dict[str, Any]:
     }
 
 
-def test_a_stream_is_put_together_and_its_order_told(connect: Connect) -> None:
+def test_a_stream_is_put_together_with_the_order_of_its_chunks(connect: Connect) -> None:
     stream = connect(
-        events(
+        stream_of(
             {"role": "assistant", "content": None},
             {"reasoning_content": "They "},
             {"reasoning_content": "greet."},
             {"content": "H"},
             {"content": "i"},
         )
-    ).stream(ASKED)
+    ).stream(REQUEST)
     assert stream.reply == Reply("They greet.", "Hi", (), "stop", 10, 4)
     assert stream.order == ("role", "reasoning", "content", "finish", "usage")
 
 
-def test_pieces_that_come_back_to_what_was_before_are_told_in_their_order(connect: Connect) -> None:
-    stream = connect(events({"content": "a"}, {"reasoning_content": "b"}, {"content": "c"})).stream(
-        ASKED
-    )
+def test_the_order_of_a_stream_shows_a_kind_that_comes_again(connect: Connect) -> None:
+    stream = connect(
+        stream_of({"content": "a"}, {"reasoning_content": "b"}, {"content": "c"})
+    ).stream(ASKED)
     assert stream.order == ("content", "reasoning", "content", "finish", "usage")
 
 
-def test_the_pieces_of_calls_are_put_together_each_with_its_own(connect: Connect) -> None:
+def test_the_pieces_of_each_call_are_put_together(connect: Connect) -> None:
     stream = connect(
-        events(
+        stream_of(
             {"role": "assistant"},
             piece(0, "{", name="f"),
             piece(0, '"a":1}'),
@@ -167,32 +171,32 @@ def test_the_pieces_of_calls_are_put_together_each_with_its_own(connect: Connect
             reason="tool_calls",
             usage=False,
         )
-    ).stream(ASKED)
+    ).stream(REQUEST)
     assert stream.reply.calls == (ToolCall("c0", "f", '{"a":1}'), ToolCall("c1", "g", "{}"))
     assert stream.argument_pieces == (2, 2)
     assert stream.order == ("role", "calls", "finish")
 
 
-def test_an_error_in_the_middle_of_a_stream_is_told(connect: Connect) -> None:
+def test_an_error_in_the_middle_of_a_stream_is_raised(connect: Connect) -> None:
     text = 'data: {"error": {"code": 500, "message": "does not match the format", "type": "server_error"}}\n\n'
     server = connect(
         lambda _: httpx2.Response(200, text=text, headers={"content-type": "text/event-stream"})
     )
     with pytest.raises(ServerError, match="does not match the format"):
-        server.stream(ASKED)
+        server.stream(REQUEST)
 
 
-def test_a_prompt_is_the_servers_own_rendering(connect: Connect) -> None:
+def test_a_prompt_is_rendered_by_the_server(connect: Connect) -> None:
     def server(request: httpx2.Request) -> httpx2.Response:
         assert request.url == "http://x/apply-template"
         return httpx2.Response(
             200, json={"prompt": json.loads(request.content)["chat_template_kwargs"]}
         )
 
-    assert connect(server).prompt(MESSAGES, False) == "{'enable_thinking': False}"
+    assert connect(server).render_prompt(MESSAGES, False) == "{'enable_thinking': False}"
 
 
-def test_tokens_are_counted_with_control_tokens_for_what_they_are(connect: Connect) -> None:
+def test_tokens_are_counted_with_control_tokens_parsed(connect: Connect) -> None:
     def server(request: httpx2.Request) -> httpx2.Response:
         assert json.loads(request.content) == {
             "content": "<|user|>",
@@ -201,30 +205,30 @@ def test_tokens_are_counted_with_control_tokens_for_what_they_are(connect: Conne
         }
         return httpx2.Response(200, json={"tokens": [1, 2]})
 
-    assert connect(server).token_count("<|user|>") == 2
+    assert connect(server).count_tokens("<|user|>") == 2
 
 
-def test_a_refusal_is_told_with_the_servers_words(connect: Connect) -> None:
+def test_a_refusal_is_raised_with_the_servers_message(connect: Connect) -> None:
     broken = connect(lambda _: httpx2.Response(500, text="no parser " + "x" * 1000))
     with pytest.raises(ServerError, match=r"^HTTP 500: no parser x+$") as caught:
-        broken.properties()
+        broken.read_properties()
     assert len(str(caught.value)) < 550
     with pytest.raises(ServerError, match="HTTP 500"):
-        broken.answer(ASKED)
+        broken.complete(REQUEST)
 
 
 @pytest.mark.parametrize("body", ["text", [], {"choices": []}, {"choices": [{}]}])
-def test_an_answer_that_is_none_is_told(connect: Connect, body: Any) -> None:
+def test_an_unusable_answer_is_an_error(connect: Connect, body: Any) -> None:
     with pytest.raises(ServerError):
-        connect(say(body)).answer(ASKED)
+        connect(answer_with(body)).complete(REQUEST)
     with pytest.raises(ServerError):
-        connect(say(["x"])).properties()
+        connect(answer_with(["x"])).read_properties()
     with pytest.raises(ServerError):
-        connect(say({})).token_count("x")
+        connect(answer_with({})).count_tokens("x")
 
 
 @pytest.mark.parametrize("status", [200, 503])
-def test_a_server_is_ready_when_it_says_so(connect: Connect, status: int) -> None:
+def test_a_server_is_ready_if_its_health_is_ok(connect: Connect, status: int) -> None:
     assert connect(lambda _: httpx2.Response(status, json={})).is_ready() is (status == 200)
 
 
@@ -234,4 +238,4 @@ def test_a_server_that_does_not_answer_is_not_ready(connect: Connect) -> None:
 
     assert not connect(nobody).is_ready()
     with pytest.raises(ServerError, match="Connection error"):
-        connect(nobody).answer(ASKED)
+        connect(nobody).complete(REQUEST)
