@@ -156,7 +156,7 @@ def test_a_stream_is_put_together_with_the_order_of_its_chunks(connect: Connect)
 def test_the_order_of_a_stream_shows_a_kind_that_comes_again(connect: Connect) -> None:
     stream = connect(
         stream_of({"content": "a"}, {"reasoning_content": "b"}, {"content": "c"})
-    ).stream(ASKED)
+    ).stream(REQUEST)
     assert stream.order == ("content", "reasoning", "content", "finish", "usage")
 
 
