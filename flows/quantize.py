@@ -21,7 +21,7 @@ from quant import build as builds
 from quant.chat.smoke import SmokeTestError
 from quant.core.secrets import TOKEN
 from quant.errors import CheckError, InputError, Unreachable
-from quant.job import choose_destination, prepare_job
+from quant.job import BuildRequest, choose_destination, prepare_job
 from quant.release.publish import Change
 
 T = TypeVar("T")
@@ -79,7 +79,14 @@ def quantize(
     """
     with shown_token(token_secret):
         target = (
-            choose_destination(model, repo, private, pull_request, uploads, limit)
+            choose_destination(
+                model,
+                repo,
+                private=private,
+                pull_request=pull_request,
+                uploads=uploads,
+                limit=limit,
+            )
             if publish
             else None
         )
@@ -87,20 +94,21 @@ def quantize(
             get_run_logger().warning(
                 "Nothing will be published: no repo is named, here or in the recipe."
             )
-        job = prepare_job(
+        request = BuildRequest(
             model,
-            variants or (),
+            variants=variants or (),
             out=out,
             work=work,
             revision=revision,
             llama_cpp=llama_cpp,
-            target=target,
+            destination=target,
             dry_run=dry_run,
             waive=waive or (),
             evaluate=evaluate,
             key=sign_key,
             as_ready=as_ready,
         )
+        job = prepare_job(request)
         built = builds.build_release(job, partial(as_task, approve=approve and not dry_run))
     publish_release_summary(built)
     return str(built.folder)

@@ -1,6 +1,8 @@
-"""The whole way of a release, stage by stage. The command line and the Prefect flow both walk it.
+"""Build a release: the stages in their order. The command line and the Prefect flow both call this.
 
-``do`` is how one stage is run: the command line shows progress around it, the flow makes a Prefect task of it.
+Every stage runs through a ``StageRunner``: the command line shows progress around it, the flow makes
+a Prefect task of it. Each stage keeps its result in the store under a digest of its inputs, so a
+build that was interrupted continues where it stopped.
 """
 
 import platform
@@ -11,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from quant.calibration.hessians import compute_hessians
-from quant.calibration.imatrix import compute_imatrix
-from quant.calibration.text import build_calibration_text
+from quant.calibration.hessians import HessianResult, compute_hessians
+from quant.calibration.imatrix import ImportanceMatrix, compute_imatrix
+from quant.calibration.text import CalibrationText, build_calibration_text
 from quant.chat.check import TemplateUnderTest, require_template
 from quant.chat.engines import SpecialTokens
-from quant.chat.scenarios import load_scenarios
+from quant.chat.scenarios import Scenarios, load_scenarios
 from quant.chat.smoke import smoke_test
 from quant.chat.template import ChatTemplate, patch_template
 from quant.chat.verdict import SmokeResult
@@ -24,248 +26,331 @@ from quant.core import files
 from quant.core.format import to_pretty_json
 from quant.core.store import Store
 from quant.errors import InputError, raise_problems
-from quant.evaluate.release import evaluate_release
-from quant.hub import checkpoint as sources
-from quant.hub.checkpoint import Checkpoint
+from quant.evaluate.release import ReleaseEvaluation, evaluate_release
+from quant.hub.checkpoint import Checkpoint, pull_checkpoint
 from quant.hub.lock import Lock, check_lock
 from quant.hub.upload import upload_variant
 from quant.job import ReleaseJob, disk_problems
 from quant.llama.convert import convert_checkpoint, convert_vision
+from quant.llama.model_file import ModelFile
 from quant.plan.load import load_template_patch
 from quant.plan.plan import Plan, make_plan
 from quant.plan.recipe import ModelRecipe, TemplatePatch
 from quant.quantize.shard import VariantFile, shard_base
 from quant.quantize.variants import quantize_variants
-from quant.release.deliver import deliver_release
+from quant.release.deliver import Delivery, deliver_release
 from quant.release.metadata import words
 from quant.release.package import Release, ReleaseInputs, package_release, place_files
-from quant.release.publish import Change, Publication, publish_release
-from quant.release.publish import plan_change as change
+from quant.release.publish import Change, Publication, plan_change, publish_release
 from quant.release.sign import sign_release
 
 T = TypeVar("T")
 
 
 class StageRunner(Protocol):
-    """Runs one stage for one subject and gives back what it made."""
+    """Runs one stage for one subject and returns its result."""
 
     def __call__(self, stage: str, subject: str, work: Callable[[], T]) -> T:
-        """Do the work now."""
+        """Call ``work`` and return what it returns."""
+
+
+def run_now(stage: str, subject: str, work: Callable[[], T]) -> T:
+    """Run a stage and say nothing about it."""
+    return work()
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A release that stands, and what the way there was."""
+    """A finished release, and what its stages gave."""
 
     folder: Path
     release: Release
     plans: tuple[Plan, ...]
-    verdicts: tuple[SmokeResult, ...]
+    smoke_results: tuple[SmokeResult, ...]
     fresh: bool
-    """False when it stood already and nothing was done."""
+    """False if the release existed already and nothing was done."""
     change: Change | None = None
-    """What publishing it changes, if that was asked for."""
-    published: Publication | None = None
+    """What publishing changes on the hub, if a destination was named."""
+    publication: Publication | None = None
+    """The commit on the hub, if the release was published."""
 
 
-def build_release(
-    job: ReleaseJob, do: StageRunner = lambda stage, subject, work: work()
-) -> BuildResult:
-    """The release that a job describes, from the weights to the folder; what is done already is not done again.
+def build_release(job: ReleaseJob, run: StageRunner = run_now) -> BuildResult:
+    """Build the release that a job describes; stages that are done already are not done again.
 
-    Raises InputError before anything that cannot be done, CheckFailed after anything that came out wrong.
+    Args:
+        job: What ``prepare_job`` returned.
+        run: Runs each stage; shows progress, or makes a task of it.
+
+    Returns:
+        The release's folder and the results of its stages.
+
+    Raises:
+        InputError: If the disk is too small, or if an input of a stage is wrong.
+        CheckError: If a result is not what it must be: a file that fails its smoke test, a download
+            that differs from its lock, a file that is further from BF16 than the recipe allows.
+        ToolError: If a tool of llama.cpp fails.
     """
-    model, store, tools = job.model, job.store, job.tools
-    raise_problems(disk_problems(model, job.variants, store.root, job.out))
+    raise_problems(disk_problems(job.model, job.variants, job.store.root, job.out))
     began = time.time()
-    with store.lock():
-        checkpoint = do(
-            "source", model.name, partial(pull_locked, model, job.recipe, job.lock, store)
+    stages = _Stages(job, run)
+    with job.store.lock():
+        checkpoint = stages.pull()
+        template = stages.patch_template(checkpoint)
+        base = stages.convert(checkpoint, template)
+        vision = stages.convert_vision(checkpoint)
+        text = stages.build_calibration_text(template, base)
+        imatrix = stages.compute_imatrix(base, text)
+        hessians = stages.compute_hessians(base, text)
+        plans = stages.plan(base, imatrix)
+        variants = stages.quantize(base, imatrix, hessians, plans)
+        results = stages.smoke_test(variants, base, vision)
+        evaluation = stages.evaluate(variants, base, text)
+        inputs = ReleaseInputs(
+            model=job.model,
+            checkpoint=checkpoint,
+            template=template,
+            base=base,
+            vision=vision,
+            text=text,
+            matrix=imatrix,
+            variants=tuple(zip(variants, results, strict=True)),
+            llama_cpp=str(job.tools.version),
+            tools=job.tools.built,
+            scenarios=stages.scenarios,
+            figures=evaluation,
         )
-        waivers = {w.scenario: w.why for w in model.waivers}
-        held = partial(
-            check_patched_template, job.template or model.template, checkpoint, waivers, store
-        )
-        template = do("template", model.template, held)
-        base = do(
-            "convert",
-            model.title,
-            partial(
-                convert_checkpoint,
-                checkpoint,
-                template.text if template else None,
-                words(model),
-                tools,
-                store,
-            ),
-        )
-        vision = None
-        if model.sees:
-            vision = do(
-                "convert",
-                f"{model.title} mmproj",
-                partial(convert_vision, checkpoint, words(model), tools, store),
-            )
-        text = do(
-            "calibrate",
-            model.imatrix.calibration,
-            partial(build_calibration_text, model, template, base, tools, store),
-        )
-        matrix = do(
-            "imatrix", model.title, partial(compute_imatrix, base, text, model, tools, store)
-        )
-        seen = None
-        if model.imatrix.feedback:
-            seen = do("moments", model.title, partial(compute_hessians, base, text, model, store))
-        tensors = base.header.tensors
-        doubt = matrix.doubt(tensors, model.imatrix.coverage)
-        plans = [
-            do("plan", v.name, partial(make_plan, v, tensors, matrix.covered, doubt))
-            for v in job.variants
-        ]
-        made: list[VariantFile] = []
-        if todo := [p for p in plans if not p.is_base]:
-            subject = todo[0].variant.name if len(todo) == 1 else f"{len(todo)} variants"
-            size = model.max_shard_size
-            made += do(
-                "quantize",
-                subject,
-                partial(
-                    quantize_variants,
-                    base,
-                    matrix,
-                    todo,
-                    model.title,
-                    size,
-                    tools,
-                    store,
-                    job.settings,
-                    seen,
-                ),
-            )
-        for p in plans:
-            if p.is_base:
-                cut = partial(shard_base, base, p, model.title, model.max_shard_size, tools, store)
-                made.append(do("shard", p.variant.name, cut))
-        made.sort(key=lambda v: plans.index(v.plan))
-        tried = job.scenarios or load_scenarios(model.scenarios)
-        # What BF16 says need not be asked twice of the same weights.
-        known = next((v.file for v in made if v.plan.is_base), None)
-        original = known or base
-        heard: list[tuple[VariantFile, SmokeResult]] = []
-        for v in made:
-            heard.append(
-                (
-                    v,
-                    do(
-                        "smoke",
-                        v.name,
-                        partial(
-                            smoke_test,
-                            v.file,
-                            v.plan.variant.answers,
-                            original,
-                            model,
-                            tools,
-                            store,
-                            vision,
-                            tried,
-                        ),
-                    ),
-                )
-            )
-            if job.target and job.sends:
-                do("send", v.name, partial(upload_variant, place_files(v), v.receipts, job.target))
-        figures = None
-        if model.evaluation.chunks:
-            subject = made[0].name if len(made) == 1 else f"{len(made)} files"
-            figures = do(
-                "evaluate",
-                subject,
-                partial(evaluate_release, made, base, text, model, tools, store),
-            )
-        whole = ReleaseInputs(
-            model,
-            checkpoint,
-            template,
-            base,
-            vision,
-            text,
-            matrix,
-            tuple(heard),
-            str(tools.version),
-            tools.built,
-            tried,
-            figures,
-        )
-        release = do("package", model.title, partial(package_release, whole, store))
-        delivered = do("deliver", model.title, partial(deliver_release, release, job.out))
-        verdicts = tuple(verdict for _, verdict in heard)
-        if delivered.fresh:
-            _record(job, delivered.folder, began, verdicts)
-        if job.key:
-            do("sign", model.title, partial(sign_release, delivered.folder, job.key))
-        planned = published = None
-        if job.target:
-            planned = do(
-                "publish",
-                f"{job.target.repo}: what changes",
-                partial(change, delivered.folder, job.target),
-            )
-            if not job.dry_run:
-                published = do("publish", job.target.repo, partial(publish_release, planned))
+        release = stages.package(inputs)
+        delivery = stages.deliver(release)
+        if delivery.fresh:
+            _write_run_record(job, delivery.folder, began, results)
+        stages.sign(delivery.folder)
+        change, publication = stages.publish(delivery.folder)
     return BuildResult(
-        delivered.folder, release, tuple(plans), verdicts, delivered.fresh, planned, published
+        folder=delivery.folder,
+        release=release,
+        plans=tuple(plans),
+        smoke_results=tuple(results),
+        fresh=delivery.fresh,
+        change=change,
+        publication=publication,
     )
 
 
-def pull_locked(model: ModelRecipe, recipe: Path, locked: Lock | None, store: Store) -> Checkpoint:
-    """The model's checkpoint, verified, and compared with the lock where there is one."""
-    checkpoint = sources.pull_checkpoint(model.source, recipe.parent, store)
-    if locked:
-        check_lock(checkpoint, locked)
+@dataclass(frozen=True)
+class _Stages:
+    """The stages of one job. Each method runs one of ``quant.STAGES``, once or for each variant."""
+
+    job: ReleaseJob
+    run: StageRunner
+
+    @property
+    def scenarios(self) -> Scenarios:
+        return self.job.scenarios or load_scenarios(self.job.model.scenarios)
+
+    def pull(self) -> Checkpoint:
+        job = self.job
+        work = partial(pull_locked, job.model, job.recipe, job.lock, job.store)
+        return self.run("source", job.model.name, work)
+
+    def patch_template(self, checkpoint: Checkpoint) -> ChatTemplate | None:
+        model = self.job.model
+        waivers = {w.scenario: w.why for w in model.waivers}
+        patch = self.job.template or model.template
+        work = partial(check_patched_template, patch, checkpoint, waivers, self.job.store)
+        return self.run("template", model.template, work)
+
+    def convert(self, checkpoint: Checkpoint, template: ChatTemplate | None) -> ModelFile:
+        model, job = self.job.model, self.job
+        text = template.text if template else None
+        metadata = words(model)
+        work = partial(convert_checkpoint, checkpoint, text, metadata, job.tools, job.store)
+        return self.run("convert", model.title, work)
+
+    def convert_vision(self, checkpoint: Checkpoint) -> ModelFile | None:
+        model, job = self.job.model, self.job
+        if not model.sees:
+            return None
+        work = partial(convert_vision, checkpoint, words(model), job.tools, job.store)
+        return self.run("convert", f"{model.title} mmproj", work)
+
+    def build_calibration_text(
+        self, template: ChatTemplate | None, base: ModelFile
+    ) -> CalibrationText:
+        model, job = self.job.model, self.job
+        work = partial(build_calibration_text, model, template, base, job.tools, job.store)
+        return self.run("calibrate", model.imatrix.calibration, work)
+
+    def compute_imatrix(self, base: ModelFile, text: CalibrationText) -> ImportanceMatrix:
+        model, job = self.job.model, self.job
+        work = partial(compute_imatrix, base, text, model, job.tools, job.store)
+        return self.run("imatrix", model.title, work)
+
+    def compute_hessians(self, base: ModelFile, text: CalibrationText) -> HessianResult | None:
+        model = self.job.model
+        if not model.imatrix.feedback:
+            return None
+        work = partial(compute_hessians, base, text, model, self.job.store)
+        return self.run("moments", model.title, work)
+
+    def plan(self, base: ModelFile, imatrix: ImportanceMatrix) -> list[Plan]:
+        policy = imatrix.doubt(base.tensors, self.job.model.imatrix.coverage)
+        return [
+            self.run("plan", v.name, partial(make_plan, v, base.tensors, imatrix.covered, policy))
+            for v in self.job.variants
+        ]
+
+    def quantize(
+        self,
+        base: ModelFile,
+        imatrix: ImportanceMatrix,
+        hessians: HessianResult | None,
+        plans: Sequence[Plan],
+    ) -> list[VariantFile]:
+        """Write all quantized variants in one pass, and cut the BF16 file itself, in the plans' order."""
+        job, title, max_size = self.job, self.job.model.title, self.job.model.max_shard_size
+        variants: list[VariantFile] = []
+        if quantized := [p for p in plans if not p.is_base]:
+            work = partial(
+                quantize_variants,
+                base,
+                imatrix,
+                quantized,
+                title,
+                max_size,
+                job.tools,
+                job.store,
+                job.settings,
+                hessians,
+            )
+            names = [p.variant.name for p in quantized]
+            variants += self.run("quantize", _name_or_count(names, "variants"), work)
+        for p in plans:
+            if p.is_base:
+                cut = partial(shard_base, base, p, title, max_size, job.tools, job.store)
+                variants.append(self.run("shard", p.variant.name, cut))
+        return sorted(variants, key=lambda v: plans.index(v.plan))
+
+    def smoke_test(
+        self, variants: Sequence[VariantFile], base: ModelFile, vision: ModelFile | None
+    ) -> list[SmokeResult]:
+        """Talk to every variant; upload each at once if the job says so."""
+        job, scenarios = self.job, self.scenarios
+        # The BF16 variant has the base's weights: asking both would ask the same twice.
+        reference = next((v.file for v in variants if v.plan.is_base), base)
+        results: list[SmokeResult] = []
+        for v in variants:
+            work = partial(
+                smoke_test,
+                v.file,
+                v.plan.variant.answers,
+                reference,
+                job.model,
+                job.tools,
+                job.store,
+                vision,
+                scenarios,
+            )
+            results.append(self.run("smoke", v.name, work))
+            if job.destination and job.uploads_early:
+                upload = partial(upload_variant, place_files(v), v.receipts, job.destination)
+                self.run("send", v.name, upload)
+        return results
+
+    def evaluate(
+        self, variants: Sequence[VariantFile], base: ModelFile, text: CalibrationText
+    ) -> ReleaseEvaluation | None:
+        model, job = self.job.model, self.job
+        if not model.evaluation.chunks:
+            return None
+        work = partial(evaluate_release, variants, base, text, model, job.tools, job.store)
+        return self.run("evaluate", _name_or_count([v.name for v in variants], "files"), work)
+
+    def package(self, inputs: ReleaseInputs) -> Release:
+        work = partial(package_release, inputs, self.job.store)
+        return self.run("package", self.job.model.title, work)
+
+    def deliver(self, release: Release) -> Delivery:
+        work = partial(deliver_release, release, self.job.out)
+        return self.run("deliver", self.job.model.title, work)
+
+    def sign(self, folder: Path) -> None:
+        if self.job.key:
+            self.run("sign", self.job.model.title, partial(sign_release, folder, self.job.key))
+
+    def publish(self, folder: Path) -> tuple[Change | None, Publication | None]:
+        destination = self.job.destination
+        if destination is None:
+            return None, None
+        subject = f"{destination.repo}: what changes"
+        change = self.run("publish", subject, partial(plan_change, folder, destination))
+        if self.job.dry_run:
+            return change, None
+        return change, self.run("publish", destination.repo, partial(publish_release, change))
+
+
+def pull_locked(model: ModelRecipe, recipe: Path, lock: Lock | None, store: Store) -> Checkpoint:
+    """Return the model's checkpoint, verified, and compared with its lock if there is one.
+
+    Raises CheckError for every file that is not the locked one.
+    """
+    checkpoint = pull_checkpoint(model.source, recipe.parent, store)
+    if lock:
+        check_lock(checkpoint, lock)
     return checkpoint
 
 
-def patched_template(named: str | TemplatePatch, checkpoint: Checkpoint) -> ChatTemplate | None:
-    """The checkpoint's chat template with that patch, or the one of that name; ``none`` leaves it as it is.
+def patched_template(patch: str | TemplatePatch, checkpoint: Checkpoint) -> ChatTemplate | None:
+    """Return the checkpoint's chat template with a patch applied; None if it has no template.
 
-    Raises InputError when the patch does not fit the template, or there is none to patch.
+    Args:
+        patch: A patch, the name of one, or ``none`` to leave the template as it is.
+        checkpoint: Where the template comes from.
+
+    Raises:
+        InputError: If the patch does not fit the template, or there is no template to patch.
     """
-    by = (
-        named
-        if isinstance(named, TemplatePatch)
-        else None
-        if named == "none"
-        else load_template_patch(named)
-    )
-    found = checkpoint.chat_template
-    if found is None:
-        if by is not None:
+    chosen = patch if isinstance(patch, TemplatePatch) else _load_patch(patch)
+    original = checkpoint.chat_template
+    if original is None:
+        if chosen is not None:
             raise InputError(
-                f"{checkpoint.folder}: expected a chat template to patch ({by.name}), found none"
+                f"{checkpoint.folder}: expected a chat template to patch ({chosen.name}), found none"
             )
         return None
-    text, where = found
-    return patch_template(text, by, where)
+    text, path = original
+    return patch_template(text, chosen, path)
+
+
+def _load_patch(name: str) -> TemplatePatch | None:
+    return None if name == "none" else load_template_patch(name)
 
 
 def check_patched_template(
-    named: str | TemplatePatch, checkpoint: Checkpoint, waivers: Mapping[str, str], store: Store
+    patch: str | TemplatePatch, checkpoint: Checkpoint, waivers: Mapping[str, str], store: Store
 ) -> ChatTemplate | None:
-    """The same, held against the battery: raises CheckFailed for conversations that come out wrong and are not waived."""
-    template, found = patched_template(named, checkpoint), checkpoint.chat_template
-    if template is None or found is None:
+    """Return the patched template after all test conversations were rendered with it.
+
+    Raises CheckError for conversations that come out wrong and are not waived.
+    """
+    template, original = patched_template(patch, checkpoint), checkpoint.chat_template
+    if template is None or original is None:
         return None
-    original, where = found
-    taken = TemplateUnderTest(
-        where, template.text, where, SpecialTokens(), original if template.by else None, template.by
+    text, path = original
+    under_test = TemplateUnderTest(
+        path, template.text, path, SpecialTokens(), text if template.by else None, template.by
     )
-    return replace(template, waived=require_template(taken, waivers, store))
+    return replace(template, waived=require_template(under_test, waivers, store))
 
 
-def _record(job: ReleaseJob, folder: Path, began: float, verdicts: Sequence[SmokeResult]) -> None:
-    """What may differ between two runs of the same inputs, in one place beside the release."""
+def _name_or_count(names: Sequence[str], noun: str) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} {noun}"
+
+
+def _write_run_record(
+    job: ReleaseJob, folder: Path, began: float, results: Sequence[SmokeResult]
+) -> None:
+    """Write NAME.run.json beside the release: all that may differ between two runs of the same inputs."""
     record = {
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
         "seconds": round(time.time() - began, 1),
@@ -276,6 +361,6 @@ def _record(job: ReleaseJob, folder: Path, began: float, verdicts: Sequence[Smok
             "recipe": str(job.recipe),
             "tools": str(job.tools.bin),
         },
-        "conversations": {v.file: [asdict(e) for e in v.transcript] for v in verdicts},
+        "conversations": {r.file: [asdict(e) for e in r.transcript] for r in results},
     }
     files.write_text(folder.with_name(folder.name + ".run.json"), to_pretty_json(record))

@@ -1,4 +1,4 @@
-"""Whether the disks hold what a build will write: asked before it begins, so that it does not end on a full one."""
+"""One release to build: what was asked for, checked before hours of work."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,176 +24,214 @@ from quant.quantize.engine.job import EngineSettings
 from quant.release.publish import preflight
 from quant.release.sign import signer_problems
 
-NEEDED = ("llama-tokenize", "llama-imatrix", "llama-gguf-split", "llama-server")
-
-
+REQUIRED_TOOLS = ("llama-tokenize", "llama-imatrix", "llama-gguf-split", "llama-server")
 WORK = ".work"
-"""The store of a build, in the folder of its releases."""
+"""The work folder of a build, inside the folder of its releases, unless another is named."""
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What a person asks for. ``prepare_job`` checks it and makes a job of it."""
+
+    model: str
+    """The name of a recipe in recipes/models, or a path to one."""
+    out: str | Path
+    """The folder in which the release's folder is made."""
+    variants: Sequence[str] = ()
+    """Names or paths of variants; the recipe's when empty."""
+    work: str | Path | None = None
+    """Where finished stages are kept; OUT/.work when None."""
+    revision: str | None = None
+    """The commit of the hub repo, if neither recipe nor lock pins it."""
+    llama_cpp: str | Path | None = None
+    """A folder with llama.cpp's tools; this environment's when None."""
+    settings: EngineSettings = field(default_factory=EngineSettings)
+    """Threads and memory for quantization."""
+    destination: Destination | None = None
+    """The hub repo to publish to; nothing is published when None."""
+    dry_run: bool = False
+    """Only list what publishing would change."""
+    waive: Sequence[str] = ()
+    """Smoke scenarios that may fail; the model card names them."""
+    evaluate: bool = True
+    """Measure every file against BF16."""
+    as_ready: bool = False
+    """Upload each variant to the hub's storage as soon as its smoke test passed."""
+    key: str | Path | None = None
+    """A private key to sign the release with."""
 
 
 @dataclass(frozen=True)
 class ReleaseJob:
-    """One release to build: everything that was asked for, checked."""
+    """A release that can be built: recipes loaded, tools found, everything checked."""
 
     model: ModelRecipe
     recipe: Path
-    """The file that the model came from; its folder is where relative paths begin."""
+    """The file that the model came from. Relative paths in it start at its folder."""
     variants: tuple[Variant, ...]
     out: Path
+    """The folder in which the release's folder is made."""
     store: Store
     tools: Toolchain
-    lock: Lock | None
-    """What the source's files have to be, where the recipe was locked."""
+    lock: Lock | None = None
+    """Digests that the source's files must have, if the recipe was locked."""
     settings: EngineSettings = field(default_factory=EngineSettings)
-    """How much of the machine quantising may take."""
-    target: Destination | None = None
-    """Where to publish it, if that was asked for."""
+    """Threads and memory for quantization."""
+    destination: Destination | None = None
+    """The hub repo to publish to."""
     dry_run: bool = False
-    """Only say what publishing would change."""
+    """Only list what publishing would change."""
     as_ready: bool = False
-    """Send each variant to the hub's storage as soon as it talks."""
+    """Upload each variant as soon as its smoke test passed."""
     key: Path | None = None
-    """The file of a key to sign the release with."""
+    """A private key to sign the release with."""
     template: TemplatePatch | None = None
-    """The patch of the chat template itself, instead of the one that the model's recipe names."""
+    """A template patch that replaces the one that the recipe names; a rebuild has it in its manifest."""
     scenarios: Scenarios | None = None
-    """What smoke tests try itself, likewise."""
+    """Smoke scenarios that replace those that the recipe names, likewise."""
 
     @property
-    def sends(self) -> bool:
-        """Whether variants go to the hub before all of them are made."""
-        return self.as_ready and self.target is not None and not self.dry_run
+    def uploads_early(self) -> bool:
+        """Whether variants go to the hub before all of them are quantized and tested."""
+        return self.as_ready and self.destination is not None and not self.dry_run
 
     @property
     def steps(self) -> int:
-        """How many stages will be run; a bar needs to know."""
+        """How many times a stage runs, for a progress bar."""
         bases = sum(v.is_base for v in self.variants)
-        passes = bases < len(self.variants)
-        publishing = ((2 - self.dry_run) if self.target else 0) + (self.key is not None)
-        optional = [
-            self.model.sees,
-            bool(self.model.evaluation.chunks),
-            passes,
-            self.model.imatrix.feedback,
-        ]
-        return 7 + sum(optional) + bases + (2 + self.sends) * len(self.variants) + publishing
+        quantizes = bases < len(self.variants)
+        publishing = ((2 - self.dry_run) if self.destination else 0) + (self.key is not None)
+        model = self.model
+        optional = [model.sees, bool(model.evaluation.chunks), quantizes, model.imatrix.feedback]
+        per_variant = 2 + self.uploads_early  # plan, smoke, and perhaps send
+        always = 7  # source, template, convert, calibrate, imatrix, package, deliver
+        return always + sum(optional) + bases + per_variant * len(self.variants) + publishing
 
 
-def prepare_job(
-    model: str,
-    variants: Sequence[str] = (),
-    *,
-    out: str | Path,
-    work: str | Path | None = None,
-    revision: str | None = None,
-    llama_cpp: str | Path | None = None,
-    settings: EngineSettings | None = None,
-    target: Destination | None = None,
-    dry_run: bool = False,
-    waive: Sequence[str] = (),
-    evaluate: bool = True,
-    as_ready: bool = False,
-    key: str | Path | None = None,
-) -> ReleaseJob:
-    """A job from what a person says: names or paths of recipes, folders, where to publish, what may fail, a key.
+def prepare_job(request: BuildRequest) -> ReleaseJob:
+    """Check a request and return the job that builds it.
 
-    With ``evaluate`` off, the files are not measured.
+    Everything that can be known before hours of work is checked here, except free disk, which
+    ``build_release`` checks when it starts.
 
-    Raises InputError with everything that is wrong with the recipes or forbids to publish, ToolError for tools that are
-    missing or too old: all of it before hours of work.
+    Args:
+        request: What to build, from what, and where to.
+
+    Returns:
+        A job for ``build_release``.
+
+    Raises:
+        InputError: With every problem of the recipes, or with what forbids to publish.
+        ToolError: If llama.cpp's tools are missing or too old.
+
+    Example:
+        >>> job = prepare_job(BuildRequest("tiny-glm", out="release", variants=["UD-TQ1_0"]))
+        >>> job.model.title, [v.name for v in job.variants]
+        ('tiny-glm', ['UD-TQ1_0'])
     """
-    recipe, path, locked = pinned_model(model, revision)
-    waivers = collect_waivers(recipe, merge_scenarios(recipe, sees=recipe.sees), waive)
-    recipe = replace(recipe, waivers=tuple(Waiver(*w) for w in waivers.items()))
-    if not evaluate:
-        recipe = replace(recipe, evaluation=replace(recipe.evaluation, chunks=0))
-    loaded = tuple(load_variant(name) for name in _all_known(variants or recipe.variants))
-    if recipe.template != "none":
-        load_template_patch(recipe.template)
-    check_set(recipe.imatrix.calibration)
-    tools = toolchain.find_toolchain(llama_cpp)
-    tools.require(*NEEDED, *(["llama-quantize"] if recipe.imatrix.base == SMALL_BASE else []))
+    model, recipe, lock = load_pinned_model(request.model, request.revision)
+    waivers = collect_waivers(model, merge_scenarios(model, sees=model.sees), request.waive)
+    model = replace(model, waivers=tuple(Waiver(*w) for w in waivers.items()))
+    if not request.evaluate:
+        model = replace(model, evaluation=replace(model.evaluation, chunks=0))
+    variants = _load_variants(request.variants or model.variants)
+    if model.template != "none":
+        load_template_patch(model.template)
+    check_set(model.imatrix.calibration)
+    tools = toolchain.find_toolchain(request.llama_cpp)
+    small_base = ["llama-quantize"] if model.imatrix.base == SMALL_BASE else []
+    tools.require(*REQUIRED_TOOLS, *small_base)
     ggml.find_library(tools.bin)
-    out = Path(out).expanduser().resolve()
-    store = Store(Path(work).expanduser().resolve() if work else out / WORK)
-    if as_ready and not target:
+    if request.as_ready and not request.destination:
         raise InputError("as ready: expected a repo to send to, found none; name one with --repo")
-    signing = Path(key).expanduser() if key else None
-    if signing:
-        signer_problems(signing)
-    if target:
-        preflight(target, recipe.card, f"{path}: card")
-    settings = settings or EngineSettings()
+    key = Path(request.key).expanduser() if request.key else None
+    if key:
+        signer_problems(key)
+    if request.destination:
+        preflight(request.destination, model.card, f"{recipe}: card")
+    out = Path(request.out).expanduser().resolve()
+    work = Path(request.work).expanduser().resolve() if request.work else out / WORK
     return ReleaseJob(
-        recipe,
-        path,
-        loaded,
-        out,
-        Store(store.root / recipe.name),
-        tools,
-        locked,
-        settings,
-        target,
-        dry_run,
-        as_ready,
-        signing,
+        model=model,
+        recipe=recipe,
+        variants=variants,
+        out=out,
+        store=Store(work / model.name),
+        tools=tools,
+        lock=lock,
+        settings=request.settings,
+        destination=request.destination,
+        dry_run=request.dry_run,
+        as_ready=request.as_ready,
+        key=key,
     )
 
 
 def choose_destination(
     model: str,
     repo: str | None = None,
+    *,
     private: bool = False,
     pull_request: bool = False,
     uploads: int = 4,
     limit: str | None = None,
 ) -> Destination | None:
-    """Where a model's releases are published: the repo that was named, else the recipe's; none when there is none."""
+    """Return where releases of a model are published: ``repo``, else the recipe's repo, else None.
+
+    Args:
+        model: The name of a model recipe, or a path to one.
+        repo: ``OWNER/NAME`` on the hub.
+        private: Make the repo private if it has to be made.
+        pull_request: Propose the release instead of committing it.
+        uploads: Files sent at the same time.
+        limit: Bytes per second for all uploads together, like ``50M`` or ``1G``.
+
+    Raises:
+        InputError: If the recipe cannot be loaded or the limit cannot be read.
+    """
     recipe, _ = load_model(model)
-    default = recipe.publish
-    if not (named := repo or default.repo):
+    chosen = repo or recipe.publish.repo
+    if not chosen:
         return None
     if limit and not SIZE.fullmatch(limit):
         raise InputError(f"limit: expected bytes a second like 50M or 1G, found {limit!r}")
     return Destination(
-        named,
-        private=private or default.private,
-        pull_request=pull_request or default.pull_request,
+        chosen,
+        private=private or recipe.publish.private,
+        pull_request=pull_request or recipe.publish.pull_request,
         uploads=uploads,
         limit=parse_size(limit) if limit else None,
     )
 
 
-def pinned_model(name: str, revision: str | None = None) -> tuple[ModelRecipe, Path, Lock | None]:
-    """A model with the commit that is to be built, the file of its recipe, and its lock."""
+def load_pinned_model(
+    name: str, revision: str | None = None
+) -> tuple[ModelRecipe, Path, Lock | None]:
+    """Load a model with the commit to build; return it with its recipe's path and its lock.
+
+    The commit is ``revision``, else the recipe's, else the lock's.
+    """
     model, path = load_model(name)
-    locked = read_lock(model.source, path)
-    return (
-        replace(
-            model,
-            source=replace(model.source, revision=choose_commit(model.source, locked, revision)),
-        ),
-        path,
-        locked,
-    )
+    lock = read_lock(model.source, path)
+    commit = choose_commit(model.source, lock, revision)
+    return replace(model, source=replace(model.source, revision=commit)), path, lock
 
 
-def _all_known(names: Sequence[str]) -> Sequence[str]:
-    """The same names; raises one InputError with every variant that cannot be loaded, and for one that is named twice."""
+def _load_variants(names: Sequence[str]) -> tuple[Variant, ...]:
+    """Load variants; raise one InputError for all that cannot be loaded or are named twice."""
+    variants: list[Variant] = []
 
     def problems() -> Iterator[str]:
         for name in names:
             try:
-                load_variant(name)
+                variants.append(load_variant(name))
             except InputError as e:
                 yield from e.problems
-        yield from (
-            f"variant {name!r}: expected once, found twice"
-            for name in {n for n in names if names.count(n) > 1}
-        )
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield f"variant {name!r}: expected once, found twice"
 
     raise_problems(problems())
-    return names
+    return tuple(variants)
 
 
 def disk_problems(

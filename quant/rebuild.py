@@ -74,13 +74,12 @@ def prepare_rebuild(
         else None
     )
     job = ReleaseJob(
-        model,
-        beside,
-        tuple(variants),
-        out.resolve(),
-        Store(store.root / model.name),
-        tools,
-        None,
+        model=model,
+        recipe=beside,
+        variants=tuple(variants),
+        out=out.resolve(),
+        store=Store(store.root / model.name),
+        tools=tools,
         template=template,
         scenarios=tried,
     )

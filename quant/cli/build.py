@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,9 @@ from quant.cli.options import (
     work_option,
 )
 
+if TYPE_CHECKING:
+    from quant.job import BuildRequest
+
 COLUMNS = ("variant", ">bytes", ">bits/weight", ">files", ">KLD", ">top-1", "smoke test")
 
 
@@ -38,9 +41,9 @@ COLUMNS = ("variant", ">bytes", ">bits/weight", ">files", ">KLD", ">top-1", "smo
 @tools_option
 def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Path | None) -> None:
     """The whole way, on the tiny model that the project ships: a few minutes, no download."""
-    _build(
-        "tiny-glm", variants, out=out, work=work, llama_cpp=llama_cpp, settings=settings(None, None)
-    )
+    from quant.job import BuildRequest
+
+    _build(BuildRequest("tiny-glm", out, variants, work=work, llama_cpp=llama_cpp))
 
 
 @quant.command()
@@ -93,8 +96,19 @@ def build(
     **more: Any,
 ) -> None:
     """Build the release of MODEL: a name of recipes/models, or a path to such a file. With --repo, publish it there."""
-    target = target_of(repo, more)
-    _build(model, variants, settings=settings(jobs, memory), target=target, dry_run=dry_run, **more)
+    from quant.job import BuildRequest
+
+    destination = target_of(repo, more)
+    _build(
+        BuildRequest(
+            model,
+            variants=variants,
+            settings=settings(jobs, memory),
+            destination=destination,
+            dry_run=dry_run,
+            **more,
+        )
+    )
 
 
 @quant.command()
@@ -126,9 +140,9 @@ def pull(model: str, revision: str | None, work: Path) -> None:
     """Fetch and verify the checkpoint of MODEL; prints its folder."""
     from quant import build as builds
     from quant.core.store import Store
-    from quant.job import pinned_model
+    from quant.job import load_pinned_model
 
-    recipe, path, locked = pinned_model(model, revision)
+    recipe, path, locked = load_pinned_model(model, revision)
     store = Store(work.expanduser().resolve() / recipe.name)
     with store.lock():
         checkpoint = builds.pull_locked(recipe, path, locked, store)
@@ -158,24 +172,24 @@ def verify(release: Path, public_key: Path | None) -> None:
     click.echo(f"{release}: every file and every tensor is what the manifest says")
 
 
-def _build(model: str, variants: tuple[str, ...], **asked: Any) -> None:
-    from quant import build as builds
+def _build(request: "BuildRequest") -> None:
+    from quant.build import build_release
     from quant.job import prepare_job
     from quant.release.package import list_warnings, variants_table
 
     began = time.monotonic()
-    job = prepare_job(model, variants, **asked)
-    with progress.shown(job.steps) as do:
-        built = builds.build_release(job, do)
-    tables.show(COLUMNS, variants_table(built.release.manifest))
-    for line in list_warnings(built.release.manifest):
+    job = prepare_job(request)
+    with progress.shown(job.steps) as run:
+        result = build_release(job, run)
+    tables.show(COLUMNS, variants_table(result.release.manifest))
+    for line in list_warnings(result.release.manifest):
         click.echo(f"warning: {line}")
-    click.echo(f"{built.folder}")
-    if built.change and not built.published:
-        click.echo("\n".join(built.change.lines))
-    if built.published:
-        click.echo(built.published.url)
-    if built.fresh or (built.published and built.published.fresh):
+    click.echo(f"{result.folder}")
+    if result.change and not result.publication:
+        click.echo("\n".join(result.change.lines))
+    if result.publication:
+        click.echo(result.publication.url)
+    if result.fresh or (result.publication and result.publication.fresh):
         progress.say(f"done in {time.monotonic() - began:.0f} s")
     else:
-        progress.say("nothing to do: this release stands already, made of the same inputs")
+        progress.say("nothing to do: this release exists already, made of the same inputs")

@@ -28,7 +28,7 @@ from quant.core import files
 from quant.core.format import to_canonical_json
 from quant.core.store import Store
 from quant.evaluate import compare, error_measurement, probe, scores
-from quant.job import pinned_model
+from quant.job import load_pinned_model
 from quant.llama import toolchain
 from quant.llama.convert import convert_checkpoint
 from quant.llama.gguf import pad, read_header
@@ -165,7 +165,7 @@ def main(out: Path, base: Path | None, threads: int, chunks: int, held_chunks: i
 def _base(out: Path, store: Store, tools: toolchain.Toolchain) -> Path:
     path = out / "base.gguf"
     if not path.exists():
-        model, recipe, locked = pinned_model("tiny-glm")
+        model, recipe, locked = load_pinned_model("tiny-glm")
         checkpoint = pull_locked(model, recipe, locked, store)
         template = patched_template(model.template, checkpoint)
         made = convert_checkpoint(

@@ -7,7 +7,7 @@ import pytest
 
 from quant.build import patched_template, pull_locked
 from quant.core.store import Store
-from quant.job import pinned_model
+from quant.job import load_pinned_model
 from quant.llama import toolchain
 from quant.llama.convert import convert_checkpoint
 from quant.release.metadata import words
@@ -41,7 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """The tiny model, a file of it in Q4_0, and a text that it can read."""
     folder = tmp_path_factory.mktemp("evaluate")
     store, tools = Store(folder / "store"), toolchain.find_toolchain()
-    model, recipe, locked = pinned_model("tiny-glm")
+    model, recipe, locked = load_pinned_model("tiny-glm")
     checkpoint = pull_locked(model, recipe, locked, store)
     template = patched_template(model.template, checkpoint)
     base = convert_checkpoint(

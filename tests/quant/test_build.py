@@ -11,14 +11,15 @@ from click.testing import CliRunner
 from quant import build
 from quant.cli.options import quant
 from quant.errors import InputError
-from quant.job import ReleaseJob, prepare_job
+from quant.job import BuildRequest, ReleaseJob, prepare_job
 
 pytestmark = pytest.mark.tools
 
 
 def test_a_build_that_measures_nothing_has_a_stage_less(tmp_path: Path) -> None:
     whole, without = (
-        prepare_job("tiny-glm", out=tmp_path, evaluate=evaluate) for evaluate in (True, False)
+        prepare_job(BuildRequest("tiny-glm", out=tmp_path, evaluate=evaluate))
+        for evaluate in (True, False)
     )
     assert (whole.steps, without.steps) == (34, 33)
     assert without.model == replace(
@@ -27,7 +28,7 @@ def test_a_build_that_measures_nothing_has_a_stage_less(tmp_path: Path) -> None:
 
 
 def test_a_build_with_feedback_has_a_stage_more_and_loses_less_than_half(tmp_path: Path) -> None:
-    prepared = prepare_job("tiny-glm", ("UD-IQ3_XXS",), out=tmp_path, evaluate=False)
+    prepared = prepare_job(BuildRequest("tiny-glm", tmp_path, ("UD-IQ3_XXS",), evaluate=False))
     short = replace(prepared.model, imatrix=replace(prepared.model.imatrix, chunks=8))
     files: dict[bool, Any] = {}
     for feedback in (True, False):  # what was fed back must not serve the second
@@ -64,7 +65,7 @@ def test_the_command_line_says_whether_files_are_measured(
         jobs.append(job)
         raise InputError("far enough")
 
-    monkeypatch.setattr(build, "build", stop)
+    monkeypatch.setattr(build, "build_release", stop)
     done = CliRunner().invoke(quant, ["build", "tiny-glm", "-o", str(tmp_path), *option])
     assert isinstance(done.exception, InputError), done.output
     assert [bool(job.model.evaluation.chunks) for job in jobs] == [measures]

@@ -10,7 +10,7 @@ import pytest
 from quant.build import build_release
 from quant.errors import InputError
 from quant.hub.checkpoint import ModelSource
-from quant.job import disk_problems, prepare_job
+from quant.job import BuildRequest, disk_problems, prepare_job
 from quant.plan.inventory import read_architecture
 from quant.plan.load import load_model, load_variant
 from quant.plan.plan import make_plan
@@ -95,7 +95,7 @@ def test_of_a_model_that_does_not_tell_its_numbers_nothing_is_said(
 def test_a_build_on_a_small_disk_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = prepare_job("tiny-glm", ["Q4_1"], out=tmp_path / "out")
+    job = prepare_job(BuildRequest("tiny-glm", tmp_path / "out", ["Q4_1"]))
     free(monkeypatch, 10**6)
     with pytest.raises(
         InputError, match=r"\.work/tiny-glm: expected .* bytes free for what this build will write"

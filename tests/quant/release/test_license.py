@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from quant.errors import InputError
 from quant.hub.upload import Destination
-from quant.job import prepare_job
+from quant.job import BuildRequest, prepare_job
 from quant.plan.load import RECIPES, load_model
 from quant.plan.recipe import CardRecipe
 from quant.release.card import render_card
@@ -116,7 +116,7 @@ def test_a_build_that_may_not_be_published_is_refused_before_it_begins(
     recipe = tmp_path / "tiny-glm.toml"
     recipe.write_text(TINY.read_text().replace(line, instead))
     with pytest.raises(InputError) as caught:
-        prepare_job(str(recipe), out=tmp_path / "out", target=Destination(REPO))
+        prepare_job(BuildRequest(str(recipe), tmp_path / "out", destination=Destination(REPO)))
     [problem] = caught.value.problems
     assert problem.startswith(f"{recipe}{said}")
     assert not the_hub.requests and not (tmp_path / "out").exists()
