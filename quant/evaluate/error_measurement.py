@@ -36,8 +36,8 @@ from quant.quantize.engine.weights import ColumnImportance, WeightSource, finite
 from quant.quantize.kernels import Kernels
 
 if TYPE_CHECKING:
-    from quant.quantize.gptq.descent import Metric
-    from quant.quantize.gptq.refiner import ErrorCompensator
+    from quant.quantize.gptq.hessian import Hessian
+    from quant.quantize.gptq.compensator import ErrorCompensator
 
 ROWS = 4096
 """Rows of a tensor that are measured: enough for a standard error of about 1 % of the error."""
@@ -99,7 +99,7 @@ def measure_errors(
 
 def _open_compensator(hessians: Path, base_digest: str) -> "ErrorCompensator":
     # Imported late: errors of ggml's own quantization need no GPTQ.
-    from quant.quantize.gptq.refiner import ErrorCompensator
+    from quant.quantize.gptq.compensator import ErrorCompensator
 
     return ErrorCompensator.open(hessians, base_digest)
 
@@ -131,7 +131,7 @@ class _ErrorMeter:
         for expert, parts in _sample_rows(tensor, self.rows):
             data = self._read(tensor, parts)
             columns = importance.columns(tensor, expert) if importance else None
-            metric = self.compensator.metric(tensor, expert) if self.compensator else None
+            metric = self.compensator.find_hessian(tensor, expert) if self.compensator else None
             energies = _make_energies(metric, columns, float(visits[expert]))
             total.append(energies(data))
             for name in types:
@@ -159,7 +159,7 @@ class _ErrorMeter:
 
 
 def _make_energies(
-    metric: "Metric | None", columns: Rows | None, visits: float
+    metric: "Hessian | None", columns: Rows | None, visits: float
 ) -> Callable[[Rows], Energies]:
     """Return the function that gives the weighted sum of squares of each row.
 

@@ -11,7 +11,7 @@ from quant.llama.types import GGMLType
 from quant.quantize.engine.journal import BlockSums
 
 if TYPE_CHECKING:
-    from quant.quantize.gptq.descent import Metric
+    from quant.quantize.gptq.hessian import Hessian
 
 SAMPLED_ROWS = 8
 """Rows of a piece that are compared."""
@@ -30,11 +30,11 @@ class Sample:
     """Of the columns, as the kernel weights them."""
     whole: float
     """The weighted squares of the values."""
-    metric: "Metric | None" = None
+    metric: "Hessian | None" = None
     """How errors of different columns add up, where that is known; then it stands for the weights."""
 
     @staticmethod
-    def of(rows: Rows, columns: Rows | None, metric: "Metric | None" = None) -> "Sample":
+    def of(rows: Rows, columns: Rows | None, metric: "Hessian | None" = None) -> "Sample":
         """A few rows, evenly spread."""
         step = -(-len(rows) // SAMPLED_ROWS)
         values = rows[::step].astype(np.float64)

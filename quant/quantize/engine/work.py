@@ -32,7 +32,7 @@ from quant.quantize.engine.weights import ColumnImportance, WeightSource, finite
 from quant.quantize.kernels import Kernels
 
 if TYPE_CHECKING:
-    from quant.quantize.gptq.refiner import ErrorCompensator
+    from quant.quantize.gptq.compensator import ErrorCompensator
 
 KERNELS = "kernels.json"
 """By what each type was quantised, and in which tensors a fault of ggml's was met; beside the job."""
@@ -86,7 +86,7 @@ def quantize_job(job: EngineJob, folder: Path) -> None:
 
 
 def _refiner(moments: Path) -> "ErrorCompensator":
-    from quant.quantize.gptq.refiner import (
+    from quant.quantize.gptq.compensator import (
         ErrorCompensator,  # a run of ggml's bytes starts without it
     )
 
@@ -214,7 +214,7 @@ class EngineRun:
             if not finite(rows):
                 raise InputError(self.source.non_finite(tensor, self.library))
             columns = self.matrix.columns(tensor, chunk.expert) if self.matrix else None
-            metric = self.refiner.metric(tensor, chunk.expert) if self.refiner else None
+            metric = self.refiner.find_hessian(tensor, chunk.expert) if self.refiner else None
             sample = Sample.of(rows, columns, metric)
         for ggml_type in piece.types:
             if self.over.is_set():

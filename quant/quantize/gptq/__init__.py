@@ -1,12 +1,25 @@
-"""Quantising with feedback: what rounding one weight breaks, the weights that are rounded later mend.
+"""GPTQ for ggml's block formats: each weight's rounding error is compensated by later weights.
 
-ggml rounds the weights of a row one superblock at a time, and knows of the inputs only how large each is. Inputs of a
-model are alike, though: an error in one column can be undone by others that say nearly the same. How alike they are is
-told by the second moments of the inputs over a calibration text, and with these the levels, then the scales, of ggml's
-own superblocks are chosen so that what comes out of the matrix is nearest to what it was. The file keeps its types and
-its size, and every program that reads GGUF reads it; only its bytes are not llama-quantize's, and as they come out of
-products of large matrices, another kind of processor may choose another level here and there.
+ggml rounds one superblock at a time and weights errors by the imatrix, which is the diagonal of the
+Hessian H = E[x xᵀ] of a matrix's inputs x. GPTQ (arXiv:2210.17323) uses all of H: where the inputs
+of two columns are correlated, the error of one column is undone by the other. Types and sizes stay
+the same and every GGUF reader reads the file. Only the bytes are not llama-quantize's.
+
+```
+layouts      which bits of a block hold the scales, levels and signs of each type; pure
+formats      stored rows unpacked into scales and levels, and packed again; pure
+rounding     nearest levels and nearest codebook vectors; pure
+hessian      the Hessian of one matrix: damping, act-order, Cholesky factor, loss; pure
+descent      the algorithm: GPTQ, then coordinate descent over levels and scales; pure
+compensator  what the engine calls: it looks up the Hessian of a tensor and its expert
+```
+
+Other packages call :class:`~quant.quantize.gptq.compensator.ErrorCompensator` and read
+:data:`REVISION`. The Hessians are computed by :mod:`quant.calibration.hessians`.
+
+Bytes come out of products of large matrices. On another kind of processor BLAS adds in another
+order, and a level here and there differs. A change that changes bytes must raise ``REVISION``.
 """
 
 REVISION = 1
-"""Raised whenever other bytes come out; what was made by another one is not used again."""
+"""Number of the algorithm: raised when its bytes change, so that older results are not reused."""

@@ -1,255 +1,285 @@
-"""Choose levels and scales of stored rows so that what comes out of the matrix is nearest to what it was. Pure.
+"""GPTQ over ggml's blocks, then coordinate descent over levels and scales. Pure.
 
-With the second moments H of the inputs, the error of a row is e H eᵀ, e being what the row lost. First GPTQ (Frantar et al.,
-2022, arXiv:2210.17323): group after group is rounded, and what that broke is taken from the weights that are still to come,
-by the inverse of H; the groups whose inputs are largest come first, and ggml's scales stay. Then in turns: each group is
-chosen anew with all others as they are, and each scale, minimum and superblock's d is solved for by least squares. A step
-is only taken where it lowers the error, and a row that did not gain keeps ggml's bytes.
+The goal for each row is GPTQ's layer-wise objective: with e = stored row - original row, minimize
+e H eᵀ (see :mod:`quant.quantize.gptq.hessian`). ggml minimizes its diagonal only, Σ H_ii e_i².
+:func:`refine_rows` starts from ggml's stored rows:
+
+1. :func:`compensate_errors`: one pass of GPTQ (Frantar et al., 2022, arXiv:2210.17323) over the
+   levels, in act-order, with the Cholesky factor of the inverse Hessian. ggml's scales stay.
+2. ``ROUNDS`` rounds of coordinate descent on the same objective. :func:`choose_levels` chooses each
+   level anew while all others stay, as QuantEase does (Behdin et al., 2023, arXiv:2309.01885).
+   :func:`fit_scales` and :func:`fit_block_scales` solve for the scales by least squares, which
+   GPTQ leaves as they were chosen before its pass.
+3. A row whose loss did not fall keeps ggml's bytes.
+
+Where a type stores vectors of a codebook (the IQ types), a group of 4 or 8 weights is rounded at
+once, in the metric of its part of the Hessian, as in GPTVQ (van Baalen et al., 2024,
+arXiv:2402.15319). Where a type has no codebook the group is one weight, and step 1 is plain GPTQ.
+
+Arrays have the shape (row, rows): a column of the matrix lies in one piece.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quant.llama.types import GGMLType
 from quant.quantize.gptq.formats import (
-    FORMS,
+    FORMATS,
     BlockFormat,
     Blocks,
     Floats,
     pack_blocks,
     unpack_blocks,
 )
+from quant.quantize.gptq.hessian import Hessian
 from quant.quantize.gptq.layouts import Bytes
-from quant.quantize.gptq.rounding import Codebook, find_nearest, signs
+from quant.quantize.gptq.rounding import Codebook, choose_signs, find_nearest
 
-DAMPING = 0.05
-"""Of the mean of H's diagonal, added to it: the moments of some text are not those of all text."""
 ROUNDS = 3
-"""Turns after the first rounding; the third still gains some hundredths."""
+"""Rounds of coordinate descent after GPTQ's pass. The third still lowers the loss by a few percent."""
 PANEL = 64
-"""Columns whose corrections are kept back, so that most of the work is products of large matrices."""
+"""Columns whose updates are applied to the rest at once, as one product of large matrices.
+
+GPTQ calls this lazy batch updates and takes 128 columns.
+"""
 TINY = np.float32(1e-30)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """How errors in the columns of one matrix add up: the second moments of its inputs, and what is made of them once."""
-
-    moments: NDArray[np.float32]
-    """E[x xᵀ], (row, row)."""
-    factors: dict[int, Floats] = field(default_factory=dict)
-
-    @cached_property
-    def damped(self) -> Floats:
-        """The moments, a little nearer to those of inputs that have nothing in common."""
-        found = np.array(self.moments, np.float32)
-        found[np.diag_indices(len(found))] += np.float32(
-            DAMPING * np.diagonal(found).mean(dtype=np.float64) + 1e-12
-        )
-        return found
-
-    @property
-    def loudness(self) -> Floats:
-        """How large the input of each column is."""
-        return np.diagonal(self.damped)
-
-    def order(self, together: int) -> NDArray[np.intp]:
-        """The columns, the loudest first, by so many that stay together."""
-        groups = np.argsort(-self.loudness.reshape(-1, together).sum(1), kind="stable")
-        return (groups[:, None] * together + np.arange(together)).reshape(-1)
-
-    def factor(self, together: int) -> Floats:
-        """Upper Cholesky factor of the inverse, in that order: how an error is handed on to the columns after it."""
-        if together not in self.factors:
-            order = self.order(together)
-            inverse = np.linalg.inv(self.damped[np.ix_(order, order)].astype(np.float64))
-            self.factors[together] = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(
-                np.float32
-            )
-        return self.factors[together]
-
-    def loss(self, error: Floats) -> NDArray[np.float32]:
-        """Of each row, e H eᵀ; ``error`` is (row, rows)."""
-        return np.asarray((error * (self.damped @ error)).sum(0), np.float32)
-
-
 @dataclass
-class State:
-    """Rows in work. Arrays are (row, rows): a column of the matrix lies in one piece."""
+class RowState:
+    """Rows while their levels and scales are chosen. Arrays have the shape (row, rows)."""
 
     block: int
-    form: BlockFormat
+    """Weights of a block: what one d is stored for."""
+    format: BlockFormat
     blocks: Blocks
     weights: Floats
+    """The original weights."""
     level: Floats
+    """The chosen levels, which stand in ``blocks`` only after :meth:`pack`."""
     codebook: Codebook | None
 
     @staticmethod
-    def of(ggml_type: GGMLType, rows: Floats, data: Bytes) -> "State":
-        """The rows, and what ggml made of them."""
-        blocks, form = unpack_blocks(ggml_type, data, rows.shape[1]), FORMS[ggml_type.name]
-        weights, level = np.ascontiguousarray(rows.T), np.ascontiguousarray(blocks.level.T)
-        return State(ggml_type.block, form, blocks, weights, level, _codebook(ggml_type.name))
-
-    @property
-    def each(self) -> int:
-        """Scales of a block."""
-        return self.block // self.form.sub
-
-    def scales(self) -> tuple[Floats, Floats, Floats]:
-        """Of every weight: what its level is multiplied with, what is taken off, and the shift in its level."""
-        b, form = self.blocks, self.form
-        scale = np.repeat((np.repeat(b.d, self.each, 1) * b.scale).T, form.sub, 0)
-        off = np.repeat((np.repeat(b.dmin, self.each, 1) * b.minimum).T, form.sub, 0)
-        shift = (
-            np.repeat(b.shift.T, form.shifted, 0)
-            if form.shifted
-            else np.zeros((len(scale), 1), np.float32)
+    def unpack(ggml_type: GGMLType, rows: Floats, data: Bytes) -> "RowState":
+        """Return the state that ``data``, ggml's stored rows, stands for."""
+        blocks = unpack_blocks(ggml_type, data, rows.shape[1])
+        return RowState(
+            block=ggml_type.block,
+            format=FORMATS[ggml_type.name],
+            blocks=blocks,
+            weights=np.ascontiguousarray(rows.T),
+            level=np.ascontiguousarray(blocks.level.T),
+            codebook=_codebook(ggml_type.name),
         )
-        return scale, off, shift
 
-    def error(self) -> Floats:
-        """What each weight lost."""
-        scale, off, _ = self.scales()
-        return scale * self.level - off - self.weights
-
-    def rounded(self, values: Floats, shift: Floats, own: Floats, chosen: Floats | None) -> Floats:
-        """The nearest levels of a group, (group, rows), in its own metric and with the chosen signs."""
-        if self.codebook:
-            return self.codebook.nearest(values - shift, own, chosen) + shift
-        assert self.form.levels is not None
-        return find_nearest(values, self.form.levels)
-
-    def packed(self) -> Bytes:
-        """As ggml stores it."""
+    def pack(self) -> Bytes:
+        """Return the rows as ggml stores them."""
         self.blocks.level = np.ascontiguousarray(self.level.T)
         return pack_blocks(self.blocks)
 
+    @property
+    def sub_blocks(self) -> int:
+        """Scales in a block."""
+        return self.block // self.format.sub_block
 
-def refine(ggml_type: GGMLType, rows: Floats, data: Bytes, metric: Metric) -> Bytes:
-    """The stored rows, chosen anew. ``rows`` is (rows, row), ``data`` what ggml's kernel made of them.
+    def scales(self) -> tuple[Floats, Floats, Floats]:
+        """Return, for every weight, its scale, its offset, and the shift that is in its level.
 
-    No row is further from the original, as the metric has it, than it was.
+        A weight is scale * level - offset.
+        """
+        b, fmt = self.blocks, self.format
+        scale = np.repeat((np.repeat(b.d, self.sub_blocks, 1) * b.scale).T, fmt.sub_block, 0)
+        offset = np.repeat((np.repeat(b.dmin, self.sub_blocks, 1) * b.minimum).T, fmt.sub_block, 0)
+        shift = (
+            np.repeat(b.shift.T, fmt.shift_group, 0)
+            if fmt.shift_group
+            else np.zeros((len(scale), 1), np.float32)
+        )
+        return scale, offset, shift
+
+    def error(self) -> Floats:
+        """Return stored weight - original weight."""
+        scale, offset, _ = self.scales()
+        return scale * self.level - offset - self.weights
+
+    def round_group(
+        self, values: Floats, shift: Floats, metric: Floats, signs: Floats | None
+    ) -> Floats:
+        """Return the nearest levels of a group of weights that are rounded together.
+
+        Args:
+            values: The weights divided by their scale, of shape (group, rows).
+            shift: What the type adds to every level of the group.
+            metric: How errors within the group add up, of shape (group, group).
+            signs: The signs of the levels, where the type stores them apart; else None.
+        """
+        if self.codebook:
+            return self.codebook.find_nearest(values - shift, metric, signs) + shift
+        assert self.format.levels is not None
+        return find_nearest(values, self.format.levels)
+
+
+def refine_rows(ggml_type: GGMLType, rows: Floats, data: Bytes, hessian: Hessian) -> Bytes:
+    """Return ``data`` with levels and scales chosen anew, so that e H eᵀ of each row is smaller.
+
+    Args:
+        ggml_type: The type of ``data``; one of ``FORMATS``.
+        rows: The original weights, of shape (rows, row).
+        data: What ggml stored for them.
+        hessian: The Hessian of the matrix, of shape (row, row).
+
+    Returns:
+        Stored rows of the same size. The loss of no row is above that of ``data``.
     """
-    state = State.of(ggml_type, rows, data)
-    before = metric.loss(state.error())
-    compensate_errors(state, metric)
+    state = RowState.unpack(ggml_type, rows, data)
+    before = hessian.loss(state.error())
+    compensate_errors(state, hessian)
     for _ in range(ROUNDS):
-        choose_levels(state, metric)
-        fit_scales(state, metric)
-        fit_blocks(state, metric)
-    choose_levels(state, metric)
-    better = metric.loss(state.error()) < before
-    found = np.where(
-        better[:, None], state.packed().reshape(len(rows), -1), data.reshape(len(rows), -1)
+        choose_levels(state, hessian)
+        fit_scales(state, hessian)
+        fit_block_scales(state, hessian)
+    choose_levels(state, hessian)
+    # GPTQ guarantees nothing for a single row: with ggml's scales fixed, a compensated weight may
+    # leave the range of its block and be clipped.
+    better = hessian.loss(state.error()) < before
+    refined = np.where(
+        better[:, None], state.pack().reshape(len(rows), -1), data.reshape(len(rows), -1)
     )
-    return np.ascontiguousarray(found).reshape(-1)
+    return np.ascontiguousarray(refined).reshape(-1)
 
 
-def compensate_errors(state: State, metric: Metric) -> None:
-    """Round group after group, the loudest first, and hand what each broke on to those that come after."""
-    form, together = state.form, max(state.form.signs, state.form.group)
-    order, factor = metric.order(together), metric.factor(together)
-    scale, off, shift = (a[order] for a in state.scales())
-    left, level, chosen = state.weights[order], np.empty_like(state.level), None
+def compensate_errors(state: RowState, hessian: Hessian) -> None:
+    """Round all weights with GPTQ: group by group in act-order, errors moved to later groups.
+
+    With U from :meth:`Hessian.inverse_cholesky` and a group F of columns, not yet rounded weights w
+    and their rounded values q:
+
+        q_F     = the levels nearest to w_F in the metric (U_FFᵀ U_FF)⁻¹
+        E_F     = U_FF⁻ᵀ (w_F - q_F)
+        w_rest -= U_F,restᵀ E_F
+
+    For a group of one weight these are GPTQ's equations 2 and 3: the error is divided by U_ii and
+    every later column j takes U_ij of it.
+    """
+    # Signs are stored for eight weights and chosen together, before the first group of the eight.
+    fmt, group = state.format, max(state.format.sign_group, state.format.group)
+    order, factor = hessian.act_order(group), hessian.inverse_cholesky(group)
+    scale, offset, shift = (a[order] for a in state.scales())
+    weights, level, signs = state.weights[order], np.empty_like(state.level), None
     for first, last in _panels(len(order)):
-        broken = np.empty((last - first, left.shape[1]), np.float32)
-        for i in range(first, last, form.group):
-            here, after = slice(i, i + form.group), slice(i + form.group, last)
-            back = np.linalg.inv(factor[here, here].astype(np.float64)).astype(np.float32)
-            if form.signs and i % form.signs == 0:
-                alike = slice(i, i + form.signs)
-                weights = np.diagonal(factor)[alike] ** -2
-                chosen = signs(form, (left[alike] + off[alike]) / _safe(scale[alike]), weights)
-            some = None if chosen is None else chosen[i % form.signs :][: form.group]
-            level[here] = state.rounded(
-                (left[here] + off[here]) / _safe(scale[here]), shift[here], back @ back.T, some
+        errors = np.empty((last - first, weights.shape[1]), np.float32)
+        for i in range(first, last, fmt.group):
+            here, after = slice(i, i + fmt.group), slice(i + fmt.group, last)
+            inverse = np.linalg.inv(factor[here, here].astype(np.float64)).astype(np.float32)
+            if fmt.sign_group and i % fmt.sign_group == 0:
+                eight = slice(i, i + fmt.sign_group)
+                importance = np.diagonal(factor)[eight] ** -2
+                values = (weights[eight] + offset[eight]) / _nonzero(scale[eight])
+                signs = choose_signs(fmt, values, importance)
+            group_signs = None if signs is None else signs[i % fmt.sign_group :][: fmt.group]
+            level[here] = state.round_group(
+                (weights[here] + offset[here]) / _nonzero(scale[here]),
+                shift[here],
+                inverse @ inverse.T,
+                group_signs,
             )
-            handed = back.T @ (left[here] - (scale[here] * level[here] - off[here]))
-            left[after] -= factor[here, after].T @ handed
-            broken[i - first : i - first + form.group] = handed
-        left[last:] -= factor[first:last, last:].T @ broken
+            scaled_error = inverse.T @ (weights[here] - (scale[here] * level[here] - offset[here]))
+            weights[after] -= factor[here, after].T @ scaled_error
+            errors[i - first : i - first + fmt.group] = scaled_error
+        # The lazy batch update: all columns after the panel, in one product.
+        weights[last:] -= factor[first:last, last:].T @ errors
     state.level[order] = level
 
 
-def choose_levels(state: State, metric: Metric) -> None:
-    """Choose each group anew while all others stay, once."""
-    form = state.form
-    scale, off, shift = state.scales()
-    error = scale * state.level - off - state.weights
+def choose_levels(state: RowState, hessian: Hessian) -> None:
+    """Choose each group's levels anew while all others stay: one sweep of coordinate descent.
+
+    With half the gradient g = H e, the best real-valued change of a group F is -H_FF⁻¹ g_F. The
+    levels nearest to that point in the metric H_FF are taken, then g is updated.
+    """
+    fmt = state.format
+    scale, offset, shift = state.scales()
+    error = scale * state.level - offset - state.weights
     for first, last in _panels(len(error)):
-        slope = metric.damped[first:last] @ error
-        panel = metric.damped[first:last, first:last]
-        for i in range(first, last, form.group):
-            here, at = slice(i, i + form.group), slice(i - first, i - first + form.group)
-            own, old = panel[at, at], state.level[here]
-            step = np.linalg.solve(own, slope[at]).astype(np.float32)
-            wanted = (scale[here] * old - step) / _safe(scale[here])
-            chosen = None
-            if form.signs == form.group:
-                chosen = signs(form, wanted, np.diagonal(own))
-            elif form.signs:  # more are stored together than are chosen together: they stay
-                chosen = np.where(old < 0, np.float32(-1), np.float32(1))
-            level = state.rounded(wanted, shift[here], own, chosen)
+        # The gradient of a panel is kept current within it, and computed anew for the next one.
+        gradient = hessian.damped[first:last] @ error
+        panel = hessian.damped[first:last, first:last]
+        for i in range(first, last, fmt.group):
+            here, at = slice(i, i + fmt.group), slice(i - first, i - first + fmt.group)
+            metric, old = panel[at, at], state.level[here]
+            step = np.linalg.solve(metric, gradient[at]).astype(np.float32)
+            values = (scale[here] * old - step) / _nonzero(scale[here])
+            signs = None
+            if fmt.sign_group == fmt.group:
+                signs = choose_signs(fmt, values, np.diagonal(metric))
+            elif fmt.sign_group:  # signs span several groups: one group alone may not change them
+                signs = np.where(old < 0, np.float32(-1), np.float32(1))
+            level = state.round_group(values, shift[here], metric, signs)
             change = scale[here] * (level - old)
-            if form.signs:  # the signs are a guess
-                better = _gain(change, slope[at], own) < 0
-                level, change = (
-                    np.where(better, level, old),
-                    np.where(better, change, np.float32(0)),
-                )
+            if fmt.sign_group:
+                # Signs are chosen before the vector, so the pair may be worse than the old one.
+                better = _loss_change(change, gradient[at], metric) < 0
+                level = np.where(better, level, old)
+                change = np.where(better, change, np.float32(0))
             state.level[here] = level
             error[here] += change
-            slope += panel[:, at] @ change
+            gradient += panel[:, at] @ change
 
 
-def fit_scales(state: State, metric: Metric) -> None:
-    """Solve for the scale that some weights share, then for their minimum; levels stay."""
-    form, blocks = state.form, state.blocks
-    if form.scales is None:
+def fit_scales(state: RowState, hessian: Hessian) -> None:
+    """Solve for the scale of each sub-block, then for its minimum. Levels stay.
+
+    A scale s enters the weights of its sub-block as s * u, with u = d * level. The loss is a
+    parabola in s, whose minimum is s - (uᵀ g) / (uᵀ H u). The nearest number that the type can
+    store is taken, which is the best one on a parabola. Likewise for the minimum, with u = -dmin.
+    """
+    fmt, blocks = state.format, state.blocks
+    if fmt.scales is None:
         return
     error = state.error()
-    for n in range(len(error) // form.sub):
-        here = slice(n * form.sub, (n + 1) * form.sub)
-        own, slope = metric.damped[here, here], metric.damped[here] @ error
-        d, dmin = blocks.d[:, n // state.each], blocks.dmin[:, n // state.each]
-        for allowed, held, unit in (
-            (form.scales, blocks.scale, d * state.level[here]),
-            (form.minimums, blocks.minimum, np.broadcast_to(-dmin, state.level[here].shape)),
+    for n in range(len(error) // fmt.sub_block):
+        here = slice(n * fmt.sub_block, (n + 1) * fmt.sub_block)
+        metric, gradient = hessian.damped[here, here], hessian.damped[here] @ error
+        d, dmin = blocks.d[:, n // state.sub_blocks], blocks.dmin[:, n // state.sub_blocks]
+        for allowed, numbers, unit in (
+            (fmt.scales, blocks.scale, d * state.level[here]),
+            (fmt.minimums, blocks.minimum, np.broadcast_to(-dmin, state.level[here].shape)),
         ):
             if allowed is None:
                 continue
-            curve = (unit * (own @ unit)).sum(0)
-            old = held[:, n].copy()
-            new = find_nearest(old - (slope * unit).sum(0) / np.maximum(curve, TINY), allowed)
-            held[:, n] = np.where(curve > 0, new, old)
-            change = (held[:, n] - old) * unit
+            curvature = (unit * (metric @ unit)).sum(0)
+            old = numbers[:, n].copy()
+            best = old - (gradient * unit).sum(0) / np.maximum(curvature, TINY)
+            numbers[:, n] = np.where(curvature > 0, find_nearest(best, allowed), old)
+            change = (numbers[:, n] - old) * unit
             error[here] += change
-            slope += own @ change
+            gradient += metric @ change
 
 
-def fit_blocks(state: State, metric: Metric) -> None:
-    """Solve for d, and dmin where there is one, of each block; all else stays."""
-    form, blocks = state.form, state.blocks
+def fit_block_scales(state: RowState, hessian: Hessian) -> None:
+    """Solve for d of each block, and for dmin where the type has one. All else stays.
+
+    Both together are a least-squares problem with two unknowns; they are rounded to fp16 after it.
+    """
+    fmt, blocks = state.format, state.blocks
     error = state.error()
     for n in range(len(error) // state.block):
-        here, subs = (
-            slice(n * state.block, (n + 1) * state.block),
-            slice(n * state.each, (n + 1) * state.each),
-        )
-        own, slope = metric.damped[here, here], metric.damped[here] @ error
-        up = np.repeat(blocks.scale[:, subs].T, form.sub, 0) * state.level[here]
-        down = -np.repeat(blocks.minimum[:, subs].T, form.sub, 0)
-        d, dmin = _solved(up, down if form.has_dmin else None, own, slope)
-        new_d, new_dmin = _half(blocks.d[:, n] + d), _half(blocks.dmin[:, n] + dmin)
-        if form.minimums is not None:
+        here = slice(n * state.block, (n + 1) * state.block)
+        subs = slice(n * state.sub_blocks, (n + 1) * state.sub_blocks)
+        metric, gradient = hessian.damped[here, here], hessian.damped[here] @ error
+        # What one unit of d, and one of dmin, adds to each weight.
+        d_unit = np.repeat(blocks.scale[:, subs].T, fmt.sub_block, 0) * state.level[here]
+        dmin_unit = -np.repeat(blocks.minimum[:, subs].T, fmt.sub_block, 0)
+        d, dmin = _solve_two(d_unit, dmin_unit if fmt.has_dmin else None, metric, gradient)
+        new_d, new_dmin = _as_fp16(blocks.d[:, n] + d), _as_fp16(blocks.dmin[:, n] + dmin)
+        if fmt.minimums is not None:
             new_dmin = np.maximum(new_dmin, 0)
-        change = (new_d - blocks.d[:, n]) * up + (new_dmin - blocks.dmin[:, n]) * down
-        better = _gain(change, slope, own) < 0  # not so where a number became too large for 16 bits
+        change = (new_d - blocks.d[:, n]) * d_unit + (new_dmin - blocks.dmin[:, n]) * dmin_unit
+        # Not better where fp16 overflowed: the loss of an infinite change is infinity or NaN.
+        better = _loss_change(change, gradient, metric) < 0
         blocks.d[:, n] = np.where(better, new_d, blocks.d[:, n])
         blocks.dmin[:, n] = np.where(better, new_dmin, blocks.dmin[:, n])
         error[here] += np.where(better, change, 0)
@@ -257,28 +287,33 @@ def fit_blocks(state: State, metric: Metric) -> None:
 
 @cache
 def _codebook(type_name: str) -> Codebook | None:
-    grid = FORMS[type_name].grid
+    grid = FORMATS[type_name].grid
     return None if grid is None else Codebook(grid)
 
 
-def _gain(change: Floats, slope: Floats, own: Floats) -> Floats:
-    """By how much a change of some columns moves the error of each row; below nothing is better."""
-    return np.asarray((change * (2 * slope + own @ change)).sum(0), np.float32)
+def _loss_change(change: Floats, gradient: Floats, metric: Floats) -> Floats:
+    """Return (e + c) H (e + c)ᵀ - e H eᵀ of each row, for a change c of some columns."""
+    return np.asarray((change * (2 * gradient + metric @ change)).sum(0), np.float32)
 
 
-def _solved(up: Floats, down: Floats | None, own: Floats, slope: Floats) -> tuple[Floats, Floats]:
-    """By how much d and dmin have to change: least squares with two unknowns, or with one."""
-    uu, u = (up * (own @ up)).sum(0), -(slope * up).sum(0)
-    alone = u / np.maximum(uu, TINY)
-    if down is None:
-        return alone, np.zeros_like(alone)
-    own_down = own @ down
-    ud, dd, d = (up * own_down).sum(0), (down * own_down).sum(0), -(slope * down).sum(0)
-    determinant = uu * dd - ud * ud
-    sound = determinant > 1e-6 * uu * dd
+def _solve_two(
+    d_unit: Floats, dmin_unit: Floats | None, metric: Floats, gradient: Floats
+) -> tuple[Floats, Floats]:
+    """Return the changes of d and dmin that minimize the loss, by the normal equations."""
+    aa, a = (d_unit * (metric @ d_unit)).sum(0), -(gradient * d_unit).sum(0)
+    d_alone = a / np.maximum(aa, TINY)
+    if dmin_unit is None:
+        return d_alone, np.zeros_like(d_alone)
+    weighted = metric @ dmin_unit
+    ab, bb = (d_unit * weighted).sum(0), (dmin_unit * weighted).sum(0)
+    b = -(gradient * dmin_unit).sum(0)
+    determinant = aa * bb - ab * ab
+    # Where the two are nearly collinear (all levels of a block alike), only d is solved for.
+    sound = determinant > 1e-6 * aa * bb
     safe = np.where(sound, determinant, 1)
-    return np.where(sound, (dd * u - ud * d) / safe, alone), np.where(
-        sound, (uu * d - ud * u) / safe, np.float32(0)
+    return (
+        np.where(sound, (bb * a - ab * b) / safe, d_alone),
+        np.where(sound, (aa * b - ab * a) / safe, np.float32(0)),
     )
 
 
@@ -286,12 +321,12 @@ def _panels(row: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + PANEL, row)) for first in range(0, row, PANEL))
 
 
-def _safe(scale: Floats) -> Floats:
-    """What may be divided by: where a scale is nothing, every level is as good."""
+def _nonzero(scale: Floats) -> Floats:
+    """Return the scale with 1 for 0: where it is 0 every level gives the same weight."""
     return np.where(scale == 0, np.float32(1), scale)
 
 
-def _half(values: Floats) -> Floats:
-    """As 16 bits hold it."""
+def _as_fp16(values: Floats) -> Floats:
+    """Return the numbers rounded to fp16; infinity where they are too large."""
     with np.errstate(over="ignore"):
         return values.astype(np.float16).astype(np.float32)

@@ -1,6 +1,7 @@
-"""Where a block has the bits of what: d, the scales, the levels, the signs. After ggml/src/ggml-common.h. Pure.
+"""Which bits of a block hold d, the scales, the levels and the signs of each type. Pure.
 
-The same few functions read and write every type by the table at the end. In it every bit of a block belongs to one thing.
+The table at the end is written after the structs of ggml/src/ggml-common.h. The same few functions
+read and write every type by it. Every bit of a block belongs to exactly one field.
 """
 
 from collections.abc import Mapping
@@ -12,70 +13,73 @@ from numpy.typing import NDArray
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Codes: TypeAlias = NDArray[np.unsignedinteger[Any]]
-"""What is stored for a number: its place among those that are possible."""
+"""Stored integers: each is the index of a number among those that the type allows."""
 
 
 @dataclass(frozen=True)
 class BitField:
-    """Some bits of every code of a kind, in a block: each word has those of one code at every shift.
+    """Some bits of all codes of one kind: each word of the block holds one code at every shift.
 
-    Words come in runs. In a run come first the codes at the first shift, word after word, then those at the next.
+    Words come in runs. The codes of a run are those at the first shift, word after word, then those
+    at the second shift, and so on.
     """
 
-    at: int
-    """The byte where the first word begins."""
+    offset: int
+    """Byte at which the first word begins."""
     words: int
     bits: int
+    """Bits of each code that this field holds."""
     shifts: tuple[int, ...] = (0,)
     run: int = 1
-    """Words of a run."""
+    """Words in a run."""
     size: int = 1
-    """Bytes of a word."""
+    """Bytes in a word."""
     step: int = 1
-    """From one word to the next, in words."""
+    """Distance from one word to the next, in words."""
     lowest: int = 0
-    """What is stored for code 0: in two's complement the lowest number, from which codes count up."""
+    """What is stored for code 0: the lowest number, in two's complement."""
 
     def view(self, stored: Bytes) -> Codes:
-        """The words, where they are: (blocks, words)."""
-        end = self.at + self.size * (
-            self.step * (self.words - 1) + 1
-        )  # the last word, not the last step
-        found: Codes = stored[:, self.at : end].view(f"<u{self.size}")[:, :: self.step]
-        return found
+        """Return a view of the words, of shape (blocks, words)."""
+        # Up to the end of the last word, not of the last step, which may lie beyond the block.
+        end = self.offset + self.size * (self.step * (self.words - 1) + 1)
+        words: Codes = stored[:, self.offset : end].view(f"<u{self.size}")[:, :: self.step]
+        return words
 
     def read(self, stored: Bytes) -> Codes:
-        """(blocks, codes of a block), in numbers of a word's size."""
+        """Return the codes, of shape (blocks, codes of a block), in the integer type of a word."""
         words = self.view(stored)
-        shifted = words.reshape(len(words), -1, 1, self.run) >> self.column(words)
+        shifted = words.reshape(len(words), -1, 1, self.run) >> self.shift_column(words)
         codes: Codes = shifted - words.dtype.type(self.lowest) & words.dtype.type(self.mask)
         return codes.reshape(len(words), -1)
 
     def write(self, stored: Bytes, codes: Codes) -> None:
-        """Put the lowest bits of the codes where they belong, which must be empty."""
+        """Write the lowest bits of the codes into the block, whose bits must be 0."""
         words = self.view(stored)
         parts = (codes + codes.dtype.type(self.lowest) & codes.dtype.type(self.mask)).astype(
             words.dtype
         )
-        shifted = parts.reshape(len(words), -1, len(self.shifts), self.run) << self.column(words)
+        shifted = parts.reshape(len(words), -1, len(self.shifts), self.run) << self.shift_column(
+            words
+        )
         words |= np.bitwise_or.reduce(shifted, axis=2).reshape(words.shape)
 
     @property
     def mask(self) -> int:
-        """All of the bits of one code."""
+        """All bits of one code set."""
         return (1 << self.bits) - 1
 
-    def column(self, words: Codes) -> Codes:
-        """The shifts, as they apply to runs of words."""
+    def shift_column(self, words: Codes) -> Codes:
+        """Return the shifts, shaped to apply to runs of words."""
         return np.array(self.shifts, words.dtype).reshape(-1, 1)
 
 
 Field: TypeAlias = tuple[BitField, ...]
-"""The bits of a kind of code, lowest first."""
+"""All bits of one kind of code, the lowest first."""
 
 
 def read_fields(field: Field, stored: Bytes) -> Codes:
-    """(blocks, codes of a block)."""
+    """Return the codes of a field, of shape (blocks, codes of a block)."""
     kind = np.dtype(np.uint8 if sum(bits.bits for bits in field) <= 8 else np.uint16)
     codes, done = field[0].read(stored).astype(kind, copy=False), field[0].bits
     for bits in field[1:]:
@@ -85,34 +89,38 @@ def read_fields(field: Field, stored: Bytes) -> Codes:
 
 
 def write_fields(field: Field, stored: Bytes, codes: Codes) -> None:
-    """Put codes, (blocks, codes of a block) or as many in another shape, into blocks where their bits are still 0."""
+    """Write the codes of a field into blocks whose bits are still 0.
+
+    ``codes`` has the shape (blocks, codes of a block), or any other of the same size.
+    """
     done = 0
     for bits in field:
         bits.write(stored, codes >> codes.dtype.type(done))
         done += bits.bits
 
 
-def _packed(at: int, count: int, bits: int, run: int = 1) -> BitField:
-    """So many bytes full of codes."""
-    return BitField(at, count, bits, tuple(range(0, 8, bits)), run)
+def _packed(offset: int, count: int, bits: int, run: int = 1) -> BitField:
+    """Return a field that fills ``count`` bytes with codes."""
+    return BitField(offset, count, bits, tuple(range(0, 8, bits)), run)
 
 
-def _half(at: int) -> Field:
-    return (BitField(at, 1, 16, size=2),)
+def _half(offset: int) -> Field:
+    """Return the field of an fp16."""
+    return (BitField(offset, 1, 16, size=2),)
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where a block has what; what a type does not store is empty."""
+    """The fields of a block; empty for what the type does not store."""
 
     d: Field
     level: Field
-    """Of every weight, or of every group the number of its vector."""
+    """The level of every weight, or the number of every group's vector."""
     scale: Field = ()
     minimum: Field = ()
     dmin: Field = ()
     sign: Field = ()
-    """Of every eight weights: a bit of each, or of the first seven."""
+    """The signs of every eight weights: one bit each, or those of the first seven."""
     shift: Field = ()
 
 
@@ -126,7 +134,10 @@ _SIX_BITS = {
         BitField(8, 4, 2, (4, 6), run=4),
     ),
 }
-"""Of Q4_K and Q5_K: the first four whole, and the others where these leave room."""
+"""Of Q4_K and Q5_K: eight scales and eight minimums of six bits in 12 bytes (get_scale_min_k4).
+
+The first four of each have a byte; its two free bits hold the upper bits of the last four.
+"""
 
 LAYOUTS: Mapping[str, BlockLayout] = {
     "Q4_0": BlockLayout(_half(0), (_packed(2, 16, 4, run=16),)),
@@ -205,3 +216,4 @@ LAYOUTS: Mapping[str, BlockLayout] = {
         shift=(BitField(32, 16, 1, (3, 7)),),
     ),
 }
+"""The fields of each type's block, by the name of the type."""

@@ -14,7 +14,8 @@ from quant.calibration.hessian_file import FORM, Hessians
 from quant.llama.gguf import read_header
 from quant.quantize.engine.job import EngineSettings
 from quant.quantize.engine.run import run_engine
-from quant.quantize.gptq.descent import Metric, refine
+from quant.quantize.gptq.descent import refine_rows
+from quant.quantize.gptq.hessian import Hessian
 from tests.quant.quantize.engine.models import job, types, write_base, write_matrix
 
 pytestmark = pytest.mark.tools
@@ -85,8 +86,11 @@ def test_rows_are_what_feedback_makes_of_ggmls_where_the_inputs_are_known(
     source = (rows(model[0], KNOWN).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     mean = Hessians.open(model[2]).read_mean(KNOWN)
     assert mean is not None
-    expected = refine(
-        read_header(plain).by_name[KNOWN].type, source, rows(plain, KNOWN).reshape(-1), Metric(mean)
+    expected = refine_rows(
+        read_header(plain).by_name[KNOWN].type,
+        source,
+        rows(plain, KNOWN).reshape(-1),
+        Hessian(mean),
     )
     same = (rows(fed, KNOWN) == expected.reshape(len(source), -1)).all(1)
     assert (

@@ -1,33 +1,23 @@
-"""Feedback: what comes out of a matrix is nearer to what it was, in the same bytes, and never further."""
+"""GPTQ and coordinate descent: the output's error falls, in as many bytes, and rises for no row."""
 
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from quant.llama import ggml
 from quant.llama.ggml import Bytes, Library, Rows
-from quant.llama.toolchain import find_toolchain
 from quant.llama.types import TYPES
 from quant.quantize.gptq import descent
-from quant.quantize.gptq.descent import Metric, State, compensate_errors, refine
-from quant.quantize.gptq.formats import FORMS
+from quant.quantize.gptq.descent import RowState, compensate_errors, refine_rows
+from quant.quantize.gptq.formats import FORMATS
+from quant.quantize.gptq.hessian import Hessian
 from quant.quantize.gptq.rounding import find_nearest
-from quant.quantize.kernels import Kernels
+from tests.quant.quantize.gptq.conftest import Quantizer
 
 ROW, ROWS = 256, 24
 GAIN = 0.8
-"""Of ggml's error at most, with inputs as alike as these; all types reach it by far."""
-
-
-@pytest.fixture(scope="module")
-def library() -> Library:
-    return ggml.load_ggml(ggml.find_library(find_toolchain().bin))
-
-
-@pytest.fixture(scope="module")
-def kernels(library: Library) -> Kernels:
-    return Kernels(library)
+"""The error may be this fraction of ggml's. All types stay far below it with these inputs."""
+EVERY_TYPE = pytest.mark.parametrize("name", sorted(FORMATS))
 
 
 @pytest.fixture(scope="module")
@@ -37,126 +27,132 @@ def rows() -> Rows:
 
 @pytest.fixture(scope="module")
 def inputs() -> Rows:
-    """As in a model: a few directions say most, and some columns are louder than others."""
+    """Inputs as in a model: correlated, and larger in some columns than in others."""
     rng = np.random.default_rng(3)
-    said = rng.standard_normal((2000, 40)) @ rng.standard_normal(
-        (40, ROW)
-    ) + 0.5 * rng.standard_normal((2000, ROW))
-    return np.asarray(said * np.exp(rng.normal(0, 0.7, ROW)), np.float32)
+    correlated = rng.standard_normal((2000, 40)) @ rng.standard_normal((40, ROW))
+    correlated += 0.5 * rng.standard_normal((2000, ROW))
+    return np.asarray(correlated * np.exp(rng.normal(0, 0.7, ROW)), np.float32)
 
 
 @pytest.fixture(scope="module")
-def metric(inputs: Rows) -> Metric:
-    return Metric(inputs.T @ inputs / np.float32(len(inputs)))
+def hessian(inputs: Rows) -> Hessian:
+    return Hessian(inputs.T @ inputs / np.float32(len(inputs)))
 
 
-def stored(kernels: Kernels, name: str, rows: Rows, metric: Metric) -> Bytes:
-    return kernels.kernel(TYPES[name])(rows, np.ascontiguousarray(np.diagonal(metric.moments)))
+Store = Callable[[str, Rows, Hessian], Bytes]
 
 
-@pytest.mark.parametrize("name", sorted(FORMS))
-def test_the_output_is_nearer_and_no_row_is_further(
-    name: str, library: Library, kernels: Kernels, rows: Rows, metric: Metric, inputs: Rows
+@pytest.fixture(scope="module")
+def store(quantize: Quantizer) -> Store:
+    """Return a function that stores rows as ggml does, with the diagonal as the imatrix."""
+
+    def store_rows(name: str, rows: Rows, hessian: Hessian) -> Bytes:
+        diagonal = np.ascontiguousarray(np.diagonal(hessian.matrix))
+        return quantize(TYPES[name], rows, diagonal)
+
+    return store_rows
+
+
+@EVERY_TYPE
+def test_the_error_of_the_output_falls_and_the_loss_of_no_row_rises(
+    name: str, library: Library, store: Store, rows: Rows, hessian: Hessian, inputs: Rows
 ) -> None:
-    before = stored(kernels, name, rows, metric)
-    after = refine(TYPES[name], rows, before, metric)
+    before = store(name, rows, hessian)
+    after = refine_rows(TYPES[name], rows, before, hessian)
     assert after.size == before.size
     assert library.valid(TYPES[name], after)
-    lost = [
-        metric.loss((library.to_float(TYPES[name], data, ROW) - rows).T) for data in (before, after)
-    ]
-    assert (lost[1] <= lost[0] * (1 + 1e-4)).all()
-    seen = [
-        float(np.square((library.to_float(TYPES[name], d, ROW) - rows) @ inputs.T).sum())
-        for d in (before, after)
-    ]
-    assert seen[1] < GAIN * seen[0]
+    errors = [library.to_float(TYPES[name], data, ROW) - rows for data in (before, after)]
+    loss_before, loss_after = (hessian.loss(e.T) for e in errors)
+    assert (loss_after <= loss_before * (1 + 1e-4)).all()
+    output_before, output_after = (float(np.square(e @ inputs.T).sum()) for e in errors)
+    assert output_after < GAIN * output_before
 
 
-def test_the_same_rows_give_the_same_bytes(kernels: Kernels, rows: Rows, metric: Metric) -> None:
-    data = stored(kernels, "Q4_K", rows, metric)
-    whole = refine(TYPES["Q4_K"], rows, data, metric)
-    again = refine(TYPES["Q4_K"], rows, data, metric)
-    assert (whole == again).all()
+def test_the_same_rows_give_the_same_bytes(store: Store, rows: Rows, hessian: Hessian) -> None:
+    data = store("Q4_K", rows, hessian)
+    first = refine_rows(TYPES["Q4_K"], rows, data, hessian)
+    second = refine_rows(TYPES["Q4_K"], rows, data, hessian)
+    assert (first == second).all()
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ4_XS", "Q8_0"])
-def test_where_inputs_have_nothing_in_common_each_weight_gets_its_nearest_level(
-    name: str, kernels: Kernels, rows: Rows
+def test_with_a_diagonal_hessian_each_weight_gets_its_nearest_level(
+    name: str, store: Store, rows: Rows
 ) -> None:
-    alone = Metric(np.diag(np.random.default_rng(5).uniform(0.5, 2, ROW)).astype(np.float32))
-    state = State.of(TYPES[name], rows, stored(kernels, name, rows, alone))
-    scale, off, _ = state.scales()
-    compensate_errors(state, alone)
-    levels = FORMS[name].levels
+    diagonal = np.random.default_rng(5).uniform(0.5, 2, ROW).astype(np.float32)
+    hessian = Hessian(np.diag(diagonal))
+    state = RowState.unpack(TYPES[name], rows, store(name, rows, hessian))
+    scale, offset, _ = state.scales()
+    compensate_errors(state, hessian)
+    levels = FORMATS[name].levels
     assert levels is not None
-    there = scale != 0
-    wanted = ((state.weights + off) / np.where(there, scale, 1)).astype(np.float32)
-    assert (state.level == find_nearest(wanted, levels))[there].all()
+    scaled = scale != 0
+    values = ((state.weights + offset) / np.where(scaled, scale, 1)).astype(np.float32)
+    assert (state.level == find_nearest(values, levels))[scaled].all()
 
 
-@pytest.mark.parametrize("name", sorted(FORMS))
+@EVERY_TYPE
 def test_rows_of_zeros_stay_zeros(
-    name: str, library: Library, kernels: Kernels, metric: Metric
+    name: str, library: Library, store: Store, hessian: Hessian
 ) -> None:
-    nothing = np.zeros((3, ROW), np.float32)
-    after = refine(TYPES[name], nothing, stored(kernels, name, nothing, metric), metric)
+    zeros = np.zeros((3, ROW), np.float32)
+    after = refine_rows(TYPES[name], zeros, store(name, zeros, hessian), hessian)
     assert not library.to_float(TYPES[name], after, ROW).any()
 
 
-@pytest.mark.parametrize("name", sorted(FORMS))
-def test_columns_without_any_input_do_not_matter(
-    name: str, library: Library, kernels: Kernels, rows: Rows, metric: Metric
+@EVERY_TYPE
+def test_columns_without_any_input_do_no_harm(
+    name: str, library: Library, store: Store, rows: Rows, hessian: Hessian
 ) -> None:
-    mute = metric.moments.copy()
-    mute[:32], mute[:, :32] = 0, 0
-    silent = Metric(mute)
-    before = stored(kernels, name, rows, silent)
-    after = refine(TYPES[name], rows, before, silent)
-    lost = [
-        silent.loss((library.to_float(TYPES[name], data, ROW) - rows).T).sum()
+    matrix = hessian.matrix.copy()
+    matrix[:32], matrix[:, :32] = 0, 0
+    partly_silent = Hessian(matrix)
+    before = store(name, rows, partly_silent)
+    after = refine_rows(TYPES[name], rows, before, partly_silent)
+    loss_before, loss_after = (
+        partly_silent.loss((library.to_float(TYPES[name], data, ROW) - rows).T).sum()
         for data in (before, after)
-    ]
-    assert np.isfinite(lost[1]) and lost[1] < lost[0]
+    )
+    assert np.isfinite(loss_after) and loss_after < loss_before
 
 
-@pytest.mark.parametrize("step", [descent.choose_levels, descent.fit_scales, descent.fit_blocks])
+@pytest.mark.parametrize(
+    "step", [descent.choose_levels, descent.fit_scales, descent.fit_block_scales]
+)
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ2_S", "IQ3_XXS"])
-def test_each_turn_alone_brings_most_rows_nearer_and_none_further(
-    name: str, step: Callable[[State, Metric], None], kernels: Kernels, rows: Rows, metric: Metric
+def test_each_step_alone_lowers_the_loss_of_most_rows_and_raises_it_for_none(
+    name: str,
+    step: Callable[[RowState, Hessian], None],
+    store: Store,
+    rows: Rows,
+    hessian: Hessian,
 ) -> None:
-    state = State.of(TYPES[name], rows, stored(kernels, name, rows, metric))
-    before = metric.loss(state.error())
-    step(state, metric)
-    after = metric.loss(state.error())
+    state = RowState.unpack(TYPES[name], rows, store(name, rows, hessian))
+    before = hessian.loss(state.error())
+    step(state, hessian)
+    after = hessian.loss(state.error())
     assert (after <= before * (1 + 1e-4)).all()
     assert (after < before * (1 - 1e-3)).mean() > 0.5
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q2_K", "IQ3_S", "IQ1_S"])
-def test_what_one_group_broke_is_mended_by_those_after_it(
-    name: str, kernels: Kernels, rows: Rows, metric: Metric
+def test_later_groups_compensate_the_errors_of_earlier_ones(
+    name: str, store: Store, rows: Rows, hessian: Hessian
 ) -> None:
-    state = State.of(TYPES[name], rows, stored(kernels, name, rows, metric))
-    before = metric.loss(state.error()).sum()
-    compensate_errors(state, metric)
-    assert metric.loss(state.error()).sum() < before / 2
+    state = RowState.unpack(TYPES[name], rows, store(name, rows, hessian))
+    before = hessian.loss(state.error()).sum()
+    compensate_errors(state, hessian)
+    assert hessian.loss(state.error()).sum() < before / 2
 
 
-def test_the_loudest_groups_come_first(metric: Metric) -> None:
-    loud = np.diagonal(metric.moments)[metric.order(8)].reshape(-1, 8).sum(1)
-    assert (loud[:-1] >= loud[1:]).all()
-    assert sorted(metric.order(8)) == [*range(ROW)]
-
-
-def test_a_row_that_did_not_gain_keeps_its_bytes(
-    monkeypatch: pytest.MonkeyPatch, kernels: Kernels, rows: Rows, metric: Metric
+def test_a_row_whose_loss_did_not_fall_keeps_its_bytes(
+    monkeypatch: pytest.MonkeyPatch, store: Store, rows: Rows, hessian: Hessian
 ) -> None:
-    def spoil(state: State, _: Metric) -> None:
+    def spoil(state: RowState, _: Hessian) -> None:
         state.level[:, ::2] = 0
 
-    for step in ("choose_levels", "fit_scales", "fit_blocks"):
-        monkeypatch.setattr(descent, step, lambda state, metric: None)
+    for step in ("choose_levels", "fit_scales", "fit_block_scales"):
+        monkeypatch.setattr(descent, step, lambda state, hessian: None)
     monkeypatch.setattr(descent, "compensate_errors", spoil)
-    before = stored(kernels, "Q4_K", rows, metric)
-    assert (refine(TYPES["Q4_K"], rows, before, metric) == before).all()
+    before = store("Q4_K", rows, hessian)
+    assert (refine_rows(TYPES["Q4_K"], rows, before, hessian) == before).all()
