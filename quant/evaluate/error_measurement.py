@@ -36,8 +36,8 @@ from quant.quantize.engine.weights import ColumnImportance, WeightSource, finite
 from quant.quantize.kernels import Kernels
 
 if TYPE_CHECKING:
-    from quant.quantize.gptq.hessian import Hessian
     from quant.quantize.gptq.compensator import ErrorCompensator
+    from quant.quantize.gptq.hessian import Hessian
 
 ROWS = 4096
 """Rows of a tensor that are measured: enough for a standard error of about 1 % of the error."""
