@@ -1,6 +1,6 @@
 """A program: read a text with a model by llama.cpp, and sum what goes into its matrices: of each row x, the product x xᵀ.
 
-``python -m quant.calibration.hessian_collector JOB.json``.
+See :mod:`quant.core.child`.
 llama.cpp calls back for every tensor that it computes, as it does for
 llama-imatrix; what goes into a matrix then lies in memory, where it is read by the layout of ``ggml_tensor``. That layout
 is held against the library before anything is read by it.
@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from quant.calibration.hessian_file import COUNTS, METADATA_KEY
+from quant.core import child, progress
+from quant.errors import ToolError
 from quant.llama.model import LIBRARY, LoadedModel, Numbers
 from quant.llama.types import TYPES
 
@@ -84,7 +86,7 @@ class GraphLibrary:
         try:
             library = ctypes.CDLL(str(self.path))
         except OSError as e:
-            raise SystemExit(
+            raise ToolError(
                 f"{self.path}: cannot be loaded ({e}); run `uv sync` in the project's folder"
             ) from e
         if missing := [name for name in SIGNATURES if not hasattr(library, name)]:
@@ -142,7 +144,7 @@ class GraphLibrary:
         return numbers
 
     def _fail(self, what: str, expected: object, found: object) -> NoReturn:
-        raise SystemExit(
+        raise ToolError(
             f"{self.path}: {what}: expected {expected}, found {found}: of another version than the lock file's;"
             " run `uv sync` in the project's folder"
         )
@@ -170,7 +172,7 @@ class HessianSums:
         rows = rows if weights is None else rows * np.sqrt(weights)[:, None]
         product = rows.T @ rows
         if not np.isfinite(product.trace()):
-            raise SystemExit(
+            raise ToolError(
                 f"{name}: what goes into it is NaN or infinite: the model says nothing that can be used"
             )
         self.products[name][expert] += product
@@ -236,7 +238,7 @@ class HessianCollector:
         inputs = GraphTensor.from_address(node.src[1])
         if inputs.type != TYPES["F32"].id or not self.library.is_host(inputs):
             place = "main memory" if self.library.is_host(inputs) else "that of a device"
-            raise SystemExit(
+            raise ToolError(
                 f"{name}: expected inputs in F32 in main memory, found type {inputs.type} in {place}"
             )
         x = view(inputs, np.float32)
@@ -272,9 +274,8 @@ def write_hessians(sums: HessianSums, job: Mapping[str, Any], chunks: int) -> No
     save_file(sums.tensors(), job["out"], {METADATA_KEY: about})
 
 
-def main(path: Path) -> None:
-    """Do what a job says; nothing is written for a text that does not fill a chunk."""
-    job = json.loads(path.read_text())
+def collect_job(job: Mapping[str, Any], _: Path) -> int:
+    """Do what a job says, and return how many chunks the text filled; nothing is written for none."""
     os.environ.setdefault(LIBRARY, str(Path(sys.prefix) / "lib"))
     observer = HessianCollector(GraphLibrary(), job["matrices"])
     scorer = LoadedModel(job["model"], job["context"], job["threads"], observer)
@@ -284,11 +285,12 @@ def main(path: Path) -> None:
         scorer.read(row, range(scorer.context))
         if observer.failure:
             raise observer.failure
-        sys.stderr.write(f"read {n + 1} of {len(rows)} chunks\n")
+        progress.report_progress((n + 1) / len(rows))
     scorer.close()
     if len(rows):
         write_hessians(observer.sums, job, len(rows))
+    return len(rows)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    child.run_job(collect_job)

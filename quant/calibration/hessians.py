@@ -12,10 +12,8 @@ import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,9 @@ from quant.calibration.gradients import ARCHITECTURES, EMBEDDING, OUTPUT, REVISI
 from quant.calibration.gradients.shape import find_shape_problems
 from quant.calibration.hessian_file import FORM, Hessians
 from quant.calibration.text import CalibrationText
-from quant.core import files, memory, process, progress
+from quant.core import child, files, memory
 from quant.core.disk import find_space_problem
 from quant.core.files import Receipt
-from quant.core.format import to_pretty_json
 from quant.core.store import Store
 from quant.errors import InputError, convert_disk_errors, raise_problems
 from quant.llama.gguf import Header, TensorSpec, read_headers
@@ -41,8 +38,7 @@ log = logging.getLogger(__name__)
 FLOAT_BYTES = 4
 LIKE_LOGITS = 4
 """Arrays of a thread that have a number for every token and word."""
-JOB, FILE = "job.json", "moments.safetensors"
-PACE = re.compile(r"^read (\d+) of (\d+) \w+$", re.MULTILINE)
+FILE = "moments.safetensors"
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,7 @@ def collect_hessians(
     except OSError as e:
         raise InputError(f"{e.filename}: cannot be read ({e.strerror})") from e
     with convert_disk_errors(out), files.temp_folder(out) as folder:
-        made, said = folder / out.name, folder / "log"
+        made = folder / out.name
         job = {
             "model": str(base.resolve()),
             "text": str(text.resolve()),
@@ -155,7 +151,6 @@ def collect_hessians(
             "threads": threads,
             "chunks": settings.chunks,
         }
-        files.write_text(folder / JOB, to_pretty_json(job))
         # One thread that multiplies: others that wait for work keep the cores from whoever reads; it took twice as long.
         alone = {"OPENBLAS_NUM_THREADS": "1"} | ({"OMP_NUM_THREADS": "1"} if backward else {})
         program = (
@@ -163,20 +158,19 @@ def collect_hessians(
             if backward
             else "quant.calibration.hessian_collector"
         )
-        process.run_program(
-            [sys.executable, "-m", program, folder / JOB],
-            cwd=folder,
-            log=said,
+        chunks = child.run_child(
+            program,
+            job,
+            folder=folder,
             name="reading the text",
             env=os.environ | alone | {"GGML_NO_BACKTRACE": "1"},
-            meanwhile=partial(_tell, said),
         )
-        if not made.exists():
+        if not chunks:
             raise InputError(
                 f"{text}: expected at least one chunk of {settings.context} tokens, found fewer tokens; give it more"
                 " text, or a shorter --context"
             )
-        shutil.copymode(folder / JOB, made)  # safetensors writes for its owner only
+        shutil.copymode(folder / child.LOG, made)  # safetensors writes for its owner only
         files.replace_atomically(made, out)
     return Hessians.open(out, about["base"])
 
@@ -248,10 +242,3 @@ def _no_room(out: Path, needed: int, beside: int) -> Iterator[str]:
     advice = f"{help_}, or free some"
     if problem := find_space_problem(out, needed, purpose=" on its disk", advice=advice):
         yield problem
-
-
-def _tell(said: Path) -> None:
-    """How far the program is, by its own words."""
-    if found := PACE.findall(said.read_text(errors="replace")):
-        done, of = map(int, found[-1])
-        progress.report_progress(done / of)

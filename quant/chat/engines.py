@@ -6,7 +6,6 @@ server makes of a conversation depends on the template and not on the weights.
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from quant.chat.rules import Rendering, Renderings, RenderRequest
-from quant.chat.sandbox import SandboxLimits
-from quant.core import files, process
+from quant.chat.sandbox import RESULTS, SandboxLimits
+from quant.core import child
 from quant.errors import ToolError
 from quant.llama.chat_client import ChatClient, ServerError
 from quant.llama.server import ServerSettings, serve_model
@@ -84,22 +83,14 @@ def render_in_sandbox(
     }
     with tempfile.TemporaryDirectory(prefix="quant-render-") as name:
         folder = Path(name)
-        files.write_text(folder / "job.json", json.dumps(job))
-        command: list[str | Path] = [
-            sys.executable,
-            "-m",
-            "quant.chat.sandbox",
-            folder / "job.json",
-            folder / "result.jsonl",
-        ]
         ended = ""
         try:
-            process.run_program(
-                command, cwd=folder, log=folder / "log", env=_environment(), name="the renderer"
+            child.run_child(
+                "quant.chat.sandbox", job, folder=folder, name="the renderer", env=_environment()
             )
         except ToolError as e:
             ended = e.problems[0].split("; its last words")[0]
-        return _results(asks, _lines(folder / "result.jsonl"), ended)
+        return _results(asks, _lines(folder / RESULTS), ended)
 
 
 def hopeless(made: Renderings) -> str | None:

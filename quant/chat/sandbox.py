@@ -1,21 +1,22 @@
 """The process in which a template of strangers is rendered: a little time, a little memory, and no way out.
 
-``python -m quant.chat.sandbox JOB RESULT``: the job is JSON, the result a line of JSON for each ask, written as it is done. A
-limit that is reached ends the process: what is behind it would reach it too.
+A program, see :mod:`quant.core.child`. What came of each ask is written as a line of JSON as soon as it is done. A limit that
+is reached ends the process: what is behind it would reach it too.
 """
 
 import json
 import resource
 import signal
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from quant.core import child
 from quant.errors import InputError
 
+RESULTS = "results.jsonl"
 RESULT_BYTES = 2**28
 Renderer = Callable[..., str]
 
@@ -38,15 +39,14 @@ class LimitError(BaseException):
     """A limit was reached; not an Exception, so that no handler on the way takes it for the template's own."""
 
 
-def main(job: Path, result: Path) -> None:
+def render_job(job: Mapping[str, Any], folder: Path) -> None:
     """Render every ask of the job, within limits."""
-    work = json.loads(job.read_text())
-    render = ENGINES[work["engine"]]()
-    limits = SandboxLimits(**work["limits"])
+    render = ENGINES[job["engine"]]()
+    limits = SandboxLimits(**job["limits"])
     apply_limits(limits)
-    with result.open("w") as out:
-        for ask in work["asks"]:
-            if not _render(render, work["template"], ask, limits, out):
+    with (folder / RESULTS).open("w") as out:
+        for ask in job["asks"]:
+            if not _render(render, job["template"], ask, limits, out):
                 break
 
 
@@ -138,4 +138,4 @@ def _too_long(*_: Any) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    child.run_job(render_job)

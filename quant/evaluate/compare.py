@@ -8,7 +8,6 @@ own; :mod:`quant.evaluate.scores` has the statistics.
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -17,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from quant.core import files, process, progress
+from quant.core import child, files, progress
 from quant.core.store import Store, StoredResult
 from quant.errors import CheckError, raise_problems
 from quant.evaluate.scorer import ABOUT
@@ -27,7 +26,6 @@ from quant.llama.model_file import ModelFile
 from quant.plan.recipe import FEWEST_CHUNKS
 
 STAGE, BASE_STAGE = "evaluate", "evaluate-base"
-JOB = "job.json"
 SMALL_BYTES = 10**8
 """Files smaller than this share one process, which scores them one after the other."""
 FileAndDomain: TypeAlias = tuple[Path, str]
@@ -194,15 +192,14 @@ def _run_scorer(
     if not parts:
         return
     folder = folders[0]
-    files.write_text(folder / JOB, json.dumps({**asdict(settings), "parts": parts}) + "\n")
-    command: list[str | Path] = [sys.executable, "-m", "quant.evaluate.scorer", folder / JOB]
-    try:
-        process.run_program(
-            command, cwd=folder, log=folder / "log", env=_environment(), name="reading the text"
-        )
-    finally:
-        files.remove(folder / JOB)
-    files.remove(folder / "log")  # has times, which differ between two runs
+    child.run_child(
+        "quant.evaluate.scorer",
+        {**asdict(settings), "parts": parts},
+        folder=folder,
+        name="reading the text",
+        env=_environment(),
+    )
+    files.remove(folder / child.LOG)  # has times, which differ between two runs
 
 
 def _environment() -> dict[str, str]:

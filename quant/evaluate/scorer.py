@@ -1,4 +1,4 @@
-"""A child program that scores texts: ``python -m quant.evaluate.scorer JOB.json``.
+"""A child program that scores texts; see :mod:`quant.core.child`.
 
 It calls the llama.cpp of the lock file through llama-cpp-python, and does what llama-perplexity does (``perplexity``
 and ``kl_divergence`` in upstream's tools/perplexity/perplexity.cpp):
@@ -16,14 +16,17 @@ Of the base, the k most likely tokens are kept (``top``), and the rest is one ev
 """
 
 import json
-import sys
+from collections.abc import Mapping
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.core import child
+from quant.errors import InputError
 from quant.llama.model import LoadedModel, Numbers
 
 SMALLEST_REST = 1e-12
@@ -122,16 +125,15 @@ def compute_kld(log_p: Numbers, log_q: Numbers, *, whole: bool) -> Numbers:
     return result
 
 
-def main(path: Path) -> None:
+def score_job(job: Mapping[str, Any], _: Path) -> None:
     """Run a job. Consecutive parts with one model load it once."""
-    job = json.loads(path.read_text())
     for model, parts in groupby(job["parts"], key=itemgetter("model")):
         scorer = LoadedModel(model, job["context"], job["threads"])
         for part in parts:
             if "base" in part:
                 base = Path(part["base"])
                 if scorer.words != (words := json.loads((base / ABOUT).read_text())["words"]):
-                    raise SystemExit(
+                    raise InputError(
                         f"{model}: expected {words} words, found {scorer.words}: of another model"
                     )
                 score_against_base(scorer, base, Path(part["folder"]))
@@ -147,4 +149,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    child.run_job(score_job)

@@ -4,20 +4,16 @@ The hub's fast transfer (Xet) has been seen to hang at the end of large pulls. W
 process is ended and another goes on without Xet, which the client allows for files of up to 50 GB.
 """
 
-import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quant import errors
-from quant.core import files, process, progress
-from quant.core.format import to_pretty_json
-from quant.errors import QuantError, Unreachable
+from quant.core import child, files, progress
+from quant.errors import Unreachable
 
 STALL_SECONDS = 900.0
 """With nothing moved for so long, a transfer is given up; a setting of QUANT_STALL_SECONDS."""
@@ -67,12 +63,11 @@ def download_files(
         "memory": str(work / "fetched.json"),
         "files": wanted,
     }
-    files.write_text(work / "job.json", to_pretty_json(job))
     patience = float(os.environ.get("QUANT_STALL_SECONDS", STALL_SECONDS))
     largest = max((f["bytes"] for f in wanted), default=0)
     watch = TransferWatch(folder, sum(f["bytes"] for f in wanted), patience)
     try:
-        _in_child(work, watch, {})
+        _in_child(job, work, watch, {})
     except TransferStallError:
         if largest > PLAIN_BYTES:
             raise Unreachable(
@@ -80,39 +75,27 @@ def download_files(
             ) from None
         LOG.info("%s: nothing moved for %.0f s; going on without Xet", repo, patience)
         try:
-            _in_child(
-                work, TransferWatch(folder, watch.total, patience), {"HF_HUB_DISABLE_XET": "1"}
-            )
+            anew = TransferWatch(folder, watch.total, patience)
+            _in_child(job, work, anew, {"HF_HUB_DISABLE_XET": "1"})
         except TransferStallError:
             raise Unreachable(
                 f"{repo}@{revision}: nothing moved for {patience:.0f} s, without Xet either; run again to continue"
             ) from None
-    for name in ("job.json", "outcome.json", "fetched.json", "log"):
+    for name in ("fetched.json", child.LOG):
         files.remove(work / name)
 
 
-def _in_child(work: Path, watch: TransferWatch, settings: Mapping[str, str]) -> None:
-    outcome = work / "outcome.json"
-    files.remove(outcome)
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
+def _in_child(
+    job: Mapping[str, Any], work: Path, watch: TransferWatch, settings: Mapping[str, str]
+) -> None:
+    child.run_child(
         "quant.hub.downloader",
-        work / "job.json",
-        outcome,
-    ]
-    process.run_program(
-        command,
-        cwd=work,
-        log=work / "log",
-        env={**os.environ, **settings},
-        name="the fetcher",
+        job,
+        folder=work,
+        name="the downloader",
+        env=os.environ | dict(settings),
         meanwhile=watch,
     )
-    found = json.loads(outcome.read_text())
-    if found["kind"]:
-        kind: type[QuantError] = getattr(errors, found["kind"])
-        raise kind(*found["problems"])
 
 
 def count_bytes(folder: Path) -> tuple[int, tuple[int, ...]]:

@@ -6,40 +6,26 @@ Left alone, the hub's client ends every file that it has begun, and a transfer t
 file is compared with the hub's list as soon as it is there; the client itself compares lengths only.
 """
 
-import json
-import os
-import signal
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from quant.core import digest_cache, files
-from quant.core.format import to_pretty_json
-from quant.errors import CheckError, QuantError, convert_disk_errors
+from quant.core import child, digest_cache, files
+from quant.errors import CheckError, convert_disk_errors
 from quant.hub import client as hub_client
 
 THREADS = 8
 
 
-def main(job_path: Path, outcome_path: Path) -> None:
-    """Fetch what the job says, write what became of it, and leave without waiting for what is still under way."""
-    for ended in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ended, signal.SIG_DFL)
-    job = json.loads(job_path.read_text())
-    outcome: dict[str, Any] = {"kind": None, "problems": []}
-    try:
-        with (
-            convert_disk_errors(Path(job["folder"])),
-            hub_client.convert_errors(job["repo"], job["revision"]),
-        ):
-            if problems := list(download_all(job)):
-                raise CheckError(*problems)
-    except QuantError as e:
-        outcome = {"kind": type(e).__name__, "problems": list(e.problems)}
-    files.write_text(outcome_path, to_pretty_json(outcome))
-    os._exit(0)
+def download_job(job: Mapping[str, Any], _: Path) -> None:
+    """Fetch what the job says. Raises CheckError for files that came otherwise."""
+    with (
+        convert_disk_errors(Path(job["folder"])),
+        hub_client.convert_errors(job["repo"], job["revision"]),
+    ):
+        if problems := list(download_all(job)):
+            raise CheckError(*problems)
 
 
 def download_all(job: Mapping[str, Any]) -> Iterator[str]:
@@ -81,4 +67,4 @@ def _get(job: Mapping[str, Any], f: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    child.run_job(download_job)

@@ -8,13 +8,12 @@ It reads a folder made for it, in which the patched template stands and the rest
 
 import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quant.core import files, process
+from quant.core import child, files
 from quant.core.format import hash_text, to_pretty_json
 from quant.core.store import Store
 from quant.hub.checkpoint import Checkpoint
@@ -103,23 +102,19 @@ def _write(
     folder = _lay_out(checkpoint, template, words, out.parent / "hf" / words.title)
     metadata = out.parent / "metadata.json"
     files.write_text(metadata, to_pretty_json(words.metadata))
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
+    job = {
+        "part": part,
+        "checkpoint": folder,
+        "out": out,
+        "metadata": metadata,
+        "pre_tokenizer": words.pre_tokenizer,
+    }
+    child.run_child(
         "quant.llama.converter",
-        part,
-        folder,
-        out,
-        metadata,
-    ]
-    if words.pre_tokenizer:
-        command.append(words.pre_tokenizer)
-    process.run_program(
-        command,
-        cwd=out.parent,
-        log=out.parent / "log",
-        env=_quiet_environment(),
+        job,
+        folder=out.parent,
         name="the converter",
+        env=_quiet_environment(),
     )
     files.remove(out.parent / "hf")
     header = read_header(out)

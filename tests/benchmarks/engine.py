@@ -11,15 +11,16 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from quant.calibration import imatrix
+from quant.core import child
 from quant.llama import ggml
 from quant.llama.ggml import Kernel, Rows
 from quant.llama.gguf import read_header
@@ -27,7 +28,6 @@ from quant.llama.toolchain import find_toolchain
 from quant.llama.types import TYPES
 from quant.plan.load import load_variant
 from quant.plan.plan import Plan, make_plan
-from quant.quantize.engine import job as jobs
 from quant.quantize.engine.job import EngineJob, EngineSettings
 from quant.quantize.kernels import Kernels
 from quant.quantize.variants import QuantizeTarget
@@ -142,8 +142,7 @@ class Bench:
             (),
             EngineSettings(),
         )
-        jobs.write_job(out / "job.json", job)
-        return [sys.executable, "-m", "quant.quantize.engine.worker", out / "job.json"]
+        return child.write_job("quant.quantize.engine.worker", asdict(job), out)
 
     def _empty(self, name: str) -> Path:
         out = self.folder / name

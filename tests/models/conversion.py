@@ -12,9 +12,9 @@ from quant.llama import toolchain
 CONVERT = """
 import json, sys
 from pathlib import Path
-from quant.llama.converter import main
+from quant.llama.converter import write_gguf
 for part, folder, out, metadata in json.load(sys.stdin):
-    main(part, Path(folder), Path(out), Path(metadata), "glm4")
+    write_gguf(part, Path(folder), Path(out), Path(metadata), "glm4")
 """
 
 

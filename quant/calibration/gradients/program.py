@@ -1,13 +1,11 @@
 """A program: read a text with a model forward and backward by torch, and sum moments that are counted by gradients.
 
-``python -m quant.calibration.gradients.program JOB.json``.
+See :mod:`quant.core.child`.
 Forward, what every block is given is kept on the disk; backward, each block
 is read again and hands its gradient on to the one before. So the weights of one block are in memory at a time, in single
 precision, and the sums of all.
 """
 
-import json
-import sys
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,7 +23,9 @@ from quant.calibration.gradients import EMBEDDING, OUTPUT
 from quant.calibration.gradients.glm4moe import block, normed, rotation
 from quant.calibration.gradients.shape import ModelShape
 from quant.calibration.hessian_collector import HessianSums, write_hessians
+from quant.core import child, progress
 from quant.core.disk import reserve_file
+from quant.errors import ToolError
 from quant.llama.gguf import read_headers
 from quant.llama.model import LoadedModel, Numbers
 
@@ -148,7 +148,7 @@ class ModelPass:
                 pass
         self.tensors.release()
         self.steps += 1
-        sys.stderr.write(f"read {self.steps} of {2 * self.shape.blocks + 1} blocks\n")
+        progress.report_progress(self.steps / (2 * self.shape.blocks + 1))
 
     def _sum(self, found: tuple[tuple[str, int], list[tuple[Numbers, Numbers]]]) -> None:
         for x, weights in found[1]:
@@ -167,7 +167,7 @@ class ModelPass:
         made = watched(name, normed(self.shape, x, self.tensors.of("output_norm.weight")))
         slope = made.detach().softmax(-1)
         if not slope.isfinite().all():
-            raise SystemExit(
+            raise ToolError(
                 f"{name}: what comes out is NaN or infinite: the model says nothing that can be used"
             )
         words = torch.multinomial(slope, 1, generator=torch.Generator().manual_seed(chunk))
@@ -203,22 +203,22 @@ def _on_disk(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
     return found
 
 
-def main(path: Path) -> None:
-    """Do what a job says; nothing is written for a text that does not fill a chunk."""
-    job: dict[str, Any] = json.loads(path.read_text())
+def collect_gradient_job(job: dict[str, Any], folder: Path) -> int:
+    """Do what a job says, and return how many chunks the text filled; nothing is written for none."""
     torch.set_num_threads(1)  # by chunks, not within products, whose sums would then depend on it
     scorer = LoadedModel(job["model"], job["context"], job["threads"])
     tokens = scorer.tokens(Path(job["text"]).read_bytes())[: job["chunks"]]
     scorer.close()
     if not len(tokens):
-        return
+        return 0
     sums = HessianSums(job["matrices"])
-    passage = ModelPass(Tensors(Path(job["model"])), sums, tokens, path.parent, job["threads"])
+    passage = ModelPass(Tensors(Path(job["model"])), sums, tokens, folder, job["threads"])
     passage.forward()
     passage.output()
     passage.backward()
     write_hessians(sums, job, len(tokens))
+    return len(tokens)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    child.run_job(collect_gradient_job)

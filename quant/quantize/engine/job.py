@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from quant.core import files
 from quant.core.disk import find_space_problem
@@ -74,7 +75,11 @@ def write_job(path: Path, job: EngineJob) -> None:
 
 def read_job(path: Path) -> EngineJob:
     """The job that was written there."""
-    told = json.loads(path.read_text())
+    return parse_job(json.loads(path.read_text()))
+
+
+def parse_job(told: Mapping[str, Any]) -> EngineJob:
+    """The job, from the JSON that it was written as."""
     wanted = tuple(
         TypeRequest(Path(w["path"]), w["types"], w["file_type"], w["max_bytes"])
         for w in told["wanted"]

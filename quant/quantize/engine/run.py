@@ -2,20 +2,17 @@
 
 import json
 import os
-import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quant.core import files, process, progress
+from quant.core import child, progress
+from quant.core.child import CrashError
 from quant.errors import ToolError, convert_disk_errors
-from quant.quantize.engine import job as jobs
 from quant.quantize.engine import slots
 from quant.quantize.engine.job import EngineJob
 from quant.quantize.engine.output import read_finished, record_path
-from quant.quantize.engine.worker import FAILURE, raise_failure
-
-JOB, LOG = "job.json", "log"
 
 
 def run_engine(job: EngineJob, folder: Path) -> Mapping[Path, Mapping[str, Any]]:
@@ -33,19 +30,16 @@ def run_engine(job: EngineJob, folder: Path) -> Mapping[Path, Mapping[str, Any]]
 
 
 def _start(job: EngineJob, folder: Path) -> None:
-    files.remove(folder / FAILURE)
-    jobs.write_job(folder / JOB, job)
     try:
-        process.run_program(
-            [sys.executable, "-m", "quant.quantize.engine.worker", folder / JOB],
-            cwd=folder,
-            log=folder / LOG,
+        child.run_child(
+            "quant.quantize.engine.worker",
+            asdict(job),
+            folder=folder,
             env=_environment(),
             name="the quantiser",
             meanwhile=lambda: progress.report_progress(slots.done_fraction(folder / slots.SHARE)),
         )
-    except ToolError as e:
-        raise_failure(folder)
+    except CrashError as e:
         in_work = slots.read_slots(folder / slots.NAME)
         raise ToolError(*e.problems, *(f"in work was tensor {what}" for what in in_work)) from e
 

@@ -320,10 +320,10 @@ def test_a_layout_that_does_not_fit_the_library_is_refused(monkeypatch: pytest.M
     assert hessian_collector.GraphLibrary().plain != hessian_collector.GraphLibrary().by_expert
     monkeypatch.setattr(hessian_collector, "GraphTensor", Shifted)
     with pytest.raises(
-        SystemExit,
+        ToolError,
         match=r"libggml-base\.so: ggml_tensor: .*: expected .*, found .*: of another version",
     ):
         hessian_collector.GraphLibrary()
     monkeypatch.setenv(LIBRARY, "/nowhere")
-    with pytest.raises(SystemExit, match=r"/nowhere/libggml-base\.so: cannot be loaded"):
+    with pytest.raises(ToolError, match=r"/nowhere/libggml-base\.so: cannot be loaded"):
         hessian_collector.GraphLibrary()

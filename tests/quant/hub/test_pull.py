@@ -329,7 +329,7 @@ def test_after_a_stall_the_fetcher_is_started_without_xet(
         settings.append(env.get("HF_HUB_DISABLE_XET"))
         if len(settings) == 1:
             raise fetching.TransferStallError
-        Path(command[-1]).write_text('{"kind": null, "problems": []}')
+        Path(command[-1]).write_text('{"result": null}')
 
     monkeypatch.setattr("quant.core.process.run_program", stalls)
     fetching.download_files(REPO, "0" * 40, [{"path": "a", "bytes": 1}], tmp_path / "checkpoint")

@@ -1,6 +1,5 @@
 """Reading forward and backward: held against llama.cpp, and against what small errors really do."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,7 @@ from quant.calibration.gradients.glm4moe import normed
 from quant.calibration.gradients.program import ModelPass, Tensors
 from quant.calibration.hessian_collector import HessianSums
 from quant.calibration.hessians import HessianSettings, collect_hessians
-from quant.core import files, memory, process
-from quant.core.format import to_pretty_json
+from quant.core import child, memory
 from quant.errors import InputError, ToolError
 from quant.llama.toolchain import find_toolchain
 from tests.quant.quantize.engine.models import replace_weight, write_base
@@ -55,17 +53,8 @@ def test_read_forward_a_model_says_what_it_says_in_llama_cpp(
     tiny: Tiny, exact: Path, tmp_path: Path
 ) -> None:
     part = {"model": str(exact), "text": str(tiny[2]), "folder": str(tmp_path)}
-    files.write_text(
-        tmp_path / "job",
-        to_pretty_json(
-            {"context": CONTEXT, "threads": 1, "chunks": CHUNKS, "top": EVERY_WORD, "parts": [part]}
-        ),
-    )
-    process.run_program(
-        [sys.executable, "-m", "quant.evaluate.scorer", tmp_path / "job"],
-        cwd=tmp_path,
-        log=tmp_path / "log",
-    )
+    job = {"context": CONTEXT, "threads": 1, "chunks": CHUNKS, "top": EVERY_WORD, "parts": [part]}
+    child.run_child("quant.evaluate.scorer", job, folder=tmp_path, name="reading the text")
     way = ModelPass(
         Tensors(tiny[0]), HessianSums({}), np.load(tmp_path / "tokens.npy"), tmp_path, 2
     )

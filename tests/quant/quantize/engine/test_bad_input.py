@@ -70,7 +70,7 @@ def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         driver, python = tmp_path / "driver.py", tmp_path / "python"
         driver.write_text(
             f"import sys\nfrom pathlib import Path\nfrom quant.quantize.engine import output, weights, work, worker\n{lines}\n"
-            "sys.exit(worker.main(Path(sys.argv[-1])))\n"
+            "from quant.core import child\nchild.run_job(worker.quantize_in_child)\n"
         )
         python.write_text(f'#!/bin/sh\nexec {sys.executable} {driver} "$@"\n')
         python.chmod(0o755)
