@@ -38,6 +38,15 @@ def fake_tools(tmp_path: Path) -> Callable[..., Toolchain]:
     return make
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share a costly fixture on one worker: a model that is built, a Prefect server."""
+    for item in items:
+        if item.get_closest_marker("prefect"):
+            item.add_marker(pytest.mark.xdist_group("prefect"))
+        elif item.get_closest_marker("tools"):
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write the tables of tests/golden anew"
