@@ -3,9 +3,11 @@
 A conversation is made of turns, and a turn is one skill asked for and done (``tests.models.skills``).
 """
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -142,14 +144,22 @@ def shuffled(mapping: dict[str, Any], rng: Random) -> dict[str, Any]:
 # Code.
 
 
+SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+
+
 def source_files(*, held_out: bool = False) -> list[Path]:
     """The standard library's Python files without its tests; every fortieth is held out."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skip = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-    paths = [
-        path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)
-    ]
-    return [path for index, path in enumerate(paths) if (index % 40 == 7) == held_out]
+    return [path for index, path in enumerate(_library()) if (index % 40 == 7) == held_out]
+
+
+@cache
+def _library() -> tuple[Path, ...]:
+    # Skipped folders are not entered: site-packages has most of the files below this root.
+    paths: list[Path] = []
+    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = set(folders) - SKIPPED_FOLDERS
+        paths += (Path(folder, name) for name in names if name.endswith(".py"))
+    return tuple(sorted(paths))
 
 
 def code_pieces(seed: int, *, held_out: bool = False, characters: int = 1600) -> Iterator[str]:

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from quant.plan import priors
-from quant.plan.budgets import AllocationInputs, SizeTarget
+from quant.plan.budgets import AllocationInputs, SizeTarget, allocate_variant
 from quant.plan.inventory import list_tensors
 from quant.plan.load import load_model
 from quant.plan.plan import find_coverable
-from quant.plan.search import search_allocations
+from quant.plan.search import SearchResult, search_allocations
+from quant.plan.sensitivity import Sensitivities
 from quant.plan.solver import Constraints
 
 RECIPE, _ = load_model("tiny-glm")
@@ -37,30 +38,44 @@ TRUTH = replace(
     power=0.8,
 )
 """What the files do, of which the sensitivities know only a part."""
-ASKED: list[frozenset[tuple[str, str]]] = []
+COUNT = 26
+"""Two rounds, and a part of a third."""
 
 
 def measure(files: Sequence[Mapping[str, str]]) -> list[float]:
-    ASKED.extend(frozenset(types.items()) for types in files)
     return [TRUTH.predicted(types, MATERIAL.errors) for types in files]
 
 
-@pytest.fixture(autouse=True)
-def _nothing_asked() -> None:
-    ASKED.clear()
+@pytest.fixture(scope="module")
+def searched() -> tuple[SearchResult, list[frozenset[tuple[str, str]]]]:
+    """One search, which takes seconds, and every file that it asked for."""
+    asked: list[frozenset[tuple[str, str]]] = []
+
+    def record(files: Sequence[Mapping[str, str]]) -> list[float]:
+        asked.extend(frozenset(types.items()) for types in files)
+        return measure(files)
+
+    result = search_allocations(MATERIAL, TARGET, "V", "For tests.", Constraints(), record, COUNT)
+    return result, asked
 
 
-def test_measured_files_find_a_better_allocation_of_the_same_size() -> None:
-    found = search_allocations(MATERIAL, TARGET, "V", "For tests.", Constraints(), measure, 48)
-    assert found.kld < 0.9 * found.first_kld
-    assert found.kld == TRUTH.predicted(found.best.solution.types, MATERIAL.errors)
-    assert 0.998 * TARGET.bytes <= found.best.bytes <= TARGET.bytes
+def test_measured_files_find_a_better_allocation_of_the_same_size(
+    searched: tuple[SearchResult, list[frozenset[tuple[str, str]]]],
+) -> None:
+    result, _ = searched
+    assert result.kld < 0.9 * result.first_kld
+    assert result.kld == TRUTH.predicted(result.best.solution.types, MATERIAL.errors)
+    assert 0.998 * TARGET.bytes <= result.best.bytes <= TARGET.bytes
 
 
-def test_it_begins_with_the_exact_solution_and_measures_no_file_twice() -> None:
-    found = search_allocations(MATERIAL, TARGET, "V", "For tests.", Constraints(), measure, 30)
-    assert len(ASKED) == len(set(ASKED)) == len(found.measured) == 30
-    assert found.measured[0][1] == found.first_kld
+def test_it_begins_with_the_exact_solution_and_measures_no_file_twice(
+    searched: tuple[SearchResult, list[frozenset[tuple[str, str]]]],
+) -> None:
+    result, asked = searched
+    assert len(asked) == len(set(asked)) == len(result.measured) == COUNT
+    exact = allocate_variant(MATERIAL, TARGET, "V", "For tests.", Constraints())
+    assert asked[0] == frozenset(exact.solution.types.items())
+    assert result.measured[0][1] == result.first_kld
 
 
 def test_every_candidate_keeps_to_the_constraints() -> None:
@@ -71,14 +86,16 @@ def test_every_candidate_keeps_to_the_constraints() -> None:
         assert "IQ2_S" not in types.values()
 
 
-def test_the_mended_scales_foretell_files_better() -> None:
-    found = search_allocations(MATERIAL, TARGET, "V", "For tests.", Constraints(), measure, 36)
+def test_the_refitted_scales_predict_files_better(
+    searched: tuple[SearchResult, list[frozenset[tuple[str, str]]]],
+) -> None:
+    result, _ = searched
 
-    def wrong(scales: object) -> float:
-        logs = [np.log(scales.predicted(t, MATERIAL.errors) / k) for t, k in found.measured]  # type: ignore[attr-defined]
+    def wrong(scales: Sensitivities) -> float:
+        logs = [np.log(scales.predicted(t, MATERIAL.errors) / k) for t, k in result.measured]
         return float(np.abs(logs).mean())
 
-    assert wrong(found.sensitivities) < 0.5 * wrong(MATERIAL.sensitivities)
+    assert wrong(result.sensitivities) < 0.5 * wrong(MATERIAL.sensitivities)
 
 
 def test_it_ends_where_there_is_only_one_allocation() -> None:
