@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from quant.core.format import human_bytes
-from quant.evaluate import charts
+from quant.evaluate import charts, class_charts
 from quant.evaluate.figures import format_figures, round_figures
 from quant.llama.tensors import tensor_class
 
@@ -112,14 +112,14 @@ def draw_charts(files: Sequence[ReportFile], title: str) -> dict[str, tuple[str,
         ),
         "bits.svg": (
             "bits by class and layer",
-            charts.draw_bits(
+            class_charts.draw_bits(
                 {f.name: f.tensors for f in files},
                 f"{title}: bits per weight, by class, layers left to right",
             ),
         ),
         "error-by-class.svg": (
             "error by class",
-            charts.draw_errors(
+            class_charts.draw_errors(
                 {f.name: f.errors for f in quantized if f.errors},
                 f"{title}: quantization error (relative MSE, weighted by the imatrix), by tensor class",
             ),
