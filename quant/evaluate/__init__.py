@@ -1,1 +1,59 @@
-"""evaluate."""
+"""What quantization cost: files measured against their base, and the charts and the page that show it.
+
+```
+request            `quant evaluate`: from paths to figures; the public entry (evaluate, EvaluationRequest)
+texts              the held-out texts of a calibration set
+compare            files against a base: what the store has, and what the scorer has to read
+scorer             the child program that reads texts with llama.cpp and computes KLD
+scores             token scores, and their statistics: figures, intervals, differences; pure
+release            the evaluation of a release's variants, a stage of a build
+figures            the digits that are published, and what two machines may differ by; pure
+pareto             dominated files, and the lower hull; pure
+error_measurement  the error table: what each type does to each tensor
+probe              files with a few coarse tensors: how sensitive the model is to each
+charts             SVG: KLD by size and by domain; class_charts: bits and errors by tensor class; pure
+html               the report page, which fills templates/report.html.jinja; pure
+```
+
+A build calls :func:`release.evaluate_release`; the release's card and page call ``figures`` and ``html``; allocation calls
+``error_measurement`` and ``probe``.
+
+Three things are compared with releases and files that are published, and stay as they are: the keys of figures, the bytes
+of charts and the seed of the bootstrap (a rebuild compares them), and the names in the store's keys (with others, finished
+work is measured again, which takes days on a large model). Text and look of the page may change.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quant.evaluate.compare import EvaluationSettings
+    from quant.evaluate.request import Comparison, EvaluationRequest, evaluate
+    from quant.evaluate.scores import Estimate, Evaluation, TokenScores
+
+__all__ = [
+    "Comparison",
+    "Estimate",
+    "Evaluation",
+    "EvaluationRequest",
+    "EvaluationSettings",
+    "TokenScores",
+    "evaluate",
+]
+
+_MODULES = {
+    "Comparison": "request",
+    "Estimate": "scores",
+    "Evaluation": "scores",
+    "EvaluationRequest": "request",
+    "EvaluationSettings": "compare",
+    "TokenScores": "scores",
+    "evaluate": "request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: numpy and llama.cpp's bindings load only then."""
+    if name in _MODULES:
+        return getattr(import_module(f"quant.evaluate.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
