@@ -77,7 +77,7 @@ def quantize(
         uploads: Files that are sent at the same time.
         limit: Bytes a second that sending may take, like 50M; as many as there are room for when not given.
     """
-    with shown_token(token_secret):
+    with use_token(token_secret):
         target = (
             choose_destination(
                 model,
@@ -109,12 +109,12 @@ def quantize(
             as_ready=as_ready,
         )
         job = prepare_job(request)
-        built = builds.build_release(job, partial(as_task, approve=approve and not dry_run))
+        built = builds.build_release(job, partial(run_stage, approve=approve and not dry_run))
     publish_release_summary(built)
     return str(built.folder)
 
 
-def as_task(stage: str, subject: str, work: Callable[[], T], approve: bool = False) -> T:
+def run_stage(stage: str, subject: str, work: Callable[[], T], approve: bool = False) -> T:
     """Run one stage as a Prefect task, and leave what it found as an artifact of that task.
 
     With ``approve``, the flow waits after it has said what publishing will change, until somebody resumes it.
@@ -127,7 +127,7 @@ def as_task(stage: str, subject: str, work: Callable[[], T], approve: bool = Fal
         persist_result=False,
         retries=RETRIES.get(stage, 0),
         retry_delay_seconds=RETRY_SECONDS,
-        retry_condition_fn=may_pass,
+        retry_condition_fn=is_retryable,
     )
     def run() -> T:
         try:
@@ -145,7 +145,7 @@ def as_task(stage: str, subject: str, work: Callable[[], T], approve: bool = Fal
 
 
 @contextmanager
-def shown_token(secret: str | None) -> Iterator[None]:
+def use_token(secret: str | None) -> Iterator[None]:
     """Let the hub's client find the token of a secret block where it looks for one, as long as the run lasts.
 
     Raises InputError for what is a token itself, without telling it.
@@ -167,6 +167,6 @@ def shown_token(secret: str | None) -> Iterator[None]:
             os.environ[TOKEN] = before
 
 
-def may_pass(_task: Any, _run: Any, state: State[Any]) -> bool:
+def is_retryable(_task: Any, _run: Any, state: State[Any]) -> bool:
     """Whether a failure may be over in a while: the hub did not answer, or sent other bytes than it lists."""
     return isinstance(state.result(raise_on_failure=False), (Unreachable, CheckError))

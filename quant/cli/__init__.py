@@ -73,11 +73,11 @@ def _run() -> int:
         e.show()
         return 2
     except (KeyboardInterrupt, click.Abort):
-        progress.say("interrupted; run the same command again to continue")
+        progress.print_line("interrupted; run the same command again to continue")
         return INTERRUPTED
     except QuantError as e:
         for problem in e.problems:
-            progress.say(f"error: {redact_token(problem)}")
+            progress.print_line(f"error: {redact_token(problem)}")
         return e.exit_code
     return code if isinstance(code, int) else 0
 

@@ -228,7 +228,7 @@ def _known(model: str, types: tuple[str, ...]) -> "AllocationInputs":
     recipe, path = load_model(model)
     told = read_architecture(recipe.architecture, f"{path}: architecture")
     tensors = told.tensors()
-    progress.say(f"{model}: nothing is measured; priors by class. {priors.CREDIT}")
+    progress.print_line(f"{model}: nothing is measured; priors by class. {priors.CREDIT}")
     return AllocationInputs(
         tensors,
         frozenset(find_coverable(tensors)),
@@ -263,7 +263,7 @@ def _unprobed(
     header, digest = read_header(base), files.hash_file(base)
     errors = errors or store.root / "errors.json"
     if not errors.exists():
-        progress.say(f"{errors}: measuring what {len(types)} types do to each tensor")
+        progress.print_line(f"{errors}: measuring what {len(types)} types do to each tensor")
         error_table.write_error_table(
             errors,
             error_measurement.measure_errors(base, matrix, tools, types=types, hessians=hessians),
@@ -353,7 +353,7 @@ def _searching(setting: "ProbeSettings", count: int) -> "Maker":
     def read(some: Sequence[Mapping[str, str]]) -> list[float]:
         with setting.store.lock():
             found = measure_probes([Probe("whole", types) for types in some], setting)
-        progress.say(f"whole files: {', '.join(f'{m.kld:.5f}' for m in found)}")
+        progress.print_line(f"whole files: {', '.join(f'{m.kld:.5f}' for m in found)}")
         return [m.kld for m in found]
 
     def maker(
@@ -364,7 +364,7 @@ def _searching(setting: "ProbeSettings", count: int) -> "Maker":
         limits: "Constraints",
     ) -> "Allocation":
         found = search_allocations(material, target, name, summary, limits, read, count)
-        progress.say(
+        progress.print_line(
             f"{name}: {found.first_kld:.5f} where the search began, {found.kld:.5f} where it ended"
         )
         return found.best
@@ -449,7 +449,7 @@ def _write(a: "Allocation", material: "AllocationInputs", path: Path) -> None:
             variant, split=by_hand.split, answers=by_hand.answers, summary=by_hand.summary
         )
     files.write_text(path, text(variant, comments))
-    progress.say(f"{path}: {len(a.variant.rules)} rules")
+    progress.print_line(f"{path}: {len(a.variant.rules)} rules")
 
 
 def _how_good(a: "Allocation") -> str:
@@ -487,6 +487,6 @@ def _show_allocations(made: "tuple[Allocation, ...]") -> None:
         )
         for a in made
     ]
-    tables.show(
+    tables.print_table(
         ("variant", ">target", ">bytes", ">of it", ">predicted KLD", ">gap", ">rules"), rows
     )

@@ -10,12 +10,12 @@ from quant.cli import progress, tables
 from quant.cli.options import (
     FILE,
     FOLDER,
+    destination_options,
     jobs_option,
+    make_destination,
+    make_engine_settings,
     memory_option,
     quant,
-    settings,
-    target_of,
-    target_options,
     tools_option,
     variants_option,
     work_option,
@@ -70,7 +70,7 @@ def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Pat
 @jobs_option
 @memory_option
 @tools_option
-@target_options
+@destination_options
 @click.option(
     "--as-ready",
     is_flag=True,
@@ -98,12 +98,12 @@ def build(
     """Build the release of MODEL: a name of recipes/models, or a path to such a file. With --repo, publish it there."""
     from quant.job import BuildRequest
 
-    destination = target_of(repo, more)
+    destination = make_destination(repo, more)
     _build(
         BuildRequest(
             model,
             variants=variants,
-            settings=settings(jobs, memory),
+            settings=make_engine_settings(jobs, memory),
             destination=destination,
             dry_run=dry_run,
             **more,
@@ -121,8 +121,8 @@ def lock(model: str, revision: str | None) -> None:
 
     recipe, path = load_model(model)
     locked = locks.write_lock(recipe.source, path, revision)
-    progress.say(
-        f"{locks.lock_path(path)}: {locked.repo}@{locked.revision}, {len(locked.files)} files"
+    progress.print_line(
+        f"{locks.locate_lock(path)}: {locked.repo}@{locked.revision}, {len(locked.files)} files"
     )
 
 
@@ -146,7 +146,7 @@ def pull(model: str, revision: str | None, work: Path) -> None:
     store = Store(work.expanduser().resolve() / recipe.name)
     with store.lock():
         checkpoint = builds.pull_locked(recipe, path, locked, store)
-    progress.say(
+    progress.print_line(
         f"{len(checkpoint.receipts)} files, {sum(r.bytes for r in checkpoint.receipts):,} bytes, all verified"
     )
     click.echo(checkpoint.folder)
@@ -179,9 +179,9 @@ def _build(request: "BuildRequest") -> None:
 
     began = time.monotonic()
     job = prepare_job(request)
-    with progress.shown(job.steps) as run:
+    with progress.show_progress(job.steps) as run:
         result = build_release(job, run)
-    tables.show(COLUMNS, variants_table(result.release.manifest))
+    tables.print_table(COLUMNS, variants_table(result.release.manifest))
     for line in list_warnings(result.release.manifest):
         click.echo(f"warning: {line}")
     click.echo(f"{result.folder}")
@@ -190,6 +190,6 @@ def _build(request: "BuildRequest") -> None:
     if result.publication:
         click.echo(result.publication.url)
     if result.fresh or (result.publication and result.publication.fresh):
-        progress.say(f"done in {time.monotonic() - began:.0f} s")
+        progress.print_line(f"done in {time.monotonic() - began:.0f} s")
     else:
-        progress.say("nothing to do: this release exists already, made of the same inputs")
+        progress.print_line("nothing to do: this release exists already, made of the same inputs")

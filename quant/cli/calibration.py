@@ -23,11 +23,11 @@ def lock(name: str) -> None:
     told, folder = sets.find_set(name)
     locked = datasets.lock_datasets(told, folder)
     for source, one in locked.items():
-        progress.say(
+        progress.print_line(
             f"{source}: {one.repo}@{one.revision}, {len(one.files)} files, {one.rows:,} documents"
         )
         if one.left_out:
-            progress.say(
+            progress.print_line(
                 f"{source}: {sum(one.left_out.values()):,} left out ({datasets.reasons(one.left_out)})"
             )
     click.echo(datasets.dataset_lock_path(told, folder))
@@ -89,7 +89,7 @@ def show(
         for s in about["sources"]
     ]
     columns = ("source", "kind", "licence", ">documents", f">{counter.unit}", ">share", ">wanted")
-    tables.show(columns, rows, title=f"{told.name}: {told.summary}")
+    tables.print_table(columns, rows, title=f"{told.name}: {told.summary}")
     total = sum(s["tokens"] for s in about["sources"])
     click.echo(
         f"{len(rendered.read):,} documents, {total:,} {counter.unit}; held out: {about['held_out']:,} documents;"

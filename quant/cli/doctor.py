@@ -40,7 +40,7 @@ class Finding:
         return "ok" if self.ok else "MISSING", self.what, self.version, self.where
 
 
-def examine(llama_cpp: Path | None = None) -> tuple[Finding, ...]:
+def examine_machine(llama_cpp: Path | None = None) -> tuple[Finding, ...]:
     """Everything that is needed, found or not; raises ToolError only for a named folder that does not exist."""
     tools = toolchain.find_toolchain(llama_cpp)
     return (*_tools(tools), _converter(), *_libraries(), _compiler(), *_kernels(tools))

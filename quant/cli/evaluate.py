@@ -108,7 +108,7 @@ def evaluate(options: EvaluateOptions) -> None:
         )
     )
     if note := left_out(comparison.too_short):
-        progress.say(note)
+        progress.print_line(note)
     if options.html:
         files.write_text(options.html, html.render_comparison(comparison, note))
     if options.as_json:
@@ -119,7 +119,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
 def _show(comparison: "Comparison") -> None:
     rows = [row for e in comparison.evaluations for row in _list_rows(e)]
-    tables.show([c.replace("_", " ") for c in COLUMNS.split()], rows)
+    tables.print_table([c.replace("_", " ") for c in COLUMNS.split()], rows)
     if gap := comparison.difference:
         verdict = "clearly" if gap.low > 0 or gap.high < 0 else "not clearly"
         first, second = (e.file.name for e in comparison.evaluations)

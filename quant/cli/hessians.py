@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from quant.cli import progress
-from quant.cli.options import FILE, absent, collect_options, quant
+from quant.cli.options import FILE, collect_options, quant, require_absent
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,18 @@ def hessians(request: HessiansRequest) -> None:
         only=request.only,
         gradients=request.gradients,
     )
-    out = absent(request.out)
+    out = require_absent(request.out)
     work = partial(collect_hessians, request.base, request.text, out, settings)
-    with progress.shown(1) as do:
+    with progress.show_progress(1) as do:
         result = do("moments", out.name, work)
     few = sum(int((counts < FEWEST_ROWS).sum()) for counts in result.counts.values())
     if few:
-        progress.say(f"{few} experts saw fewer than {FEWEST_ROWS} tokens: they have no Hessian")
+        progress.print_line(
+            f"{few} experts saw fewer than {FEWEST_ROWS} tokens: they have no Hessian"
+        )
     weighting = "each token by its gradient" if "gradients" in result.about else "all tokens alike"
     chunks = result.about["chunks"]
-    progress.say(f"{out}: {len(result.counts)} matrices, {chunks} chunks, {weighting}")
+    progress.print_line(f"{out}: {len(result.counts)} matrices, {chunks} chunks, {weighting}")
 
 
 def _add_hidden_alias() -> None:

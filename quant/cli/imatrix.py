@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from quant.cli import progress, tables
-from quant.cli.options import FILE, FOLDER, absent, json_option, quant, tools_option
+from quant.cli.options import FILE, FOLDER, json_option, quant, require_absent, tools_option
 
 RANGE = "FIRST:COUNT"
 context_option = click.option(
@@ -95,14 +95,14 @@ def compute(
     settings = ImatrixRecipe(calibration, context, chunks)
     settings = replace(settings, coverage=replace(settings.coverage, expert_tokens=expert_tokens))
     span = _span(only) if only else None
-    absent(out)
+    require_absent(out)
     tools = toolchain.find_toolchain(llama_cpp)
     tools.require("llama-imatrix", "llama-tokenize")
     words = read_header(base).metadata.get("tokenizer.chat_template")
     template = patch_template(words, None, str(base)) if words else None
     root = (work or out.with_name(out.name + ".work")).expanduser().resolve()
     store = Store(root)
-    with progress.shown(2) as do, store.lock():
+    with progress.show_progress(2) as do, store.lock():
         weights = ModelFile.open(base.resolve())
         text = do(
             "calibrate",
@@ -136,8 +136,8 @@ def compute(
         shutil.rmtree(root)
     matrix = matrices.read_imatrix(out)
     for line in coverage.count_missed(matrix.counts, max(expert_tokens, 1)):
-        progress.say(line)
-    progress.say(
+        progress.print_line(line)
+    progress.print_line(
         f"{out}: {len(matrix.counts)} matrices, {text.tokens:,} tokens of text, sha256 {matrix.receipt.sha256}"
     )
 
@@ -163,7 +163,7 @@ def show(matrix: Path, svg: Path | None, least: int, as_json: bool) -> None:
     missed = list(coverage.count_missed(counts, least))
     if svg:
         files.write_text(
-            absent(svg),
+            require_absent(svg),
             coverage.draw_heat_map(counts, f"Tokens that each expert saw: {matrix.name}"),
         )
     if as_json:
@@ -189,7 +189,7 @@ def show(matrix: Path, svg: Path | None, least: int, as_json: bool) -> None:
         ">3rd quartile",
         ">most",
     )
-    tables.show(
+    tables.print_table(
         columns,
         coverage.list_rows(counts),
         title=f"{matrix.name}: tokens by expert, {found.chunks} chunks",
@@ -201,7 +201,7 @@ def show(matrix: Path, svg: Path | None, least: int, as_json: bool) -> None:
             "the older form (.dat) does not tell experts apart: its numbers are chunks, not tokens"
         )
     if svg:
-        progress.say(str(svg))
+        progress.print_line(str(svg))
     raise SystemExit(1 if missed else 0)
 
 
@@ -211,7 +211,7 @@ def show(matrix: Path, svg: Path | None, least: int, as_json: bool) -> None:
 @context_option
 def merge(parts: Sequence[Path], out: Path, context: int) -> None:
     """Add PARTS up, in their order, as llama-imatrix does: ranges of one text, or several texts."""
-    _merge(parts, absent(out), context)
+    _merge(parts, require_absent(out), context)
 
 
 @imatrix.command()
@@ -220,7 +220,7 @@ def merge(parts: Sequence[Path], out: Path, context: int) -> None:
 @context_option
 def convert(old: Path, out: Path, context: int) -> None:
     """Write OLD, an importance matrix of the older form (.dat), as GGUF."""
-    _merge((old,), absent(out), context)
+    _merge((old,), require_absent(out), context)
 
 
 def _merge(parts: Sequence[Path], out: Path, context: int) -> None:
@@ -228,7 +228,7 @@ def _merge(parts: Sequence[Path], out: Path, context: int) -> None:
 
     merged = imatrix_file.merge_imatrices((imatrix_file.load_imatrix(p) for p in parts), context)
     imatrix_file.save_imatrix(merged, out)
-    progress.say(f"{out}: {len(merged.entries)} matrices, {merged.chunks} chunks")
+    progress.print_line(f"{out}: {len(merged.entries)} matrices, {merged.chunks} chunks")
 
 
 def _span(told: str) -> Any:

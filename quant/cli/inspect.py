@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from quant.cli import tables
-from quant.cli.options import FILE, json_option, one_line, quant, tools_option
+from quant.cli.options import FILE, json_option, quant, shorten, tools_option
 
 
 @quant.command()
@@ -30,8 +30,8 @@ def inspect(gguf: Path, as_json: bool) -> None:
         return click.echo(
             json.dumps({"file": gguf.name, "metadata": short, "tensors": rows}, ensure_ascii=False)
         )
-    tables.show(("key", "value"), [(k, one_line(v)) for k, v in short.items()])
-    tables.show(
+    tables.print_table(("key", "value"), [(k, shorten(v)) for k, v in short.items()])
+    tables.print_table(
         ("tensor", "type", ">shape", ">bytes"),
         [(t.name, t.type.name, " x ".join(map(str, t.shape)), f"{t.bytes:,}") for t in tensors],
     )
@@ -55,8 +55,10 @@ def _short(value: Any) -> Any:
 @tools_option
 def doctor(llama_cpp: Path | None) -> None:
     """What the work needs, what is here, and how to get what is missing; exit 2 when something is."""
-    from quant.cli.doctor import examine
+    from quant.cli.doctor import examine_machine
 
-    findings = examine(llama_cpp)
-    tables.show(("", "what", "version", "where, or how to get it"), [f.row for f in findings])
+    findings = examine_machine(llama_cpp)
+    tables.print_table(
+        ("", "what", "version", "where, or how to get it"), [f.row for f in findings]
+    )
     raise SystemExit(0 if all(f.ok for f in findings) else 2)

@@ -37,10 +37,12 @@ def merge(
             f"{beside}: exists already; take it away, or name a file in another folder"
         )
     receipt = shard.merge_shards(first_shard, out, toolchain.find_toolchain(llama_cpp))
-    progress.say(f"{out}: {receipt.bytes:,} bytes, every tensor as it was, sha256 {receipt.sha256}")
+    progress.print_line(
+        f"{out}: {receipt.bytes:,} bytes, every tensor as it was, sha256 {receipt.sha256}"
+    )
     if text:
         files.write_text(beside, text)
-        progress.say(f"{beside}: ollama create {out.stem.lower()} -f {beside}")
+        progress.print_line(f"{beside}: ollama create {out.stem.lower()} -f {beside}")
 
 
 @quant.group()
@@ -70,7 +72,7 @@ def check(release: Path, repo: str | None, as_json: bool) -> None:
     rows = [
         (f.file, f"hf.co/{place}:{f.tag}" if f.pulled else "not pulled", f.why) for f in found.files
     ]
-    tables.show(("file", "ollama run", "why"), rows)
+    tables.print_table(("file", "ollama run", "why"), rows)
     for name, what in found.beside.items():
         click.echo(f"{name}: {what}")
     click.echo(f"without a tag: {found.default}")

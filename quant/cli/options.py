@@ -56,7 +56,7 @@ jobs_option = click.option(
 memory_option = click.option(
     "--memory",
     metavar="SIZE",
-    callback=lambda _c, _p, text: size(text),
+    callback=lambda _c, _p, text: parse_size_option(text),
     help="What quantising may take: 900M, 2G.  [1 GiB]",
 )
 json_option = click.option(
@@ -83,20 +83,20 @@ _TARGET = (
     click.option(
         "--limit",
         metavar="SIZE",
-        callback=lambda _c, _p, text: size(text),
+        callback=lambda _c, _p, text: parse_size_option(text),
         help="Bytes a second that sending may take, all files together: 50M.",
     ),
 )
 
 
-def target_options(command: Any) -> Any:
+def destination_options(command: Any) -> Any:
     """Give a command the options that say where to publish, and how."""
     for option in reversed(_TARGET):
         command = option(command)
     return command
 
 
-def target_of(repo: str | None, settings: dict[str, Any]) -> Any:
+def make_destination(repo: str | None, settings: dict[str, Any]) -> Any:
     """The target that these options name, which are taken out of the settings; none without a repo."""
     from quant.hub.upload import Destination
 
@@ -137,7 +137,7 @@ def quant() -> None:
     """From a model's BF16 weights on the hub to a tested GGUF release."""
 
 
-def size(text: str | None) -> int | None:
+def parse_size_option(text: str | None) -> int | None:
     """``2G`` as bytes. Raises BadParameter for anything else."""
     from quant.plan.recipe import SIZE, parse_size
 
@@ -148,20 +148,20 @@ def size(text: str | None) -> int | None:
     return parse_size(text)
 
 
-def settings(jobs: int | None, memory: int | None) -> "EngineSettings":
+def make_engine_settings(jobs: int | None, memory: int | None) -> "EngineSettings":
     """How much of the machine quantising may take, as it was said on the command line."""
     from quant.quantize.engine.job import EngineSettings
 
     return EngineSettings(jobs, memory) if memory else EngineSettings(jobs)
 
 
-def one_line(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value in a cell of a table: no line breaks, and not too long."""
     text = " ".join(str(value).split())
     return text if len(text) <= 110 else f"{text[:107]}..."
 
 
-def absent(path: Path) -> Path:
+def require_absent(path: Path) -> Path:
     """The path, if nothing stands there: these commands never overwrite."""
     if path.exists():
         raise click.UsageError(f"{path}: exists already; name another file or take it away")

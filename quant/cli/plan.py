@@ -208,7 +208,7 @@ def _show_variants(
         f">GiB at {context:,}",
         ">GiB: rest + experts",
     )
-    tables.show(columns, rows, title=f"{recipe.title}, shards of {recipe.max_shard_size}")
+    tables.print_table(columns, rows, title=f"{recipe.title}, shards of {recipe.max_shard_size}")
 
 
 def _show_classes(p: Plan) -> None:
@@ -217,7 +217,9 @@ def _show_classes(p: Plan) -> None:
         (c.name, str(c.count), c.type, f"{c.bytes:,}", f"{100 * c.bytes / total:.1f} %")
         for c in sorted(summarize_classes(p), key=lambda c: -c.bytes)
     ]
-    tables.show(("class", ">tensors", "type", ">bytes", ">share"), rows, title=p.variant.name)
+    tables.print_table(
+        ("class", ">tensors", "type", ">bytes", ">share"), rows, title=p.variant.name
+    )
 
 
 def _explain(
@@ -255,7 +257,7 @@ def _explain(
             json.dumps({"model": recipe.name, "tensor": name, "variants": told}, ensure_ascii=False)
         )
         return
-    tables.show(columns, rows, title=f"{name} ({tensor_class(name)})")
+    tables.print_table(columns, rows, title=f"{name} ({tensor_class(name)})")
 
 
 def _nearest_tensor(name: str, tensors: Sequence[TensorSpec]) -> str:

@@ -125,12 +125,12 @@ def measure(
     elsewhere = [m for path in parts for m in _elsewhere(path, errors.base, told)]
     have = {frozenset(m.probe.types.items()) for m in elsewhere}
     here = [p for p in wanted if frozenset(p.types.items()) not in have]
-    progress.say(probe.forecast_probes(here, setting))
+    progress.print_line(probe.forecast_probes(here, setting))
     if only_told:
         return
     with setting.store.lock():
         measured = probe.measure_probes(
-            here, setting, lambda done, of: progress.say(f"probes: {done} of {of}")
+            here, setting, lambda done, of: progress.print_line(f"probes: {done} of {of}")
         )
     every = (*measured, *elsewhere)
     source = f"{len(every)} probes on {told}"
@@ -140,7 +140,7 @@ def measure(
         else sensitivity.Sensitivities(errors.base, source, {}, 1.0, every)
     )
     sensitivity.write_sensitivities(out, found)
-    progress.say(f"{out}: {source}" + ("" if whole else "; a part, to be merged"))
+    progress.print_line(f"{out}: {source}" + ("" if whole else "; a part, to be merged"))
 
 
 def _elsewhere(path: Path, base: str, told: str) -> "tuple[ProbeResult, ...]":

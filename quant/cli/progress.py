@@ -25,13 +25,13 @@ SECONDS_BETWEEN_LINES = 30.0
 """Of a stage that takes long, in a log."""
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """One line on standard error."""
     print(line, file=sys.stderr, flush=True)
 
 
 @dataclass
-class Lines:
+class LineProgress:
     """Counts stages and says a line when each is done: for logs, where a bar would be noise."""
 
     total: int
@@ -45,21 +45,21 @@ class Lines:
             nonlocal told
             if (now := time.monotonic()) - told >= SECONDS_BETWEEN_LINES:
                 told = now
-                say(
-                    f"{'':>{2 * len(str(self.total)) + 3}} {stage:<9} {subject}  {format_seconds(share, now - began)}"
+                print_line(
+                    f"{'':>{2 * len(str(self.total)) + 3}} {stage:<9} {subject}  {format_fraction(share, now - began)}"
                 )
 
         with listen_to_progress(hear):
             result = work()
         self.done += 1
-        say(
+        print_line(
             f"[{self.done:>{len(str(self.total))}}/{self.total}] {stage:<9} {subject}  {time.monotonic() - began:.1f} s"
         )
         return result
 
 
 @dataclass
-class Bar:
+class BarProgress:
     """The same as a bar with the stage that is in work."""
 
     progress: Progress
@@ -73,7 +73,7 @@ class Bar:
         began = time.monotonic()
 
         def hear(share: float) -> None:
-            about = format_seconds(share, time.monotonic() - began)
+            about = format_fraction(share, time.monotonic() - began)
             self.progress.update(self.task, description=f"{stage} {subject}  {about}")
 
         self.progress.update(self.task, description=f"{stage} {subject}")
@@ -83,7 +83,7 @@ class Bar:
         return result
 
 
-def format_seconds(share: float, seconds: float) -> str:
+def format_fraction(share: float, seconds: float) -> str:
     """How far a stage is that has run for some seconds, and how long it will take."""
     if not share:
         return "0 %"
@@ -94,12 +94,12 @@ def format_seconds(share: float, seconds: float) -> str:
 
 
 @contextmanager
-def shown(total: int) -> Iterator[Lines | Bar]:
+def show_progress(total: int) -> Iterator[LineProgress | BarProgress]:
     """What to run stages with, on this terminal or without one."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        with report():
-            yield Lines(total)
+        with show_log():
+            yield LineProgress(total)
         return
     columns = (
         SpinnerColumn(),
@@ -110,13 +110,13 @@ def shown(total: int) -> Iterator[Lines | Bar]:
     )
     with (
         Progress(*columns, console=console, transient=True) as progress,
-        report(progress.console.print),
+        show_log(progress.console.print),
     ):
-        yield Bar(progress, total)
+        yield BarProgress(progress, total)
 
 
 @contextmanager
-def report(to: Callable[[str], object] = say) -> Iterator[None]:
+def show_log(to: Callable[[str], object] = print_line) -> Iterator[None]:
     """While the block runs, say what the library logs: how far a long stage is."""
     log, handler = logging.getLogger("quant"), _Listener(to)
     level = log.level

@@ -9,9 +9,9 @@ from quant.cli import progress
 from quant.cli.options import (
     FILE,
     FOLDER,
+    destination_options,
+    make_destination,
     quant,
-    target_of,
-    target_options,
     tools_option,
     work_option,
 )
@@ -21,7 +21,7 @@ from quant.errors import InputError
 @quant.command()
 @click.argument("release", type=FOLDER)
 @click.argument("owner_name", metavar="[OWNER/NAME]", required=False)
-@target_options
+@destination_options
 @click.option("--dry-run", is_flag=True, help="Say what would change, and do nothing.")
 def publish(
     release: Path, owner_name: str | None, repo: str | None, dry_run: bool, **settings: Any
@@ -41,15 +41,15 @@ def publish(
         raise InputError(
             f"expected one repo to publish to, found {found}: quant publish RELEASE OWNER/NAME"
         )
-    change = publishing.plan_change(folder, target_of(named, settings))
+    change = publishing.plan_change(folder, make_destination(named, settings))
     if dry_run:
         click.echo("\n".join(change.lines))
         return
-    progress.say(change.lines[0])
+    progress.print_line(change.lines[0])
     published = publishing.publish_release(change)
     click.echo(published.url)
     if not published.fresh:
-        progress.say("nothing to do: this release stands there already")
+        progress.print_line("nothing to do: this release stands there already")
 
 
 @quant.command()
@@ -72,7 +72,7 @@ def sign(release: Path, key: Path) -> None:
     fresh = signing.sign_release(folder, key)
     click.echo(folder / SIGNATURE)
     if not fresh:
-        progress.say("nothing to do: this key has signed these files already")
+        progress.print_line("nothing to do: this key has signed these files already")
 
 
 @quant.command()
@@ -92,14 +92,18 @@ def rebuild(
 
     tools = toolchain.find_toolchain(llama_cpp)
     job, known = rebuilding.prepare_rebuild(manifest, out, tools, work, source)
-    with progress.shown(job.steps) as do:
+    with progress.show_progress(job.steps) as do:
         done = rebuilding.rebuild_release(job, known, manifest, do)
     click.echo(f"{done.folder}: {len(done.compared)} files hold the same bytes")
     if done.uncompared:
-        progress.say(f"not compared, for only the manifest was given: {', '.join(done.uncompared)}")
+        progress.print_line(
+            f"not compared, for only the manifest was given: {', '.join(done.uncompared)}"
+        )
     if done.figures:
-        progress.say(
+        progress.print_line(
             f"measured a little otherwise here, as processors do: {'; '.join(done.figures)}"
         )
     if done.packages:
-        progress.say(f"made with other packages, which changed nothing: {'; '.join(done.packages)}")
+        progress.print_line(
+            f"made with other packages, which changed nothing: {'; '.join(done.packages)}"
+        )

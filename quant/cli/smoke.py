@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quant.cli import progress, tables
-from quant.cli.options import FILE, FOLDER, json_option, one_line, quant, tools_option
+from quant.cli.options import FILE, FOLDER, json_option, quant, shorten, tools_option
 from quant.core import process
 from quant.core.format import to_pretty_json
 
@@ -143,21 +143,21 @@ def _show(verdict: "SmokeResult") -> None:
     for exchange in verdict.transcript:
         said = exchange.answer or ", ".join(exchange.calls)
         click.echo(
-            f"{'+' if exchange.thinking else '-'} {one_line(exchange.question)}\n    {one_line(said)}"
+            f"{'+' if exchange.thinking else '-'} {shorten(exchange.question)}\n    {shorten(said)}"
         )
     rows = []
     for s in verdict.scenarios:
         state = "passed" if s.passed else f"waived: {s.waived}" if s.waived else "FAILED"
         rows.append(
-            (s.name, s.kind, state if s.detail == "ok" else f"{state}: {one_line(s.detail)}")
+            (s.name, s.kind, state if s.detail == "ok" else f"{state}: {shorten(s.detail)}")
         )
-    tables.show(("scenario", "kind", "verdict"), rows)
+    tables.print_table(("scenario", "kind", "verdict"), rows)
     for s in verdict.scenarios:
         if not s.passed and (s.prompt or s.answer):
-            progress.say(f"{s.name} ({s.kind}): {s.detail}")
+            progress.print_line(f"{s.name} ({s.kind}): {s.detail}")
             for what, text in (("prompt", s.prompt), ("answer", s.answer)):
                 if text:
-                    progress.say(f"  {what}:")
-                    progress.say("\n".join(f"    {line}" for line in text.splitlines()))
+                    progress.print_line(f"  {what}:")
+                    progress.print_line("\n".join(f"    {line}" for line in text.splitlines()))
     if not verdict.passed:
-        progress.say(f"the server's last words:\n{verdict.log}")
+        progress.print_line(f"the server's last words:\n{verdict.log}")

@@ -10,13 +10,13 @@ from quant.cli import progress
 from quant.cli.options import (
     FILE,
     FOLDER,
-    absent,
     hessians_option,
     jobs_option,
+    make_engine_settings,
     memory_option,
+    parse_size_option,
     quant,
-    settings,
-    size,
+    require_absent,
     tools_option,
     variants_option,
 )
@@ -54,7 +54,7 @@ def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vis
             f"{checkpoint}/config.json: vision_config: missing; this model has no vision part"
         )
     template = patched_template(recipe.template if recipe else "none", found)
-    with files.temp_folder(absent(out)) as folder:
+    with files.temp_folder(require_absent(out)) as folder:
         made = folder / out.name
         facts = (
             write_vision(found, said, made)
@@ -62,7 +62,7 @@ def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vis
             else write_base(found, template.text if template else None, said, made)
         )
         files.replace_atomically(made, out)
-    progress.say(f"{out}: {facts['tensors']} tensors, {facts['parameters']:,} weights")
+    progress.print_line(f"{out}: {facts['tensors']} tensors, {facts['parameters']:,} weights")
 
 
 @quant.command()
@@ -115,7 +115,7 @@ def quantize(
     from quant.quantize.gptq import REVISION
     from quant.quantize.variants import QuantizeTarget, is_written, write_variants
 
-    size(max_size)
+    parse_size_option(max_size)
     chosen = [read_type_file(tensor_types)] if tensor_types else [load_variant(v) for v in variants]
     if not chosen or (tensor_types and variants):
         raise click.UsageError("expected --variant or --tensor-types, and not both")
@@ -160,17 +160,17 @@ def quantize(
         identity,
         tools,
         work.root,
-        settings(jobs, memory),
+        make_engine_settings(jobs, memory),
         moments=hessians and hessians.resolve(),
     )
-    with work.lock(), progress.shown(1) as do:
+    with work.lock(), progress.show_progress(1) as do:
         written = do("quantize", stem, pass_over)
     files.remove(work.root)
     for t, facts in zip(targets, written, strict=True):
         paths = [t.path.with_name(name) for name in facts["files"]]
         more = f" and {len(paths) - 1} more" if paths[1:] else ""
         whole = sum(p.stat().st_size for p in paths)
-        progress.say(
+        progress.print_line(
             f"{paths[0]}{more}: {whole:,} bytes, {t.plan.bits_per_weight:.2f} bits per weight"
         )
 
@@ -199,5 +199,5 @@ def shard(gguf: Path, out: Path, max_size: str, llama_cpp: Path | None) -> None:
             gguf.resolve(), max_size, toolchain.find_toolchain(llama_cpp), folder / gguf.stem
         )
         for made in sorted(folder.glob("*.gguf")):
-            files.replace_atomically(made, absent(out / made.name))
-            progress.say(str(out / made.name))
+            files.replace_atomically(made, require_absent(out / made.name))
+            progress.print_line(str(out / made.name))

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 
-def show(
+def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None
 ) -> None:
     """Print a table; columns whose name begins with ``>`` hold numbers and stand to the right."""

@@ -42,7 +42,7 @@ def patch_gguf(gguf: Path, name: str | None, out: Path) -> None:
     from quant.chat.gguf_patch import describe_patch, patch_file
 
     for line in describe_patch(patch_file(gguf, out, name)):
-        progress.say(line)
+        progress.print_line(line)
 
 
 @template.command()
@@ -80,7 +80,7 @@ def render(
         thinking,
     )
     made = render_in_sandbox(taken.text, [ask], tokens=taken.tokens)[ask.name]
-    progress.say(
+    progress.print_line(
         f"template: {taken.where}{f', patched by {taken.patch.name}' if taken.patch else ''}"
     )
     if made.text is None:

@@ -39,14 +39,14 @@ def run_program(
 
     ``meanwhile`` is called every second while it runs.
     """
-    with _logged(command, log) as out:
-        process = _start(command, cwd, out, env)
+    with open_log(command, log) as out:
+        process = start_process(command, cwd, out, env)
         try:
             while (code := _wait(process, LOOK_SECONDS if meanwhile else None)) is None:
                 assert meanwhile
                 meanwhile()
         finally:
-            _stop(process)
+            stop_process(process)
     if code and (reason := find_write_problem(cwd)):
         raise InputError(
             f"{cwd}: {name or Path(command[0]).name} stopped: {reason}; free some and run again"
@@ -77,7 +77,7 @@ def find_free_port(wanted: int | None = None) -> int:
 
 
 @contextmanager
-def _logged(command: Sequence[str | Path], log: Path) -> Iterator[int]:
+def open_log(command: Sequence[str | Path], log: Path) -> Iterator[int]:
     """Append the command, as it could be typed, to the log, and give the log to write to."""
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -87,7 +87,7 @@ def _logged(command: Sequence[str | Path], log: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _start(
+def start_process(
     command: Sequence[str | Path],
     cwd: Path,
     out: int,
@@ -103,19 +103,19 @@ def _start(
             stderr=out,
             stdin=subprocess.DEVNULL,
             env=env,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
             process_group=0 if group else None,
         )
     except OSError as e:
         raise ToolError(f"{command[0]}: cannot be started ({e})") from e
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child, before it becomes the tool: be killed when the parent dies, even of ``kill -9``."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _stop(process: subprocess.Popen[bytes], group: bool = False) -> None:
+def stop_process(process: subprocess.Popen[bytes], group: bool = False) -> None:
     """End a child that still runs: asked first, killed after five seconds; then whatever is left of its group."""
     try:
         if process.poll() is None:

@@ -16,6 +16,6 @@ def redact_token(text: str) -> str:
     return LIKE_A_TOKEN.sub("hf_…", text)
 
 
-def mask_token(text: str) -> str:
+def redact_urls(text: str) -> str:
     """A text without a token, and without what follows the ``?`` of an address: that may be a signature."""
     return redact_token(re.sub(r"(?<=\w)\?[^\s'\"]+", "", text))

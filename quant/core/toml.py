@@ -41,7 +41,7 @@ def parse_json_value(data: Any, noun: type[T], where: str) -> T:
 
 def read_recipe_text(path: Path) -> str:
     """The text of what a person wrote. Raises InputError as :func:`text_of`, and for a token in it, without telling it."""
-    text = text_of(path)
+    text = read_utf8(path)
     raise_problems(
         f"{path}: line {n}: expected no token of the hub, found one; take it out, revoke it if anybody has seen this file,"
         f" and set {TOKEN}"
@@ -51,7 +51,7 @@ def read_recipe_text(path: Path) -> str:
     return text
 
 
-def text_of(path: Path) -> str:
+def read_utf8(path: Path) -> str:
     """A file's text. Raises InputError when it cannot be read, or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")

@@ -31,7 +31,7 @@ class ModelSource(Strict):
     folder: str | None = None
 
 
-WANTED = (
+PATTERNS = (
     "*.json",
     "*.safetensors",
     "*.jinja",
@@ -90,7 +90,7 @@ def pull_checkpoint(source: ModelSource, beside: Path, store: Store) -> Checkpoi
         "source", origin, lambda partial: _download(repo, revision, partial), keep_partial=True
     )
     folder = done.folder / "checkpoint"
-    raise_problems(checkpoint_problems(folder))
+    raise_problems(find_checkpoint_problems(folder))
     receipts = tuple(
         Receipt(r.path.removeprefix("checkpoint/"), r.sha256, r.bytes)
         for r in done.receipts
@@ -101,11 +101,11 @@ def pull_checkpoint(source: ModelSource, beside: Path, store: Store) -> Checkpoi
 
 def read_checkpoint(folder: Path, store: Store | None = None) -> Checkpoint:
     """The checkpoint in a folder, verified; digests are remembered in the store. Raises InputError with every problem."""
-    raise_problems(checkpoint_problems(folder))
-    return Checkpoint(folder, {"folder": folder.name}, read_digests(folder, store))
+    raise_problems(find_checkpoint_problems(folder))
+    return Checkpoint(folder, {"folder": folder.name}, hash_checkpoint(folder, store))
 
 
-def checkpoint_problems(folder: Path) -> Iterator[str]:
+def find_checkpoint_problems(folder: Path) -> Iterator[str]:
     """Every reason why this folder cannot be converted; nothing means that it can."""
     if not folder.is_dir():
         yield f"{folder}: expected a folder with a checkpoint, found {'a file' if folder.exists() else 'nothing'}"
@@ -121,11 +121,11 @@ def checkpoint_problems(folder: Path) -> Iterator[str]:
         found = f"only {others[0]}, which can run code when it is loaded" if others else "none"
         yield f"{folder}: expected weights in *.safetensors, found {found}; convert them with safetensors first"
     for path in weights:
-        yield from safetensors_problems(path)
+        yield from find_safetensors_problems(path)
     yield from _index_problems(folder / "model.safetensors.index.json")
 
 
-def safetensors_problems(path: Path) -> Iterator[str]:
+def find_safetensors_problems(path: Path) -> Iterator[str]:
     """What is wrong with one safetensors file: its length against its own header, then the library's checks."""
     from safetensors import (  # numpy comes with it: not for commands that read no weights
         SafetensorError,
@@ -167,12 +167,12 @@ def safetensors_problems(path: Path) -> Iterator[str]:
         yield f"{path}: not a sound safetensors file: {e}"
 
 
-def read_digests(folder: Path, store: Store | None) -> tuple[Receipt, ...]:
+def hash_checkpoint(folder: Path, store: Store | None) -> tuple[Receipt, ...]:
     """A receipt for every file of a checkpoint's folder.
 
     Digests are remembered in the store: hashing 700 GB on every start would cost minutes.
     """
-    wanted = sorted({p for pattern in WANTED for p in folder.glob(pattern) if p.is_file()})
+    wanted = sorted({p for pattern in PATTERNS for p in folder.glob(pattern) if p.is_file()})
     found = digest_cache.hash_files(wanted, store.root / DIGESTS if store else None)
     return tuple(Receipt(p.name, found[p], p.stat().st_size) for p in wanted)
 
@@ -263,7 +263,9 @@ def list_files(repo: str, revision: str) -> tuple[str, dict[str, Any]]:
 
 def select_files(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Of a commit's files, those that a conversion can need."""
-    return {path: entry for path, entry in entries.items() if any(fnmatch(path, p) for p in WANTED)}
+    return {
+        path: entry for path, entry in entries.items() if any(fnmatch(path, p) for p in PATTERNS)
+    }
 
 
 def _listing_problems(commit: str, names: Collection[str]) -> Iterator[str]:
@@ -276,5 +278,5 @@ def _listing_problems(commit: str, names: Collection[str]) -> Iterator[str]:
     yield from (
         f"{commit}: expected names of files, found {name!r}, which is not safe to write here"
         for name in names
-        if not SAFE_NAME.fullmatch(name) and any(fnmatch(name, p) for p in WANTED)
+        if not SAFE_NAME.fullmatch(name) and any(fnmatch(name, p) for p in PATTERNS)
     )

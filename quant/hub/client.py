@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from quant.core.secrets import TOKEN, mask_token
+from quant.core.secrets import TOKEN, redact_urls
 from quant.errors import InputError, Unreachable
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -143,7 +143,7 @@ def read_error_text(e: BaseException) -> str:
     answer = getattr(e, "server_message", None)
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     first = lines[0] if lines else type(e).__name__
-    return mask_token(
+    return redact_urls(
         f"{read_status(e)}: {answer}" if answer and 400 <= (read_status(e) or 0) < 500 else first
     )
 
@@ -168,7 +168,7 @@ def _hide_in_logs() -> None:
     def hiding(*args: Any, **kw: Any) -> logging.LogRecord:
         record = make(*args, **kw)
         if record.name.partition(".")[0] in CLIENTS:
-            record.msg, record.args = mask_token(record.getMessage()), ()
+            record.msg, record.args = redact_urls(record.getMessage()), ()
         return record
 
     hiding.hides = True  # type: ignore[attr-defined]  # marks our own function

@@ -58,18 +58,18 @@ def write_lock(source: ModelSource, recipe: Path, revision: str | None = None) -
             for path, e in sorted(select_files(entries).items())
         ),
     )
-    files.write_text(lock_path(recipe), to_pretty_json(locked.json()))
+    files.write_text(locate_lock(recipe), to_pretty_json(locked.json()))
     return locked
 
 
-def lock_path(recipe: Path) -> Path:
+def locate_lock(recipe: Path) -> Path:
     """Where the lock of a recipe is."""
     return recipe.with_suffix(".lock.json")
 
 
 def read_lock(source: ModelSource, recipe: Path) -> Lock | None:
     """The lock beside a recipe, if there is one; raises InputError for one that is broken or of another repo."""
-    path = lock_path(recipe)
+    path = locate_lock(recipe)
     if not path.exists():
         return None
     try:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from quant.core.memory import measure_free_memory
 from quant.core.process import (
-    _logged,
-    _start,
-    _stop,
     describe_exit,
     find_free_port,
+    open_log,
     read_log_tail,
+    start_process,
+    stop_process,
 )
 from quant.errors import ToolError
 from quant.llama.chat_client import ChatClient, connect
@@ -87,14 +87,17 @@ def serve_model(tools: Toolchain, settings: ServerSettings) -> Iterator[LlamaSer
     port, log = find_free_port(settings.port), settings.log
     address = ("--host", "127.0.0.1", "--port", str(port))
     command = [tools.path("llama-server"), *settings.arguments, *address]
-    with _logged(command, log) as out, _start(command, log.parent, out, group=True) as process:
+    with (
+        open_log(command, log) as out,
+        start_process(command, log.parent, out, group=True) as process,
+    ):
         try:
             with connect(port, settings.answer_seconds, settings.max_answer) as client:
                 server = LlamaServer(process, port, client, settings)
                 _wait_until_loaded(server)
                 yield server
         finally:
-            _stop(process, group=True)
+            stop_process(process, group=True)
 
 
 def _wait_until_loaded(server: LlamaServer) -> None:

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quant.core.process import _die_with_parent, run_program
+from quant.core.process import die_with_parent, run_program
 from quant.errors import ToolError
 
 TOOLS = (
@@ -146,7 +146,7 @@ def _ask_version(tool: Path) -> str:
             errors="replace",
             timeout=60,
             check=False,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
     except (OSError, subprocess.TimeoutExpired) as e:
         raise ToolError(f"{tool}: cannot be started ({e})") from e

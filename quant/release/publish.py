@@ -162,7 +162,7 @@ def publish_release(change: Change) -> Publication:
 
 def _target_problems(target: Destination) -> Iterator[str]:
     if not REPO.fullmatch(target.repo):
-        yield f"repo: expected OWNER/NAME, found {secrets.mask_token(target.repo)!r}"
+        yield f"repo: expected OWNER/NAME, found {secrets.redact_urls(target.repo)!r}"
     if target.parent and not COMMIT.fullmatch(target.parent):
         yield f"parent: expected a commit (40 letters of hex), found {target.parent!r}"
     if target.tag is not None and (

@@ -21,6 +21,6 @@ def test_only_what_may_pass_is_tried_again(
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     from prefect.states import Failed
 
-    from flows.quantize import may_pass
+    from flows.quantize import is_retryable
 
-    assert may_pass(None, None, Failed(data=error)) is again
+    assert is_retryable(None, None, Failed(data=error)) is again

@@ -15,9 +15,9 @@ def test_a_token_instead_of_the_name_of_its_block_is_refused_and_not_repeated(
     given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    from flows.quantize import shown_token
+    from flows.quantize import use_token
 
-    with pytest.raises(InputError) as caught, shown_token(given):
+    with pytest.raises(InputError) as caught, use_token(given):
         pass
     assert str(caught.value).startswith(
         "token_secret: expected the name of a secret block, found a token; "

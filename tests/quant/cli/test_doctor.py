@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from quant.cli import doctor
-from quant.cli.doctor import LIBRARIES, Finding, examine
+from quant.cli.doctor import LIBRARIES, Finding, examine_machine
 from quant.cli.options import quant
 from quant.errors import ToolError
 from quant.llama.toolchain import BRING_TOOLS, TOOLS, Toolchain
@@ -22,7 +22,7 @@ def run(tools: Toolchain) -> Result:
 
 
 def found(tools: Toolchain) -> dict[str, Finding]:
-    return {f.what: f for f in examine(tools.bin)}
+    return {f.what: f for f in examine_machine(tools.bin)}
 
 
 def test_a_machine_with_everything_is_fine(fake_tools: Fake) -> None:
@@ -46,7 +46,7 @@ def test_a_machine_with_everything_is_fine(fake_tools: Fake) -> None:
 
 
 def test_it_says_by_what_types_are_quantised(fake_tools: Fake) -> None:
-    rows = [f for f in examine() if f.what == "kernels"]
+    rows = [f for f in examine_machine() if f.what == "kernels"]
     if sets := load_library().sets:
         assert (rows[0].ok, rows[0].version) == (True, sets[0])
         assert {"Q4_K", "IQ4_XS"} <= set(rows[0].where.split(", "))
@@ -72,9 +72,9 @@ def test_tools_that_are_too_old_are_not_fine(fake_tools: Fake) -> None:
 
 def test_a_missing_server_is_told_once(fake_tools: Fake) -> None:
     tools = fake_tools(missing=("llama-server",))
-    assert [f.what for f in examine(tools.bin) if f.what in ("llama.cpp", "llama-server")] == [
-        "llama-server"
-    ]
+    assert [
+        f.what for f in examine_machine(tools.bin) if f.what in ("llama.cpp", "llama-server")
+    ] == ["llama-server"]
 
 
 def test_a_missing_library_comes_with_what_brings_it(
@@ -105,4 +105,4 @@ def test_a_missing_compiler_and_converter_come_with_what_brings_them(
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="no such folder"):
-        examine(tmp_path / "none")
+        examine_machine(tmp_path / "none")

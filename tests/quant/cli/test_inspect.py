@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from quant.cli.options import one_line, quant
+from quant.cli.options import quant, shorten
 from tests.gguf_files import TWO, key, write
 
 
@@ -68,7 +68,7 @@ def test_metadata_that_is_no_number_is_still_json(tmp_path: Path) -> None:
     ],
 )
 def test_a_value_becomes_one_short_line(value: object, said: str) -> None:
-    assert one_line(value) == said
+    assert shorten(value) == said
 
 
 def test_brackets_of_a_file_are_shown_and_are_no_style(tmp_path: Path) -> None:

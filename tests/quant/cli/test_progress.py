@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from quant.cli import progress
-from quant.cli.progress import Bar, Lines, format_seconds, say, shown
+from quant.cli.progress import BarProgress, LineProgress, format_fraction, print_line, show_progress
 from quant.core.progress import report_progress
 
 
@@ -18,14 +18,14 @@ def fail() -> None:
 
 
 def test_a_line_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    say("Grüße")
+    print_line("Grüße")
     assert capsys.readouterr() == ("", "Grüße\n")
 
 
 def test_every_stage_is_a_numbered_line_after_it_is_done(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    do = Lines(12)
+    do = LineProgress(12)
     for n in range(12):
         assert do("plan", f"V{n}", lambda n=n: n) == n  # type: ignore[misc]
     out, err = capsys.readouterr()
@@ -36,16 +36,16 @@ def test_every_stage_is_a_numbered_line_after_it_is_done(
 
 
 def test_a_stage_that_fails_is_no_line(capsys: pytest.CaptureFixture[str]) -> None:
-    do = Lines(1)
+    do = LineProgress(1)
     with pytest.raises(ValueError, match="stop"):
         do("plan", "V", fail)
     assert capsys.readouterr().err == ""
     assert do.done == 0
 
 
-def bar_at(total: int) -> tuple[Bar, Callable[[], Any]]:
+def bar_at(total: int) -> tuple[BarProgress, Callable[[], Any]]:
     shown_by = Progress(console=Console(quiet=True))
-    bar = Bar(shown_by, total)
+    bar = BarProgress(shown_by, total)
     return bar, lambda: shown_by.tasks[0]
 
 
@@ -58,14 +58,14 @@ def test_a_bar_names_the_stage_and_goes_on_when_it_is_done() -> None:
     assert task().completed == 1
 
 
-@pytest.mark.parametrize(("terminal", "kind"), [(True, Bar), (False, Lines)])
+@pytest.mark.parametrize(("terminal", "kind"), [(True, BarProgress), (False, LineProgress)])
 def test_a_bar_is_shown_on_a_terminal_only(
     monkeypatch: pytest.MonkeyPatch, terminal: bool, kind: type
 ) -> None:
     monkeypatch.setattr(
         progress, "Console", lambda **_: Console(force_terminal=terminal, quiet=True)
     )
-    with shown(3) as do:
+    with show_progress(3) as do:
         assert isinstance(do, kind)
 
 
@@ -87,7 +87,7 @@ def test_a_log_hears_of_a_long_stage_now_and_then(
         monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
         report_progress(0.5)
 
-    Lines(12)("quantize", "V", work)
+    LineProgress(12)("quantize", "V", work)
     told, done = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r" {8}quantize +V  50 %, 0:00 left", told)
     assert done.startswith("[ 1/12] quantize")
@@ -105,4 +105,4 @@ def test_a_log_hears_of_a_long_stage_now_and_then(
 def test_the_time_that_is_left_goes_by_what_was_done(
     share: float, seconds: float, text: str
 ) -> None:
-    assert format_seconds(share, seconds) == text
+    assert format_fraction(share, seconds) == text

@@ -8,7 +8,7 @@ from quant.cli import tables
 def test_numbers_stand_to_the_right_and_words_to_the_left(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tables.show(("name", ">bytes"), [("a", "1"), ("long", "1,000")])
+    tables.print_table(("name", ">bytes"), [("a", "1"), ("long", "1,000")])
     out, err = capsys.readouterr()
     rows = [line.rstrip() for line in out.splitlines() if line.strip() and "─" not in line]
     assert rows == ["  name   bytes", "  a          1", "  long   1,000"]
@@ -17,19 +17,19 @@ def test_numbers_stand_to_the_right_and_words_to_the_left(
 
 def test_a_long_cell_is_whole_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     path = "/a deep folder" * 100
-    tables.show(("where", ">n"), [(path, "1")])
+    tables.print_table(("where", ">n"), [(path, "1")])
     out = capsys.readouterr().out
     assert path in out
     assert max(map(len, out.splitlines())) < len(path) + 20
 
 
 def test_text_in_brackets_is_text(capsys: pytest.CaptureFixture[str]) -> None:
-    tables.show(("a", "b"), [("[bold]x[/bold]", "[/nothing]")], title="T")
+    tables.print_table(("a", "b"), [("[bold]x[/bold]", "[/nothing]")], title="T")
     out = capsys.readouterr().out
     assert "[bold]x[/bold]" in out
     assert "[/nothing]" in out
 
 
 def test_an_empty_table_is_its_head(capsys: pytest.CaptureFixture[str]) -> None:
-    tables.show(("name",), [])
+    tables.print_table(("name",), [])
     assert "name" in capsys.readouterr().out

@@ -71,7 +71,7 @@ def lay(folder: Path, changes: Mapping[str, bytes | None] | None = None) -> Path
 
 
 def problems(folder: Path) -> str:
-    return "\n".join(checkpoint.checkpoint_problems(folder))
+    return "\n".join(checkpoint.find_checkpoint_problems(folder))
 
 
 # A checkpoint in a folder
