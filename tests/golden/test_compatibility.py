@@ -58,7 +58,9 @@ def describe(parameter: click.Parameter) -> set[str]:
 @pytest.mark.parametrize("path", COMMANDS)
 def test_a_command_takes_what_it_took(path: str) -> None:
     parameters = find_command(path).params
-    options = {n: p for p in parameters for n in (*p.opts, *p.secondary_opts)}
+    options = {
+        n: p for p in parameters for n in (*p.opts, *p.secondary_opts, *getattr(p, "aliases", ()))
+    }
     arguments = [p for p in parameters if isinstance(p, click.Argument)]
     positional = [row for row in COMMANDS[path] if not row.startswith("-")]
     assert [describe(p) for p in arguments] == [set(row.split(", ")[1:]) for row in positional]
