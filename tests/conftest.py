@@ -38,6 +38,18 @@ def fake_tools(tmp_path: Path) -> Callable[..., Toolchain]:
     return make
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out modules whose every test is deselected by a marker: some import torch or Prefect."""
+    if collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text()
+    for marker in ("tools", "prefect"):
+        whole = f"\npytestmark = pytest.mark.{marker}\n" in text
+        if whole and f"not {marker}" in config.getoption("markexpr"):
+            return True
+    return None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests that share a costly fixture on one worker: a model that is built, a Prefect server."""
     for item in items:

@@ -6,11 +6,10 @@ A twin goes through every stage that its large sister goes through, in seconds; 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-from transformers import AutoConfig, PreTrainedModel
+if TYPE_CHECKING:  # torch and transformers take seconds to import: only who makes a model waits
+    from transformers import PreTrainedModel
 
 TINY_GLM = Path(__file__).parents[2] / "recipes" / "models" / "tiny-glm"
 """The trained tiny model; twins speak its tokens."""
@@ -114,8 +113,11 @@ def write_twin(
     return folder
 
 
-def random_model(architecture: str, seed: int, changes: dict[str, Any]) -> PreTrainedModel:
+def random_model(architecture: str, seed: int, changes: dict[str, Any]) -> "PreTrainedModel":
     """A model in BF16 that differs from any other seed's in every matrix; the caller's own chance is left alone."""
+    import torch
+    import transformers
+
     model_type, numbers = ARCHITECTURES[architecture]
     config = configuration(model_type, numbers | changes)
     model_class = getattr(transformers, architecture)
@@ -132,6 +134,8 @@ def random_model(architecture: str, seed: int, changes: dict[str, Any]) -> PreTr
 
 def configuration(model_type: str, numbers: dict[str, Any]) -> Any:
     """The configuration with the tiny tokenizer's vocabulary and special tokens."""
+    from transformers import AutoConfig
+
     tokens = added_tokens()
     ends = [tokens[token] for token in ("<|endoftext|>", "<|user|>", "<|observation|>")]
     shared = {
