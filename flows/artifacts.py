@@ -7,7 +7,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from quant.build import BuildResult
 from quant.calibration import coverage
-from quant.calibration.held_out import left_out
+from quant.calibration.held_out import describe_short_kinds
 from quant.calibration.imatrix import ImportanceMatrix
 from quant.chat.report import format_transcript
 from quant.chat.verdict import SmokeResult
@@ -65,7 +65,9 @@ def publish_coverage(key: str, matrix: ImportanceMatrix) -> None:
     )
     create_table_artifact(
         key=_key(key),
-        table=[dict(zip(columns, row, strict=True)) for row in coverage.list_rows(matrix.counts)],
+        table=[
+            dict(zip(columns, row, strict=True)) for row in coverage.make_table_rows(matrix.counts)
+        ],
         description=f"{matrix.path.name}: tokens by expert; sha256 {matrix.receipt.sha256}",
     )
 
@@ -77,7 +79,11 @@ def publish_conversation(key: str, verdict: SmokeResult) -> None:
 
 def publish_figures(key: str, found: ReleaseEvaluation) -> None:
     """How far each file is from BF16, as a whole and by domain."""
-    told = [f"BF16: PPL {found.base['ppl']}", left_out(found.too_short), *map(str, found.dominated)]
+    told = [
+        f"BF16: PPL {found.base['ppl']}",
+        describe_short_kinds(found.too_short),
+        *map(str, found.dominated),
+    ]
     create_table_artifact(
         key=_key(key),
         table=[

@@ -1,11 +1,12 @@
-"""What an importance matrix has seen: tokens by expert, who was missed, and a picture of it. Pure.
+"""Coverage of an importance matrix: tokens by expert, which experts saw too few, and a heat map. Pure.
 
-A matrix of experts is known as badly as its least visited expert: rows of an expert that saw no token are quantised as if
-all their columns mattered alike. Blocks behind the trunk (MTP) take no part in reading, so no calibration reaches them.
+A matrix of experts is only as good as its least visited expert: the rows of an expert without
+tokens are quantized as if all of their columns mattered alike. Blocks behind the trunk (MTP) are not
+run while a text is read, so no calibration text covers them.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +14,18 @@ from quant.core.svg import blend_colors, format_element, format_svg
 from quant.llama.tensors import split_block
 
 CELL, GUTTER, LINE = 10, 46, 14
-"""Of the picture, in pixels."""
+"""Sizes in the heat map, in pixels."""
 UNVISITED_COLOR, DARK, LIGHT = "#d62728", (8, 48, 107), (247, 251, 255)
-SHOWN = 8
-"""Numbers of experts that one line tells."""
+MAX_EXPERTS = 8
+"""Experts that one line lists."""
 
 Counts = Mapping[str, Sequence[int]]
-"""Tokens that each expert of a matrix saw, by the matrix's name; one number for a matrix without experts."""
+"""Tokens of each expert, by tensor name; one number for a matrix without experts."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How well one matrix is known."""
+    """The tokens that one matrix saw."""
 
     tensor: str
     tokens: tuple[int, ...]
@@ -37,7 +38,7 @@ class Coverage:
 
     @property
     def quartiles(self) -> tuple[int, int, int]:
-        """A quarter, half and three quarters of the experts saw at most so many."""
+        """Token counts that a quarter, half and three quarters of the experts do not exceed."""
         ranked = sorted(self.tokens)
         q1, q2, q3 = (ranked[max(math.ceil(len(ranked) * n / 4) - 1, 0)] for n in (1, 2, 3))
         return q1, q2, q3
@@ -48,60 +49,65 @@ class Coverage:
         return self.below(1)
 
     def below(self, tokens: int) -> tuple[int, ...]:
-        """Experts that saw fewer tokens than that."""
-        return tuple(n for n, seen in enumerate(self.tokens) if seen < tokens)
+        """Return the experts that saw fewer tokens than that."""
+        return tuple(expert for expert, count in enumerate(self.tokens) if count < tokens)
 
 
-def expert_coverage(counts: Counts) -> tuple[Coverage, ...]:
-    """The matrices that have experts, block by block."""
-    found = [Coverage(name, tuple(tokens)) for name, tokens in counts.items() if len(tokens) > 1]
-    return tuple(sorted(found, key=lambda c: parse_tensor_name(c.tensor)))
+def list_expert_coverage(counts: Counts) -> tuple[Coverage, ...]:
+    """Return the coverage of the matrices with experts, block by block."""
+    experts = [Coverage(name, tuple(tokens)) for name, tokens in counts.items() if len(tokens) > 1]
+    return tuple(sorted(experts, key=lambda c: parse_tensor_name(c.tensor)))
 
 
 def parse_tensor_name(tensor: str) -> tuple[int, str]:
-    """Block and kind of a matrix; -1 for one outside the blocks."""
+    """Return the block and the class of a tensor; block -1 for one outside the blocks."""
     block, rest = split_block(tensor)
     return (-1, tensor) if block is None else (block, rest.removesuffix(".weight"))
 
 
-def find_weak(counts: Counts, tokens: int) -> dict[str, str]:
-    """For every matrix with an expert that saw fewer tokens than that, in words which experts they are.
+def find_undercovered(counts: Counts, tokens: int) -> dict[str, str]:
+    """Find the matrices with insufficient coverage.
 
-    A matrix without experts is weak when it saw so few itself.
+    Args:
+        counts: Tokens by tensor and expert.
+        tokens: Tokens that each expert should see, and each matrix without experts.
+
+    Returns:
+        A reason by tensor name, which lists the experts.
     """
-    doubtful = (
+    coverages = (
         Coverage(name, tuple(counts[name])) for name in sorted(counts, key=parse_tensor_name)
     )
-    return {c.tensor: describe_weak(c, tokens) for c in doubtful if c.below(tokens)}
+    return {c.tensor: describe_undercovered(c, tokens) for c in coverages if c.below(tokens)}
 
 
-def describe_weak(coverage: Coverage, tokens: int) -> str:
-    """Which experts of which layer saw fewer tokens than that."""
-    if len(coverage.tokens) == 1:
-        return f"layer {parse_tensor_name(coverage.tensor)[0]}: saw {coverage.least} tokens, expected {tokens}"
-    experts = coverage.below(tokens)
-    listed = ", ".join(f"{n} ({coverage.tokens[n]})" for n in experts[:SHOWN])
-    more = f" and {len(experts) - SHOWN} more" if len(experts) > SHOWN else ""
+def describe_undercovered(coverage: Coverage, tokens: int) -> str:
+    """Return a line that lists the experts of a matrix with fewer tokens than that."""
     layer = parse_tensor_name(coverage.tensor)[0]
+    if len(coverage.tokens) == 1:
+        return f"layer {layer}: saw {coverage.least} tokens, expected {tokens}"
+    experts = coverage.below(tokens)
+    listed = ", ".join(f"{n} ({coverage.tokens[n]})" for n in experts[:MAX_EXPERTS])
+    more = f" and {len(experts) - MAX_EXPERTS} more" if len(experts) > MAX_EXPERTS else ""
     return (
         f"layer {layer}: expected {tokens} tokens for every expert, found fewer for {listed}{more}"
     )
 
 
-def count_missed(counts: Counts, tokens: int = 1) -> Iterator[str]:
-    """A line for each layer with experts that saw fewer tokens than that; matrices that saw the same are told once."""
-    told: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-    for c in expert_coverage(counts):
-        if c.below(tokens):
-            told.setdefault((parse_tensor_name(c.tensor)[0], c.tokens), []).append(c.tensor)
-    for names in told.values():
-        c = Coverage(names[0], tuple(counts[names[0]]))
-        yield f"{describe_weak(c, tokens)}; {', '.join(parse_tensor_name(name)[1] for name in names)}"
+def list_undercovered(counts: Counts, tokens: int = 1) -> Iterator[str]:
+    """Yield a line for each layer with experts that saw fewer tokens than that.
+
+    Matrices of a layer with the same counts share a line: gate, up and down see the same tokens.
+    """
+    names = [c.tensor for c in list_expert_coverage(counts) if c.below(tokens)]
+    for (block, by_expert), kinds in _group_equal(counts, names):
+        line = describe_undercovered(Coverage(f"blk.{block}.{kinds[0]}", by_expert), tokens)
+        yield f"{line}; {', '.join(kinds)}"
 
 
-def summarize(counts: Counts) -> dict[str, Any]:
-    """The whole in a few numbers, as plain JSON: for a manifest."""
-    experts = expert_coverage(counts)
+def summarize_coverage(counts: Counts) -> dict[str, Any]:
+    """Return the manifest's summary, as plain JSON."""
+    experts = list_expert_coverage(counts)
     return {
         "matrices": len(counts),
         "matrices_with_experts": len(experts),
@@ -110,28 +116,36 @@ def summarize(counts: Counts) -> dict[str, Any]:
     }
 
 
-def list_rows(counts: Counts) -> tuple[tuple[str, ...], ...]:
-    """For a table: matrices, experts, unvisited, least, quartiles, most. Matrices that saw the same share a line."""
-    told: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-    for name in sorted(counts, key=parse_tensor_name):
-        told.setdefault((parse_tensor_name(name)[0], tuple(counts[name])), []).append(
-            parse_tensor_name(name)[1]
-        )
-    table = []
-    for (block, tokens), kinds in told.items():
-        c = Coverage("", tokens)
-        numbers = (c.least, *c.quartiles, max(tokens))
-        experts = str(len(tokens)) if len(tokens) > 1 else "-"
-        table.append(
+def make_table_rows(counts: Counts) -> tuple[tuple[str, ...], ...]:
+    """Return the rows of a table: layer, matrices, experts, unvisited, least, quartiles, most.
+
+    Matrices of a layer with the same counts share a row.
+    """
+    rows = []
+    for (block, tokens), kinds in _group_equal(counts, sorted(counts, key=parse_tensor_name)):
+        coverage, has_experts = Coverage("", tokens), len(tokens) > 1
+        numbers = (coverage.least, *coverage.quartiles, max(tokens))
+        rows.append(
             (
                 str(block) if block >= 0 else "-",
                 ", ".join(kinds),
-                experts,
-                str(len(c.unvisited) if len(tokens) > 1 else "-"),
+                str(len(tokens)) if has_experts else "-",
+                str(len(coverage.unvisited)) if has_experts else "-",
                 *(f"{n:,}" for n in numbers),
             )
         )
-    return tuple(table)
+    return tuple(rows)
+
+
+def _group_equal(
+    counts: Counts, names: Iterable[str]
+) -> Iterable[tuple[tuple[int, tuple[int, ...]], list[str]]]:
+    """Group tensors by block and counts: return these with the classes of each group."""
+    groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for name in names:
+        block, kind = parse_tensor_name(name)
+        groups.setdefault((block, tuple(counts[name])), []).append(kind)
+    return groups.items()
 
 
 def draw_heat_map(counts: Counts, title: str) -> str:
@@ -141,7 +155,7 @@ def draw_heat_map(counts: Counts, title: str) -> str:
     one that saw the fewest tokens is drawn.
     """
     layers: dict[int, Coverage] = {}
-    for c in expert_coverage(counts):
+    for c in list_expert_coverage(counts):
         block = parse_tensor_name(c.tensor)[0]
         if block not in layers or sum(c.tokens) < sum(layers[block].tokens):
             layers[block] = c

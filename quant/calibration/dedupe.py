@@ -1,7 +1,9 @@
-"""Drop documents that say nearly the same as one before. Pure.
+"""Drop near duplicates among documents (MinHash). Pure.
 
-A document is known by a sketch of its word sequences: the smallest digests of all. How many two sketches share tells how
-much their documents do, without comparing every document with every other (Broder, 1997).
+A document is represented by a sketch: the smallest hashes of its word sequences. The overlap of two
+sketches estimates the Jaccard similarity of the documents, without comparing every pair (Broder,
+"On the resemblance and containment of documents", 1997). Kept by hand: datasketch would be a
+dependency for these lines, and its hash would decide which documents a release was made of.
 """
 
 import hashlib
@@ -13,25 +15,29 @@ from collections.abc import Sequence
 from quant.calibration.documents import Document
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")
-"""Kana and Han stand for themselves: they have no spaces."""
-WORDS_IN_A_SEQUENCE = 5
-SKETCH = 64
-ALIKE = 0.5
-"""The share of their sequences that two documents may have in common."""
+"""A word. Each kana and Han character is one, because these scripts have no spaces."""
+SHINGLE_WORDS = 5
+SKETCH_SIZE = 64
+MAX_SIMILARITY = 0.5
+"""Largest Jaccard similarity of word sequences that two documents may have."""
 
 
-def drop_duplicates(documents: Sequence[Document], alike: float = ALIKE) -> tuple[Document, ...]:
-    """The documents, in order, without those that share too much with one before."""
-    owners: dict[int, list[int]] = defaultdict(list)
+def drop_duplicates(
+    documents: Sequence[Document], max_similarity: float = MAX_SIMILARITY
+) -> tuple[Document, ...]:
+    """Return the documents in order, without those that are too similar to one before them."""
+    owners: dict[int, list[int]] = defaultdict(list)  # sketches that contain a hash
     kept: list[Document] = []
     sketches: list[frozenset[int]] = []
     for document in documents:
         own = sketch(document.words())
         shared = Counter(owner for part in own for owner in owners[part])
+        # The count of shared hashes only preselects, with a margin of two: near the limit the
+        # union of both sketches decides.
         if any(
-            similarity(own, sketches[other]) > alike
+            similarity(own, sketches[other]) > max_similarity
             for other, n in shared.items()
-            if n > len(own) * alike / 2
+            if n > len(own) * max_similarity / 2
         ):
             continue
         for part in own:
@@ -42,18 +48,17 @@ def drop_duplicates(documents: Sequence[Document], alike: float = ALIKE) -> tupl
 
 
 def sketch(text: str) -> frozenset[int]:
-    """The smallest digests of a text's word sequences."""
+    """Return the SKETCH_SIZE smallest hashes of a text's word sequences."""
     words = WORD.findall(text.casefold())
-    count = max(1, len(words) - WORDS_IN_A_SEQUENCE + 1)
-    sequences = {" ".join(words[n : n + WORDS_IN_A_SEQUENCE]) for n in range(count)}
-    digests = (
-        int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest(), "big")
-        for s in sequences
+    count = max(1, len(words) - SHINGLE_WORDS + 1)
+    shingles = {" ".join(words[n : n + SHINGLE_WORDS]) for n in range(count)}
+    hashes = (
+        int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest(), "big") for s in shingles
     )
-    return frozenset(heapq.nsmallest(SKETCH, digests))
+    return frozenset(heapq.nsmallest(SKETCH_SIZE, hashes))
 
 
 def similarity(a: frozenset[int], b: frozenset[int]) -> float:
-    """About the share of sequences that two texts have in common."""
-    smallest = frozenset(heapq.nsmallest(SKETCH, a | b))
+    """Return the estimated Jaccard similarity of two texts by their sketches."""
+    smallest = frozenset(heapq.nsmallest(SKETCH_SIZE, a | b))
     return len(smallest & a & b) / max(len(smallest), 1)

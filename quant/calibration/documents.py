@@ -1,6 +1,7 @@
-"""Documents: what a model reads while its activations are measured, and the JSON lines that hold them.
+"""Documents, and the JSON lines that hold them.
 
-The form of a line is described beside the embedded set. A document is a conversation, or plain text.
+A document is one conversation, or one plain text. ``calibration/sets/embedded/README.md`` describes
+the form of a line.
 """
 
 import json
@@ -21,8 +22,8 @@ FORM: dict[str, tuple[type, str]] = {
     "messages": (list, "a list"),
     "text": (str, "text"),
 }
-"""What a line holds: the id, and messages or a text, it must hold."""
-MAY_FOLLOW = {  # after a role (None: the start), these may come
+"""Keys of a line, with their type. The id is required, and either messages or a text."""
+MAY_FOLLOW = {
     None: {"system", "user"},
     "system": {"user"},
     "user": {"assistant"},
@@ -30,11 +31,12 @@ MAY_FOLLOW = {  # after a role (None: the start), these may come
     "calls": {"tool"},
     "tool": {"tool", "assistant"},
 }
+"""Roles that may follow a role. None is the beginning, ``calls`` an assistant that calls tools."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One conversation, or one text."""
+    """One conversation, or one plain text."""
 
     id: str
     language: str
@@ -42,27 +44,34 @@ class Document:
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] = ()
     text: str | None = None
-    """Instead of messages: read as it stands."""
+    """Plain text, used as it is, instead of messages."""
     source: str = ""
     kind: str = ""
 
     def words(self) -> str:
-        """All that is said in it, without declarations of tools and their arguments."""
+        """Return the text of all messages, without tool declarations and call arguments."""
         parts = (m.get(key) for m in self.messages for key in ("content", "reasoning_content"))
         return "\n".join([self.text or "", *(str(p) for p in parts if p)])
 
     def json(self) -> dict[str, Any]:
-        """All of it as plain JSON."""
+        """Return the document as plain JSON."""
         return asdict(self)
 
 
 def load_documents(name: str) -> tuple[Document, ...]:
-    """Every document of a folder of JSON lines, files and lines in order. Raises InputError with file, line and field."""
-    return tuple(document for path in set_files(name) for document in read_lines(path))
+    """Load every document of a folder of JSON lines.
+
+    Args:
+        name: Name of a shipped folder, or a path to a folder or file.
+
+    Raises:
+        InputError: There are no such files, or a line is broken. File, line and field are named.
+    """
+    return tuple(document for path in list_set_files(name) for document in read_document_file(path))
 
 
-def set_files(name: str) -> tuple[Path, ...]:
-    """The files of a folder, by its name or a path. Raises InputError when there are none."""
+def list_set_files(name: str) -> tuple[Path, ...]:
+    """Return the files of a folder by its name or path. Raise InputError if there are none."""
     known = sorted(p.name for p in SETS.iterdir() if p.is_dir())
     folder = SETS / name if name in known else Path(name)
     paths = (folder,) if folder.is_file() else tuple(sorted(folder.glob("*.jsonl")))
@@ -71,25 +80,33 @@ def set_files(name: str) -> tuple[Path, ...]:
     return paths
 
 
-def read_lines(path: Path) -> Iterator[Document]:
-    """The documents of one file of JSON lines. Raises InputError with every problem of the first line that is broken."""
-    for number, data in json_lines(path):
-        where = f"{path}:{number}"
-        raise_problems(_problems(data, where))
+def read_document_file(path: Path) -> Iterator[Document]:
+    """Yield the documents of a file of JSON lines.
+
+    Raises:
+        InputError: A line is broken. Every problem of the first such line is listed.
+    """
+    for number, data in read_json_lines(path):
+        raise_problems(_find_line_problems(data, f"{path}:{number}"))
         yield Document(
-            data["id"],
-            data.get("language", ""),
-            data.get("thinking", False),
-            tuple(data.get("messages", ())),
-            tuple(data.get("tools", ())),
-            data.get("text"),
+            id=data["id"],
+            language=data.get("language", ""),
+            thinking=data.get("thinking", False),
+            messages=tuple(data.get("messages", ())),
+            tools=tuple(data.get("tools", ())),
+            text=data.get("text"),
         )
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file of JSON lines, with their numbers. Raises InputError for what is none."""
-    # Not splitlines(): a JSON string may hold U+2028 and its like, which Python takes for ends of lines too.
-    for number, line in enumerate(render_text(path).removesuffix("\n").split("\n"), 1):
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a file of JSON lines with their line numbers, from 1.
+
+    Raises:
+        InputError: The file cannot be read, or a line is no JSON object.
+    """
+    # Not splitlines(): a JSON string may contain U+2028 and others, which Python takes for line
+    # ends too.
+    for number, line in enumerate(read_text_file(path).removesuffix("\n").split("\n"), 1):
         where = f"{path}:{number}"
         try:
             data = json.loads(line)
@@ -100,8 +117,8 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, data
 
 
-def render_text(path: Path) -> str:
-    """A file's text. Raises InputError when it cannot be read, is not UTF-8, or holds nothing."""
+def read_text_file(path: Path) -> str:
+    """Return a file's text. Raise InputError if it cannot be read, is not UTF-8, or is empty."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as e:
@@ -113,26 +130,29 @@ def render_text(path: Path) -> str:
     return text
 
 
-def role_problems(messages: Sequence[Mapping[str, Any]], where: str) -> Iterator[str]:
-    """Where roles do not follow each other as in a conversation: the first such place."""
+def find_role_problems(messages: Sequence[Mapping[str, Any]], where: str) -> Iterator[str]:
+    """Yield the first place where the roles are not in the order of a conversation, if any."""
     before: str | None = None
     for n, message in enumerate(messages):
         role = str(message.get("role"))
         if role not in MAY_FOLLOW[before]:
-            wanted = " or ".join(sorted(MAY_FOLLOW[before]))
+            expected = " or ".join(sorted(MAY_FOLLOW[before]))
             after = f"after {before}" if before else "at the beginning"
-            yield f"{where}: messages[{n}].role: roles out of order: expected {wanted} {after}, found {role}"
+            yield (
+                f"{where}: messages[{n}].role: roles out of order: expected {expected} {after},"
+                f" found {role}"
+            )
             return
         before = "calls" if role == "assistant" and message.get("tool_calls") else role
 
 
-def _problems(data: dict[str, Any], where: str) -> Iterator[str]:
+def _find_line_problems(data: dict[str, Any], where: str) -> Iterator[str]:
     for key in data:
         if key not in FORM:
             yield f"{where}: {key}: unknown key; {suggest_name(key, FORM)}"
-    for key, (kind, words) in FORM.items():
+    for key, (kind, expected) in FORM.items():
         if key in data and not isinstance(data[key], kind):
-            yield f"{where}: {key}: expected {words}, found {data[key]!r}"
+            yield f"{where}: {key}: expected {expected}, found {data[key]!r}"
     if "id" not in data:
         yield f"{where}: id: missing"
     if "text" in data:
@@ -143,14 +163,15 @@ def _problems(data: dict[str, Any], where: str) -> Iterator[str]:
     elif not data.get("messages"):
         yield f"{where}: messages: expected at least one, found none"
     elif isinstance(data["messages"], list):
-        yield from _message_problems(data["messages"], where)
+        yield from _find_message_problems(data["messages"], where)
 
 
-def _message_problems(messages: list[Any], where: str) -> Iterator[str]:
-    broken = False
-    for n, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            broken = True
-            yield f"{where}: messages[{n}]: expected an object with a role, found {message!r}"
-    if not broken:
-        yield from role_problems(messages, where)
+def _find_message_problems(messages: list[Any], where: str) -> Iterator[str]:
+    problems = [
+        f"{where}: messages[{n}]: expected an object with a role, found {message!r}"
+        for n, message in enumerate(messages)
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str)
+    ]
+    yield from problems
+    if not problems:
+        yield from find_role_problems(messages, where)

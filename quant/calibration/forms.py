@@ -1,8 +1,8 @@
-"""Bring a row of any source to one form: messages (with tools and thinking), or plain text.
+"""Convert rows of datasets to documents: messages with tools and reasoning, or plain text. Pure.
 
-Datasets hold conversations in a handful of ways. A row that makes no conversation (an empty answer, roles that do not
-follow each other) is left out, and counted by its reason; a column that is not there is an error, because then the whole
-source is another.
+Datasets hold conversations in a handful of forms. A row that makes no conversation (an empty
+answer, roles out of order) is skipped and counted by its reason. A missing column is an error: then
+the whole source has another form.
 """
 
 import ast
@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from quant.calibration.documents import Document, role_problems
+from quant.calibration.documents import Document, find_role_problems
 from quant.calibration.sets import CalibrationSource
 from quant.errors import InputError, raise_problems
 
 Row = Mapping[str, Any]
+Message = dict[str, Any]
+ColumnReader = Callable[[str], Any]
+"""Returns the value of a row's column, by the name that the form uses."""
 COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -26,7 +29,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "tree": ("message_id", "parent_id", "role", "text", "rank", "lang"),
     "text": ("text",),
 }
-"""What a form cannot do without; all may be called otherwise in a source."""
+"""Columns that a form requires. A source may map each to another name."""
 ROLES = {
     "human": "user",
     "prompter": "user",
@@ -38,250 +41,291 @@ ROLES = {
     "function": "tool",
     "function_response": "tool",
 }
+"""Our role for each name of a role in datasets."""
+# Tags of the Hermes format, https://github.com/NousResearch/Hermes-Function-Calling
 CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
-THOUGHT = re.compile(r"^\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*", re.DOTALL)
+REASONING = re.compile(r"^\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class NumberedRow:
-    """A row and where it is: ``FILE:ROW``."""
+    """A row and its position."""
 
     row: Row
     where: str
+    """FILE:ROW"""
     id: str
 
 
-class SkippedRows(ValueError):  # noqa: N818 - it reads as what happened
-    """A row makes no document; why, in words that many rows share."""
+class RowError(ValueError):
+    """A row makes no document. The text is a reason that many rows share.
+
+    Reasons are counted in lock files, so their wording should stay.
+    """
 
 
 def parse_rows(
     rows: Iterable[NumberedRow], source: CalibrationSource, left_out: Counter[str] | None = None
 ) -> Iterator[Document]:
-    """The documents in the rows of a source; ``left_out`` counts what makes none (of trees: conversations) by the reason.
+    """Yield the documents in the rows of a source.
 
-    Rows that the source does not ask for are not counted. Raises InputError for a column that is missing.
+    Args:
+        rows: Rows of all files of the source.
+        source: The form, the names of its columns, and which rows to take.
+        left_out: Counts the rows that make no document by their reason; of trees, the
+            conversations. Rows that the source does not ask for are not counted.
+
+    Raises:
+        InputError: A column is missing.
     """
-    known = False
-    kept = []
+    columns_checked = False
+    tree_rows = []
     for numbered in rows:
-        if not known:
-            raise_problems(_column_problems(numbered, source))
-            known = True
-        if _wanted(numbered.row, source):
-            kept.append(numbered)
-            if source.form != "tree":
-                yield from _made(partial(_one, kept.pop(), source), left_out)
-    for make in _trees(kept, source) if source.form == "tree" else ():
-        yield from _made(make, left_out)
+        if not columns_checked:
+            raise_problems(_find_column_problems(numbered, source))
+            columns_checked = True
+        if not _is_selected(numbered.row, source):
+            continue
+        if source.form == "tree":  # a conversation may be anywhere in the files
+            tree_rows.append(numbered)
+        else:
+            yield from _try_make(partial(_make_document, numbered, source), left_out)
+    for make in _list_conversations(tree_rows, source):
+        yield from _try_make(make, left_out)
 
 
-def _made(make: Callable[[], Document], left_out: Counter[str] | None) -> Iterator[Document]:
+def _try_make(make: Callable[[], Document], left_out: Counter[str] | None) -> Iterator[Document]:
     try:
         yield make()
-    except SkippedRows as e:
+    except RowError as e:
         if left_out is not None:
             left_out[str(e)] += 1
 
 
-def _column_problems(numbered: NumberedRow, source: CalibrationSource) -> Iterator[str]:
-    wanted = [source.columns.get(c, c) for c in COLUMNS[source.form]]
-    for column in (*wanted, *source.only, *source.without):
+def _find_column_problems(numbered: NumberedRow, source: CalibrationSource) -> Iterator[str]:
+    required = [source.columns.get(c, c) for c in COLUMNS[source.form]]
+    for column in (*required, *source.only, *source.without):
         if column not in numbered.row:
             file = numbered.where.rpartition(":")[0]
-            yield f"{file}: column {column}: missing; the file of {source.name} has {', '.join(sorted(numbered.row))}"
+            yield (
+                f"{file}: column {column}: missing; the file of {source.name} has"
+                f" {', '.join(sorted(numbered.row))}"
+            )
 
 
-def _wanted(row: Row, source: CalibrationSource) -> bool:
+def _is_selected(row: Row, source: CalibrationSource) -> bool:
     return all(str(row.get(c)) in values for c, values in source.only.items()) and not any(
         str(row.get(c)) in values for c, values in source.without.items()
     )
 
 
-def _one(numbered: NumberedRow, source: CalibrationSource) -> Document:
-    def column(name: str) -> Any:
+def _make_document(numbered: NumberedRow, source: CalibrationSource) -> Document:
+    def read_column(name: str) -> Any:
         return numbered.row.get(source.columns.get(name, name))
 
     if source.form == "text":
-        if not isinstance(text := column("text"), str) or not text.strip():
-            raise SkippedRows("no text")
-        return _document(numbered.id, source, text=text)
+        if not isinstance(text := read_column("text"), str) or not text.strip():
+            raise RowError("no text")
+        return _tag(numbered.id, source, text=text)
     try:
-        messages, tools = READ[source.form](column)
-    except SkippedRows:
+        messages, tools = READERS[source.form](read_column)
+    except RowError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise SkippedRows(f"not of the form {source.form}") from e
-    return _conversation(numbered.id, source, messages, tools)
+        raise RowError(f"not of the form {source.form}") from e
+    return _make_conversation(numbered.id, source, messages, tools)
 
 
-def _conversation(
+def _make_conversation(
     id_: str,
     source: CalibrationSource,
-    messages: list[dict[str, Any]],
+    messages: list[Message],
     tools: list[dict[str, Any]],
     language: str | None = None,
 ) -> Document:
-    """A document, if the messages make one: somebody asks, and the assistant has the last word."""
+    """Return a document that ends with an answer of the assistant, or raise RowError."""
     while messages and messages[-1]["role"] != "assistant":
         messages = messages[:-1]
     if not messages:
-        raise SkippedRows("no answer")
+        raise RowError("no answer")
     if not all(str(m["content"]).strip() or m.get("tool_calls") for m in messages):
-        raise SkippedRows("an empty message")
-    if list(role_problems(messages, id_)):
-        raise SkippedRows("roles out of order")
-    return _document(id_, source, tuple(messages), tuple(tools), language=language)
+        raise RowError("an empty message")
+    if list(find_role_problems(messages, id_)):
+        raise RowError("roles out of order")
+    return _tag(id_, source, messages=tuple(messages), tools=tuple(tools), language=language)
 
 
-def _document(
+def _tag(
     id_: str,
     source: CalibrationSource,
-    messages: tuple[dict[str, Any], ...] = (),
+    *,
+    messages: tuple[Message, ...] = (),
     tools: tuple[dict[str, Any], ...] = (),
     text: str | None = None,
     language: str | None = None,
 ) -> Document:
-    thinking = bool(messages) and bool(messages[-1].get("reasoning_content"))
+    """Return a document with the source's name, kind and language."""
     return Document(
-        id_, language or source.language, thinking, messages, tools, text, source.name, source.kind
+        id=id_,
+        language=language or source.language,
+        thinking=bool(messages) and bool(messages[-1].get("reasoning_content")),
+        messages=messages,
+        tools=tools,
+        text=text,
+        source=source.name,
+        kind=source.kind,
     )
 
 
-def _messages(column: Callable[[str], Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """``[{"role", "content"}]``, as most datasets have it."""
-    tools = _decoded(column("tools") or [])
+# ---- one reader for each form: messages and tools of a row
+
+
+def _read_messages(read_column: ColumnReader) -> tuple[list[Message], list[dict[str, Any]]]:
+    """Read ``[{"role", "content"}]``, the form of most datasets."""
+    tools = _parse_tools(read_column("tools") or [])
     return [
-        _message(m["role"], m["content"] or "", m.get("tool_calls")) for m in column("messages")
+        _make_message(m["role"], m["content"] or "", m.get("tool_calls"))
+        for m in read_column("messages")
     ], tools
 
 
-def _pairs(column: Callable[[str], Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A question and its answer in a column each."""
-    return [_message("user", column("input")), _message("assistant", column("output"))], []
+def _read_pairs(read_column: ColumnReader) -> tuple[list[Message], list[dict[str, Any]]]:
+    """Read a question and its answer from a column each."""
+    return [
+        _make_message("user", read_column("input")),
+        _make_message("assistant", read_column("output")),
+    ], []
 
 
-def _sharegpt(column: Callable[[str], Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """``[{"from", "value"}]``; calls of tools stand in the text, in Hermes' tags.
+def _read_sharegpt(read_column: ColumnReader) -> tuple[list[Message], list[dict[str, Any]]]:
+    """Read ``[{"from", "value"}]``, with tool calls in the text in Hermes' tags.
 
-    A system message that declares the tools is taken out: the model's own template declares them.
+    A system message that declares the tools is dropped: the model's own template declares them.
     """
     tools = [
         t if "function" in t else {"type": "function", "function": t}
-        for t in _decoded(column("tools") or [])
+        for t in _parse_tools(read_column("tools") or [])
     ]
-    messages: list[dict[str, Any]] = []
-    names: list[str] = []
-    for turn in column("conversations"):
-        role, value = _role(turn["from"]), str(turn["value"])
+    messages: list[Message] = []
+    pending: list[str] = []  # names of calls without a result
+    for turn in read_column("conversations"):
+        role, value = _parse_role(turn["from"]), str(turn["value"])
         if role == "system" and tools and "<tools>" in value:
             continue
         if role == "tool":
-            messages += [
-                _result(told, names) for told in RESPONSE.findall(value) or [value.strip()]
-            ]
+            # Several results may stand in one turn, each in a tag of its own.
+            results = RESPONSE.findall(value) or [value.strip()]
+            messages += [_make_result(result, pending) for result in results]
             continue
-        calls = [_literal(found) for found in CALL.findall(value)] if role == "assistant" else []
-        names = [c["name"] for c in calls]
-        functions = [{"function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
-        messages.append(
-            _message(
-                role, CALL.sub("", value).strip(), [{"type": "function", **f} for f in functions]
-            )
-        )
+        calls = [_parse_literal(c) for c in CALL.findall(value)] if role == "assistant" else []
+        pending = [c["name"] for c in calls]
+        functions = [{"name": c["name"], "arguments": c["arguments"]} for c in calls]
+        tool_calls = [{"type": "function", "function": f} for f in functions]
+        messages.append(_make_message(role, CALL.sub("", value).strip(), tool_calls))
     return messages, tools
 
 
-def _result(told: str, waiting: list[str]) -> dict[str, Any]:
-    """What a tool answered, with the name of its call, which then waits no more: the one it names, else the first."""
+READERS = {"messages": _read_messages, "sharegpt": _read_sharegpt, "pairs": _read_pairs}
+
+
+def _make_result(result: str, pending: list[str]) -> Message:
+    """Return a tool's result, and remove its call from the pending ones.
+
+    It belongs to the call that it names, otherwise to the first one.
+    """
     try:
-        named = _literal(told)["name"]
+        name = _parse_literal(result)["name"]
     except (ValueError, TypeError, KeyError, IndexError):
-        named = None
-    if not waiting:
-        raise SkippedRows("a result that nobody called for")
-    return {
-        "role": "tool",
-        "content": told,
-        "name": waiting.pop(waiting.index(named) if named in waiting else 0),
-    }
+        name = None
+    if not pending:
+        raise RowError("a result that nobody called for")
+    call = pending.pop(pending.index(name) if name in pending else 0)
+    return {"role": "tool", "content": result, "name": call}
 
 
-def _literal(told: str) -> Any:
-    """JSON, or what people write who print a dictionary of Python instead. Raises LeftOut for anything else."""
+def _parse_literal(text: str) -> Any:
+    """Parse JSON or a Python literal, or raise RowError.
+
+    Some datasets hold ``str(dict)`` instead of JSON. ast.literal_eval reads literals and runs
+    nothing.
+    """
     try:
-        return json.loads(told)
+        return json.loads(text)
     except (ValueError, RecursionError):
         pass
     try:
-        return json.loads(
-            json.dumps(ast.literal_eval(told))
-        )  # by way of JSON, so that no set or bytes come out
+        # By way of JSON, so that no set or bytes come out.
+        return json.loads(json.dumps(ast.literal_eval(text)))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as e:
-        raise SkippedRows("calls or tools that are neither JSON nor a literal of Python") from e
+        raise RowError("calls or tools that are neither JSON nor a literal of Python") from e
 
 
-READ = {"messages": _messages, "sharegpt": _sharegpt, "pairs": _pairs}
+def _parse_role(name: str) -> str:
+    if name not in ROLES:
+        raise RowError("a role that is not known")
+    return ROLES[name]
 
 
-def _role(told: str) -> str:
-    if told not in ROLES:
-        raise SkippedRows("a role that is not known")
-    return ROLES[told]
-
-
-def _message(role: str, content: Any, calls: Any = None) -> dict[str, Any]:
-    """One message; what an assistant thought is told apart from what it said."""
-    message: dict[str, Any] = {"role": _role(role), "content": str(content)}
-    if message["role"] == "assistant" and (thought := THOUGHT.match(message["content"])):
+def _make_message(role: str, content: Any, calls: Any = None) -> Message:
+    """Return a message. Reasoning in tags at its beginning becomes ``reasoning_content``."""
+    message: Message = {"role": _parse_role(role), "content": str(content)}
+    if message["role"] == "assistant" and (reasoning := REASONING.match(message["content"])):
         message |= {
-            "content": message["content"][thought.end() :],
-            "reasoning_content": thought[1].strip(),
+            "content": message["content"][reasoning.end() :],
+            "reasoning_content": reasoning[1].strip(),
         }
     if calls:
         message["tool_calls"] = list(calls)
     return message
 
 
-def _decoded(tools: Any) -> list[dict[str, Any]]:
-    found = _literal(tools) if isinstance(tools, str) else tools
-    if not isinstance(found, list):
-        raise SkippedRows("tools that are no list")
-    return found
+def _parse_tools(tools: Any) -> list[dict[str, Any]]:
+    declarations = _parse_literal(tools) if isinstance(tools, str) else tools
+    if not isinstance(declarations, list):
+        raise RowError("tools that are no list")
+    return declarations
 
 
-def _trees(
+# ---- trees
+
+
+def _list_conversations(
     rows: Iterable[NumberedRow], source: CalibrationSource
 ) -> Iterator[Callable[[], Document]]:
-    """One conversation of each tree: at every turn the reply that people ranked best (oasst)."""
+    """Yield a function for each tree that makes its conversation from the best ranked replies.
 
-    def column(numbered: NumberedRow, name: str) -> Any:
+    This is the form of oasst: a row is one message, and knows its parent.
+    """
+
+    def read(numbered: NumberedRow, name: str) -> Any:
         return numbered.row.get(source.columns.get(name, name))
+
+    def rank_reply(reply: NumberedRow) -> tuple[float, str]:
+        # The id makes the choice unique where people ranked two replies alike.
+        return _parse_rank(read(reply, "rank")), str(read(reply, "message_id"))
 
     roots: list[NumberedRow] = []
     replies: dict[str, list[NumberedRow]] = {}
     for numbered in rows:
-        parent = column(numbered, "parent_id")
+        parent = read(numbered, "parent_id")
         (replies.setdefault(str(parent), []) if parent else roots).append(numbered)
 
-    def conversation(root: NumberedRow) -> Document:
+    def make_conversation(root: NumberedRow) -> Document:
         path = [root]
-        while below := replies.get(str(column(path[-1], "message_id"))):
-            path.append(
-                min(below, key=lambda n: (_rank(column(n, "rank")), str(column(n, "message_id"))))
-            )
-        messages = [_message(str(column(n, "role")), column(n, "text")) for n in path]
-        language = str(column(root, "lang") or source.language)
-        return _conversation(str(column(root, "message_id")), source, messages, [], language)
+        while below := replies.get(str(read(path[-1], "message_id"))):
+            path.append(min(below, key=rank_reply))
+        messages = [_make_message(str(read(n, "role")), read(n, "text")) for n in path]
+        language = str(read(root, "lang") or source.language)
+        return _make_conversation(str(read(root, "message_id")), source, messages, [], language)
 
     for root in roots:
-        yield partial(conversation, root)
+        yield partial(make_conversation, root)
 
 
-def _rank(told: Any) -> float:
-    """The best is 0; what nobody ranked comes last."""
+def _parse_rank(rank: Any) -> float:
+    """Return a rank as a number: 0 is the best, and an unranked reply comes last."""
     try:
-        return float("inf") if told is None else float(told)
+        return float("inf") if rank is None else float(rank)
     except ValueError as e:
-        raise InputError(f"column rank: expected a number, found {told!r}") from e
+        raise InputError(f"column rank: expected a number, found {rank!r}") from e

@@ -1,11 +1,14 @@
-"""The part of a calibration set that no importance matrix saw, as a text for each domain that files are measured on."""
+"""The held-out part of a calibration set, as one evaluation text for each domain.
+
+No importance matrix sees these documents, so a file's KLD on them is no training error.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant.calibration.text import CalibrationText, HeldOutText, held_out_texts
+from quant.calibration.text import CalibrationText, HeldOutText, read_held_out_texts
 from quant.core import files
 from quant.core.store import Store
 from quant.llama.tokenizer import Tokenizer
@@ -14,23 +17,30 @@ from quant.plan.recipe import FEWEST_CHUNKS
 STAGE = "held-out"
 OTHER, ALL = "other", "all"
 HOW = "by kind 2"
-"""Names the way in which the texts are put together; another way is another text."""
+"""Version of the grouping. Raise it when the same documents give other texts."""
 
 
 @dataclass(frozen=True)
 class HeldOutDomains:
-    """What files are measured on."""
+    """The texts that files are evaluated on."""
 
     paths: Mapping[str, Path]
-    """A text for each domain, in the order of their names; none where too little was held out to mean anything."""
+    """Text by domain, sorted by name. Empty if too little was held out to measure anything."""
     too_short: tuple[str, ...]
-    """Kinds of documents of which too little was held out, alone and together."""
+    """Kinds of documents that are in no text, because too few were held out."""
 
 
 def split_by_domain(
     text: CalibrationText, context: int, tokenizer: Tokenizer, store: Store
 ) -> HeldOutDomains:
-    """The part of a set that was held out, by domain."""
+    """Write the held-out part of a calibration text as one text for each domain.
+
+    Args:
+        text: The calibration text, which has a held-out part.
+        context: Tokens in a chunk of the evaluation.
+        tokenizer: Counts tokens as the model does.
+        store: Keeps the texts.
+    """
     assert text.held_out
     inputs = {
         "held_out": text.facts["held_out_sha256"],
@@ -39,42 +49,49 @@ def split_by_domain(
         "fewest": FEWEST_CHUNKS,
         "how": HOW,
     }
-    documents = held_out_texts(text.held_out)
+    documents = read_held_out_texts(text.held_out)
 
     def make(partial: Path) -> dict[str, Any]:
-        found = by_domain(documents, lambda part: tokenizer.count(part) // context)
-        for name, part in found.items():
+        texts = group_by_domain(documents, lambda part: tokenizer.count(part) // context)
+        for name, part in texts.items():
             files.write_text(partial / f"{name}.txt", part)
-        return {"domains": sorted(found), "too_short": too_short(documents, found)}
+        return {"domains": sorted(texts), "too_short": list_short_kinds(documents, texts)}
 
-    done = store.run_once(STAGE, inputs, make)
+    result = store.run_once(STAGE, inputs, make)
     return HeldOutDomains(
-        {n: done.path(f"{n}.txt") for n in done.facts["domains"]}, tuple(done.facts["too_short"])
+        {n: result.path(f"{n}.txt") for n in result.facts["domains"]},
+        tuple(result.facts["too_short"]),
     )
 
 
-def left_out(too_short: Sequence[str]) -> str:
-    """In words, which kinds are not measured; nothing when all are."""
-    return f"not measured, too little held-out text: {', '.join(too_short)}" if too_short else ""
+def describe_short_kinds(kinds: Sequence[str]) -> str:
+    """Return a line about the kinds that are not measured. Empty if all are."""
+    return f"not measured, too little held-out text: {', '.join(kinds)}" if kinds else ""
 
 
-def too_short(documents: tuple[HeldOutText, ...], found: Mapping[str, str]) -> list[str]:
-    """Kinds of documents that are in none of the texts."""
-    return [] if {OTHER, ALL} & found.keys() else sorted({d.kind for d in documents} - found.keys())
+def list_short_kinds(documents: tuple[HeldOutText, ...], texts: Mapping[str, str]) -> list[str]:
+    """Return the kinds of documents that are in none of the texts."""
+    return [] if {OTHER, ALL} & texts.keys() else sorted({d.kind for d in documents} - texts.keys())
 
 
-def by_domain(
-    documents: tuple[HeldOutText, ...], chunks: Callable[[str], int]
+def group_by_domain(
+    documents: tuple[HeldOutText, ...], count_chunks: Callable[[str], int]
 ) -> Mapping[str, str]:
-    """A text for each kind of document that fills enough chunks; those that do not make one together.
+    """Join documents to one text for each domain.
 
-    What is still too short is left out, unless nothing else is there: then all of it is one text, if that is long enough.
+    A kind of documents with at least FEWEST_CHUNKS chunks is a domain. The others are pooled as
+    ``other``, or as ``all`` if there is no domain. A pool that is still too short is left out: its
+    confidence interval would say nothing.
+
+    Args:
+        documents: Held-out documents.
+        count_chunks: Returns the number of whole chunks in a text.
     """
     kinds: dict[str, str] = {}
     for d in documents:
         kinds[d.kind] = kinds.get(d.kind, "") + d.text
-    found = {kind: part for kind, part in kinds.items() if chunks(part) >= FEWEST_CHUNKS}
-    rest = "".join(part for kind, part in kinds.items() if kind not in found)
-    if rest and chunks(rest) >= FEWEST_CHUNKS:
-        found[OTHER if found else ALL] = rest
-    return found
+    texts = {kind: part for kind, part in kinds.items() if count_chunks(part) >= FEWEST_CHUNKS}
+    rest = "".join(part for kind, part in kinds.items() if kind not in texts)
+    if rest and count_chunks(rest) >= FEWEST_CHUNKS:
+        texts[OTHER if texts else ALL] = rest
+    return texts

@@ -241,9 +241,9 @@ class HessianCollector:
             raise ToolError(
                 f"{name}: expected inputs in F32 in main memory, found type {inputs.type} in {place}"
             )
-        x = view(inputs, np.float32)
+        x = view_tensor(inputs, np.float32)
         if node.op == self.library.by_expert:
-            ids = view(GraphTensor.from_address(node.src[2]), np.int32)[0, 0]
+            ids = view_tensor(GraphTensor.from_address(node.src[2]), np.int32)[0, 0]
             tokens, places = np.divmod(np.argsort(ids, axis=None, kind="stable"), ids.shape[1])
             ends = np.bincount(ids.ravel(), minlength=len(self.sums.counts[name])).cumsum()
             for expert, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -259,7 +259,7 @@ class HessianCollector:
                 self.sums.add(name, expert, rows)
 
 
-def view(tensor: GraphTensor, dtype: DTypeLike) -> NDArray[Any]:
+def view_tensor(tensor: GraphTensor, dtype: DTypeLike) -> NDArray[Any]:
     """The numbers of a tensor where they lie, its first dimension last."""
     shape, strides, item = [*tensor.ne][::-1], [*tensor.nb][::-1], np.dtype(dtype).itemsize
     span = item + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))

@@ -66,7 +66,7 @@ class ImportanceMatrix:
         wanted = [t.name for t in tensors if t.name in reach and is_quantizable(t)]
         unknown = {name: "no data at all" for name in wanted if name not in self.covered}
         return CoveragePolicy(
-            coverage.find_weak(self.counts, rule.expert_tokens) | unknown,
+            coverage.find_undercovered(self.counts, rule.expert_tokens) | unknown,
             rule.otherwise,
             rule.floor,
         )
@@ -75,7 +75,7 @@ class ImportanceMatrix:
         """As a manifest tells it."""
         return asdict(self.receipt) | {
             "made_of": dict(self.origin),
-            "coverage": coverage.summarize(self.counts),
+            "coverage": coverage.summarize_coverage(self.counts),
         }
 
 
@@ -88,10 +88,12 @@ def compute_imatrix(
     """
     settings = model.imatrix
     read = make_q8_base(base, tools, store) if settings.base == SMALL_BASE else base
-    return measure_range(read, text, settings, f"imatrix_{model.title}.gguf", tools, store)
+    return compute_covering_imatrix(
+        read, text, settings, f"imatrix_{model.title}.gguf", tools, store
+    )
 
 
-def measure_range(
+def compute_covering_imatrix(
     base: ModelFile,
     text: CalibrationText,
     settings: ImatrixRecipe,
@@ -107,17 +109,17 @@ def measure_range(
         "pass_chunks": settings.pass_chunks,
         "llama.cpp": str(tools.version),
     }
-    there = whole_chunks(text.tokens, settings.context, text.path)
+    there = count_chunks(text.tokens, settings.context, text.path)
     wanted = min(settings.chunks or there, there)
     most = min(settings.coverage.budget or there, there)
     parts = [
         (span, _range(base, text, span, settings, origin, tools, store, wanted))
-        for span in list_spans(0, wanted, settings.range_chunks, text.tokens, settings.context)
+        for span in split_chunks(0, wanted, settings.range_chunks, text.tokens, settings.context)
     ]
     total = imatrix_file.merge_imatrices(
         (imatrix_file.load_imatrix(done.path(PART)) for _, done in parts), settings.context
     )
-    while (rest := _more(parts, most, settings, text.tokens)) and coverage.find_weak(
+    while (rest := _more(parts, most, settings, text.tokens)) and coverage.find_undercovered(
         total.counts(), settings.coverage.expert_tokens
     ):
         log.info(
@@ -147,7 +149,7 @@ def measure_range(
 PART = "part.gguf"
 
 
-def list_spans(first: int, last: int, size: int, tokens: int, context: int) -> tuple[Span, ...]:
+def split_chunks(first: int, last: int, size: int, tokens: int, context: int) -> tuple[Span, ...]:
     """The chunks from ``first`` to before ``last`` in ranges of that size.
 
     llama-imatrix does not begin at one of the last two chunks of a text (tools/imatrix/imatrix.cpp: compute_imatrix): what
@@ -158,7 +160,7 @@ def list_spans(first: int, last: int, size: int, tokens: int, context: int) -> t
     return tuple(Span(a, b - a) for a, b in zip(starts, [*starts[1:], last], strict=False))
 
 
-def whole_chunks(tokens: int, context: int, where: Path) -> int:
+def count_chunks(tokens: int, context: int, where: Path) -> int:
     """Chunks in a text; raises InputError for one that is too short to be read at all."""
     if tokens < 2 * context:
         raise InputError(
@@ -170,7 +172,7 @@ def whole_chunks(tokens: int, context: int, where: Path) -> int:
 
 def check_span(span: Span, text: CalibrationText, settings: ImatrixRecipe) -> None:
     """Raise InputError for a range that the text does not have, or that llama-imatrix does not begin at."""
-    there = whole_chunks(text.tokens, settings.context, text.path)
+    there = count_chunks(text.tokens, settings.context, text.path)
     latest = max((text.tokens - 1) // settings.context - 2, 0)
     if span.first > latest or span.first + span.count > there:
         raise InputError(
@@ -180,7 +182,7 @@ def check_span(span: Span, text: CalibrationText, settings: ImatrixRecipe) -> No
 
 
 @dataclass
-class Pace:
+class PassProgress:
     """How far llama-imatrix is, by its own words: it tells how long its first pass took, and then nothing until its end."""
 
     log: Path
@@ -199,7 +201,7 @@ class Pace:
         return min(done / max(passes, 1), 0.99)
 
 
-def compute_ranges(
+def run_llama_imatrix(
     base: Path,
     text: Path,
     settings: ImatrixRecipe,
@@ -218,7 +220,7 @@ def compute_ranges(
     chunks = ["--chunks", str(count)] if count else []
     begin = ["--chunk", str(span.first)] if span else []
     together = settings.context * min(settings.pass_chunks, count or settings.pass_chunks)
-    pace = Pace(out.parent / "log")
+    pace = PassProgress(out.parent / "log")
     tools.run(
         "llama-imatrix",
         [
@@ -296,7 +298,7 @@ def _range(
         progress.report_progress((span.first + share * span.count) / goal)
 
     def make(partial: Path) -> dict[str, Any]:
-        compute_ranges(base.path, text.path, settings, tools, partial / PART, span, tell)
+        run_llama_imatrix(base.path, text.path, settings, tools, partial / PART, span, tell)
         found = imatrix_file.load_imatrix(
             partial / PART
         )  # a tool on a full disk writes half a file and says nothing
@@ -317,7 +319,9 @@ def _more(
 ) -> Span | None:
     """The next range of the text within the budget, if there is one."""
     read = max(span.first + span.count for span, _ in parts)
-    return next(iter(list_spans(read, most, settings.range_chunks, tokens, settings.context)), None)
+    return next(
+        iter(split_chunks(read, most, settings.range_chunks, tokens, settings.context)), None
+    )
 
 
 def _write(matrix: ImatrixData, out: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Render the calibration set with the model's own, patched chat template: the text that the imatrix is computed on.
+"""Render a calibration set with the model's own, patched chat template.
 
-What is made: the text, packed into chunks of the context's length; the documents that are held out, rendered as well, which
-no importance matrix ever sees; and what is in them.
+The result is the text that the importance matrix is computed on, packed into chunks; the held-out
+documents, rendered too, which no importance matrix sees; and facts about both for the manifest.
 """
 
 import json
@@ -26,39 +26,39 @@ from quant.plan.recipe import ImatrixRecipe, ModelRecipe
 
 TEXT, HELD_OUT = "calibration.txt", "held-out.jsonl"
 HOW = "packed 1"
-"""Names the way in which a text is put together; another way is another text."""
+"""Version of the packing. Raise it when the same set gives another text."""
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """What the model reads while its activations are measured."""
+    """The text that a model reads while its activations are measured."""
 
     path: Path
     receipt: Receipt
     name: str
-    """Of the set."""
+    """Name of the set."""
     documents: int
     tokens: int
-    """As the model counts them."""
+    """As the model's vocabulary counts them."""
     facts: Mapping[str, Any]
-    """What is in it, source by source, as plain JSON."""
+    """Documents, tokens and shares by source, as plain JSON."""
     held_out: Path | None = None
-    """Lines of JSON: see :func:`held_out_texts`."""
+    """Held-out documents as JSON lines: see :func:`read_held_out_texts`."""
 
     def json(self) -> dict[str, Any]:
-        """As a manifest tells it."""
-        about = {
+        """Return the manifest's entry."""
+        entry = {
             "set": self.name,
             "documents": self.documents,
             "tokens": self.tokens,
             "sha256": self.receipt.sha256,
         }
-        return about | {k: v for k, v in self.facts.items() if k not in about}
+        return entry | {k: v for k, v in self.facts.items() if k not in entry}
 
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """A document that the importance matrix never saw, as the model reads it."""
+    """A rendered document that no importance matrix sees."""
 
     id: str
     source: str
@@ -68,38 +68,41 @@ class HeldOutText:
 
 
 @dataclass(frozen=True)
-class RenderedDocument:
-    """A set, chosen and rendered: what is read, and what is held out."""
+class RenderedSet:
+    """The chosen documents of a set with their rendered texts, and the held-out ones."""
 
-    told: CalibrationSet
-    read: tuple[Document, ...]
+    calibration_set: CalibrationSet
+    documents: tuple[Document, ...]
     texts: tuple[str, ...]
     tokens: tuple[int, ...]
     held_out: tuple[HeldOutText, ...]
-    dropped: int
-    """Documents that were too much like others."""
+    duplicates: int
+    """Number of documents that were dropped as near duplicates."""
 
     def json(self) -> dict[str, Any]:
-        """What is in it, source by source."""
-        found, whole = packing.count_tokens(self.read, self.tokens), max(sum(self.tokens), 1)
+        """Return documents, tokens and shares by source. These keys go into manifests."""
+        totals = packing.count_by_source(self.documents, self.tokens)
+        total = max(sum(self.tokens), 1)
         sources = []
-        for s in self.told.source:
-            documents, tokens = found.get(s.name, (0, 0))
-            about: dict[str, Any] = {
-                "name": s.name,
-                "kind": s.kind,
-                "licence": s.licence,
-                "attribution": s.attribution,
-                "repo": s.repo,
-            }
-            about |= {
+        for source in self.calibration_set.source:
+            documents, tokens = totals.get(source.name, (0, 0))
+            entry: dict[str, Any] = {
+                "name": source.name,
+                "kind": source.kind,
+                "licence": source.license,  # the manifest's key, from before the recipes' key
+                "attribution": source.attribution,
+                "repo": source.repo,
                 "documents": documents,
                 "tokens": tokens,
-                "share": round(tokens / whole, 4),
-                "share_wanted": s.share,
+                "share": round(tokens / total, 4),
+                "share_wanted": source.share,
             }
-            sources.append({k: v for k, v in about.items() if v not in (None, "")})
-        return {"near_duplicates": self.dropped, "held_out": len(self.held_out), "sources": sources}
+            sources.append({k: v for k, v in entry.items() if v not in (None, "")})
+        return {
+            "near_duplicates": self.duplicates,
+            "held_out": len(self.held_out),
+            "sources": sources,
+        }
 
 
 def build_calibration_text(
@@ -109,7 +112,7 @@ def build_calibration_text(
     tools: Toolchain,
     store: Store,
 ) -> CalibrationText:
-    """The model's calibration set as one text, special tokens written out."""
+    """Build the calibration text of a model: :func:`build_set_text` with its recipe's settings."""
     return build_set_text(model.imatrix, template, base, tools, store)
 
 
@@ -120,12 +123,27 @@ def build_set_text(
     tools: Toolchain,
     store: Store,
 ) -> CalibrationText:
-    """The same without a recipe of a model."""
-    told, folder = sets.find_set(settings.calibration)
-    locked = datasets.read_dataset_lock(told, folder)
+    """Build the text of a calibration set, with special tokens written out.
+
+    The same set, template, vocabulary and context give the same bytes.
+
+    Args:
+        settings: The set's name and the context, in tokens.
+        template: The chat template. None renders messages as paragraphs.
+        base: A model with the vocabulary.
+        tools: For llama-tokenize.
+        store: Keeps the text.
+
+    Raises:
+        InputError: The set or one of its documents is broken, or the template refuses a document.
+        CheckError: A dataset has other content than was locked.
+    """
+    calibration_set, folder = sets.find_set(settings.calibration)
+    lock = datasets.read_dataset_lock(calibration_set, folder)
     tokenizer = Tokenizer(base.path, tools)
+    set_inputs = datasets.describe_set_inputs(calibration_set, folder, lock)
     inputs = {
-        "set": hash_texts([to_canonical_json(datasets.source_identity(told, folder, locked))]),
+        "set": hash_texts([to_canonical_json(set_inputs)]),
         "template": template.sha256 if template else None,
         "tokenizer": tokenizer.digest,
         "context": settings.context,
@@ -133,68 +151,81 @@ def build_set_text(
     }
 
     def make(partial: Path) -> dict[str, Any]:
-        rendered = choose_documents(
-            told, datasets.read_documents(told, folder, locked), template, tokenizer
-        )
+        documents = datasets.read_documents(calibration_set, folder, lock)
+        rendered = render_set(calibration_set, documents, template, tokenizer)
         return write_text_files(rendered, template, tokenizer, settings.context, partial)
 
-    done = store.run_once("calibrate", inputs, make)
-    facts = dict(done.facts)
-    path, receipt, held = done.path(TEXT), done.receipt(TEXT), done.path(HELD_OUT)
+    result = store.run_once("calibrate", inputs, make)
+    facts = dict(result.facts)
     return CalibrationText(
-        path, receipt, told.name, facts["documents"], facts["tokens"], facts, held
+        path=result.path(TEXT),
+        receipt=result.receipt(TEXT),
+        name=calibration_set.name,
+        documents=facts["documents"],
+        tokens=facts["tokens"],
+        facts=facts,
+        held_out=result.path(HELD_OUT),
     )
 
 
 def check_set(name: str) -> None:
-    """Raise InputError for a set that cannot be read, before anything costly is begun."""
-    told, folder = sets.find_set(name)
-    datasets.read_dataset_lock(told, folder)
+    """Raise InputError if a set or its lock cannot be read. It costs little: call it first."""
+    calibration_set, folder = sets.find_set(name)
+    datasets.read_dataset_lock(calibration_set, folder)
 
 
-def choose_documents(
-    told: CalibrationSet,
+def render_set(
+    calibration_set: CalibrationSet,
     documents: Sequence[Document],
     template: ChatTemplate | None,
     counter: TextCounter,
-) -> RenderedDocument:
-    """The documents of a set that are read, rendered and counted, and those that are held out.
+) -> RenderedSet:
+    """Drop near duplicates, hold documents out, render, and draw each source's share.
 
-    Raises InputError with every document that the template refuses.
+    Args:
+        calibration_set: Shares, tokens and seed.
+        documents: All documents of the set.
+        template: The chat template. None renders messages as paragraphs.
+        counter: Counts the tokens of texts.
+
+    Raises:
+        InputError: The template refuses documents. Each of them is listed.
     """
-    distinct = dedupe.drop_duplicates(packing.order_of(told, documents))
-    read, held = packing.split_held_out(told, distinct)
-    texts = _all_as_read(read, template)
+    distinct = dedupe.drop_duplicates(packing.shuffle_documents(calibration_set, documents))
+    read, held_out = packing.split_held_out(calibration_set, distinct)
+    texts = _render_documents(read, template)
     tokens = counter.counts(texts)
-    chosen = packing.draw_documents(told, read, tokens)
-    rendered = zip(held, _all_as_read(held, template), strict=True)
-    return RenderedDocument(
-        told,
-        tuple(read[n] for n in chosen),
-        tuple(texts[n] for n in chosen),
-        tuple(tokens[n] for n in chosen),
-        tuple(HeldOutText(d.id, d.source, d.kind, d.language, text) for d, text in rendered),
-        len(documents) - len(distinct),
+    chosen = packing.draw_documents(calibration_set, read, tokens)
+    held_out_texts = zip(held_out, _render_documents(held_out, template), strict=True)
+    return RenderedSet(
+        calibration_set=calibration_set,
+        documents=tuple(read[n] for n in chosen),
+        texts=tuple(texts[n] for n in chosen),
+        tokens=tuple(tokens[n] for n in chosen),
+        held_out=tuple(
+            HeldOutText(d.id, d.source, d.kind, d.language, text) for d, text in held_out_texts
+        ),
+        duplicates=len(documents) - len(distinct),
     )
 
 
 def write_text_files(
-    rendered: RenderedDocument,
+    rendered: RenderedSet,
     template: ChatTemplate | None,
     tokenizer: Tokenizer,
     context: int,
     folder: Path,
 ) -> dict[str, Any]:
-    """Write the text and the held-out part into a folder, and say what is in them."""
-    pieces = _pieces(rendered, find_turn_marker(template), tokenizer, context)
+    """Write the packed text and the held-out documents into a folder, and return facts on them."""
+    pieces = _split_into_pieces(rendered, find_turn_marker(template), tokenizer, context)
+    # A BOS token takes one place of the first chunk.
     packed = packing.pack_chunks([n for _, n in pieces], context, context - tokenizer.begins)
     text = "".join(pieces[n][0] for n in packed.order)
     files.write_text(folder / TEXT, text)
     lines = [json.dumps(asdict(d), ensure_ascii=False) + "\n" for d in rendered.held_out]
     files.write_text(folder / HELD_OUT, "".join(lines))
-    about = rendered.json()
-    return about | {
-        "documents": len(rendered.read),
+    return rendered.json() | {
+        "documents": len(rendered.documents),
         "characters": len(text),
         "tokens": tokenizer.count(text),
         "pieces": len(pieces),
@@ -203,14 +234,22 @@ def write_text_files(
     }
 
 
-def held_out_texts(path: Path, kind: str | None = None) -> tuple[HeldOutText, ...]:
-    """The documents that were held out when a text was made, all or those of one kind."""
-    found = (HeldOutText(**json.loads(line)) for line in path.read_text().split("\n") if line)
-    return tuple(d for d in found if kind in (None, d.kind))
+def read_held_out_texts(path: Path, kind: str | None = None) -> tuple[HeldOutText, ...]:
+    """Read the held-out documents of a calibration text: those of one kind, or all."""
+    texts = (HeldOutText(**json.loads(line)) for line in path.read_text().split("\n") if line)
+    return tuple(d for d in texts if kind in (None, d.kind))
 
 
-def render_for_model(document: Document, template: ChatTemplate | None) -> str:
-    """One document as the model reads it; without a template, its messages as plain paragraphs."""
+def render_document(document: Document, template: ChatTemplate | None) -> str:
+    """Render one document as the model reads it.
+
+    Args:
+        document: A conversation or a plain text. A plain text is returned as it is.
+        template: The chat template. None joins the messages as paragraphs.
+
+    Raises:
+        InputError: The template refuses the document.
+    """
     if document.text is not None:
         return document.text
     if template is None:
@@ -226,58 +265,64 @@ def render_for_model(document: Document, template: ChatTemplate | None) -> str:
 
 
 def find_turn_marker(template: ChatTemplate | None) -> str:
-    """What a template writes before a turn of the user; nothing where that cannot be told."""
+    """Return what a template writes before a user turn. Empty if that cannot be found out.
+
+    Two conversations are rendered, one of which goes on with a user turn. What follows the answer
+    in the longer one, up to that turn's text, is the end of the answer and the marker; what follows
+    it in the shorter one is only the end.
+    """
     if template is None:
         return ""
-    said = [{"role": "user", "content": "«1»"}, {"role": "assistant", "content": "«2»"}]
+    turns = [{"role": "user", "content": "«1»"}, {"role": "assistant", "content": "«2»"}]
+    next_turn = {"role": "user", "content": "«3»"}
     try:
-        ended = render_template(template.text, said, tools=None, enable_thinking=False)
-        whole = render_template(
-            template.text,
-            [*said, {"role": "user", "content": "«3»"}],
-            tools=None,
-            enable_thinking=False,
+        short, long = (
+            render_template(template.text, messages, tools=None, enable_thinking=False)
+            for messages in (turns, [*turns, next_turn])
         )
     except InputError:
         return ""
-    end = ended.partition("«2»")[2]
-    return whole.partition("«2»")[2].partition("«3»")[0].removeprefix(end)
+    end = short.partition("«2»")[2]
+    return long.partition("«2»")[2].partition("«3»")[0].removeprefix(end)
 
 
-def _all_as_read(documents: Sequence[Document], template: ChatTemplate | None) -> tuple[str, ...]:
-    """Every document, with a line's end behind it."""
+def _render_documents(
+    documents: Sequence[Document], template: ChatTemplate | None
+) -> tuple[str, ...]:
+    """Render documents, each with a final newline. Raise InputError with every refused one."""
     problems: list[str] = []
 
-    def texts() -> Iterator[str]:
+    def render_all() -> Iterator[str]:
         for document in documents:
             try:
-                yield render_for_model(document, template) + "\n"
+                yield render_document(document, template) + "\n"
             except InputError as e:
                 problems.extend(e.problems)
 
-    found = tuple(texts())
+    texts = tuple(render_all())
     raise_problems(problems)
-    return found
+    return texts
 
 
-def _pieces(
-    rendered: RenderedDocument, marker: str, tokenizer: Tokenizer, context: int
+def _split_into_pieces(
+    rendered: RenderedSet, marker: str, tokenizer: Tokenizer, context: int
 ) -> list[tuple[str, int]]:
-    """The texts with their tokens; what is longer than a chunk is cut between exchanges."""
+    """Return texts with their tokens. A text longer than a chunk is split between exchanges."""
     long = {
-        n: packing.list_exchanges(t, marker)
-        for n, t in enumerate(rendered.texts)
+        n: packing.split_exchanges(text, marker)
+        for n, text in enumerate(rendered.texts)
         if rendered.tokens[n] > context
     }
-    counted = iter(tokenizer.counts([part for parts in long.values() for part in parts]))
+    # One call counts the exchanges of all documents: a call starts llama-tokenize.
+    counts = iter(tokenizer.counts([part for parts in long.values() for part in parts]))
     pieces: list[tuple[str, int]] = []
     for n, text in enumerate(rendered.texts):
         if n not in long:
             pieces.append((text, rendered.tokens[n]))
             continue
-        sizes = [next(counted) for _ in long[n]]
+        sizes = [next(counts) for _ in long[n]]
         pieces += (
             ("".join(long[n][k] for k in group), sum(sizes[k] for k in group))
-            for group in packing.group_documents(sizes, context)
+            for group in packing.group_exchanges(sizes, context)
         )
     return pieces

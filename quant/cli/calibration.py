@@ -1,12 +1,16 @@
-"""The commands about calibration sets: what is in one, and pinning one that comes from the hub."""
+"""The commands about calibration sets: show what is in one, and lock its datasets."""
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from quant.cli import progress, tables
 from quant.cli.options import FILE, json_option, quant, tools_option
+
+if TYPE_CHECKING:
+    from quant.calibration.text import RenderedSet
 
 
 @quant.group()
@@ -17,20 +21,21 @@ def calibration() -> None:
 @calibration.command()
 @click.argument("name", metavar="SET")
 def lock(name: str) -> None:
-    """Pin the hub datasets of SET: write commit, digests and rows beside it. Nothing is built from what is not pinned."""
+    """Lock the hub datasets of SET: write their commits and digests beside it.
+
+    A calibration text is built from locked datasets only.
+    """
     from quant.calibration import datasets, sets
 
-    told, folder = sets.find_set(name)
-    locked = datasets.lock_datasets(told, folder)
-    for source, one in locked.items():
+    calibration_set, folder = sets.find_set(name)
+    for source, pin in datasets.lock_datasets(calibration_set, folder).items():
         progress.print_line(
-            f"{source}: {one.repo}@{one.revision}, {len(one.files)} files, {one.rows:,} documents"
+            f"{source}: {pin.repo}@{pin.revision}, {len(pin.files)} files, {pin.rows:,} documents"
         )
-        if one.left_out:
-            progress.print_line(
-                f"{source}: {sum(one.left_out.values()):,} left out ({datasets.reasons(one.left_out)})"
-            )
-    click.echo(datasets.dataset_lock_path(told, folder))
+        if pin.left_out:
+            count, reasons = sum(pin.left_out.values()), datasets.format_reasons(pin.left_out)
+            progress.print_line(f"{source}: {count:,} left out ({reasons})")
+    click.echo(datasets.dataset_lock_path(calibration_set, folder))
 
 
 @calibration.command()
@@ -38,7 +43,7 @@ def lock(name: str) -> None:
 @click.option(
     "--gguf",
     type=FILE,
-    help="A model: its tokens and its chat template.  [characters, and no template]",
+    help="A model: count its tokens, and use its chat template.  [count characters, no template]",
 )
 @click.option(
     "--examples",
@@ -52,57 +57,67 @@ def lock(name: str) -> None:
 def show(
     name: str, gguf: Path | None, examples: int, as_json: bool, llama_cpp: Path | None
 ) -> None:
-    """What is in SET: sources, licences, documents and shares, and examples as the model sees them."""
+    """Show what is in SET: sources, licenses, documents, shares, and texts as the model reads them."""
     from quant.calibration import datasets, sets
-    from quant.calibration import text as calibrate
+    from quant.calibration.text import render_set
     from quant.chat.template import patch_template
     from quant.llama import toolchain
     from quant.llama.tokenizer import CharacterCounter, Tokenizer
 
-    told, folder = sets.find_set(name)
-    documents = datasets.read_documents(told, folder, datasets.read_dataset_lock(told, folder))
-    counter = Tokenizer(gguf, toolchain.find_toolchain(llama_cpp)) if gguf else CharacterCounter()
-    words = (
-        counter.header.metadata.get("tokenizer.chat_template")
-        if isinstance(counter, Tokenizer)
-        else None
-    )
-    rendered = calibrate.choose_documents(
-        told, documents, patch_template(words, None, str(gguf)) if words else None, counter
-    )
-    about = rendered.json()
+    calibration_set, folder = sets.find_set(name)
+    lock = datasets.read_dataset_lock(calibration_set, folder)
+    documents = datasets.read_documents(calibration_set, folder, lock)
+    template = None
+    counter: Tokenizer | CharacterCounter = CharacterCounter()
+    if gguf:
+        counter = Tokenizer(gguf, toolchain.find_toolchain(llama_cpp))
+        if text := counter.header.metadata.get("tokenizer.chat_template"):
+            template = patch_template(text, None, str(gguf))
+    rendered = render_set(calibration_set, documents, template, counter)
+    facts = rendered.json()
     if as_json:
-        click.echo(
-            json.dumps({"set": told.name, "unit": counter.unit, **about}, ensure_ascii=False)
-        )
+        # Scripts read `licence`; `license` is the key of the sets.
+        sources = [source | {"license": source["licence"]} for source in facts["sources"]]
+        document = {"set": calibration_set.name, "unit": counter.unit, **facts, "sources": sources}
+        click.echo(json.dumps(document, ensure_ascii=False))
         return
+    _print_sources(rendered, facts, counter.unit)
+    _print_examples(rendered, examples)
+
+
+def _print_sources(rendered: "RenderedSet", facts: dict[str, Any], unit: str) -> None:
     rows = [
         (
-            s["name"],
-            s["kind"],
-            s["licence"],
-            f"{s['documents']:,}",
-            f"{s['tokens']:,}",
-            f"{100 * s['share']:.1f} %",
-            f"{100 * s['share_wanted']:.1f} %" if "share_wanted" in s else "-",
+            source["name"],
+            source["kind"],
+            source["licence"],
+            f"{source['documents']:,}",
+            f"{source['tokens']:,}",
+            f"{100 * source['share']:.1f} %",
+            f"{100 * source['share_wanted']:.1f} %" if "share_wanted" in source else "-",
         )
-        for s in about["sources"]
+        for source in facts["sources"]
     ]
-    columns = ("source", "kind", "licence", ">documents", f">{counter.unit}", ">share", ">wanted")
-    tables.print_table(columns, rows, title=f"{told.name}: {told.summary}")
-    total = sum(s["tokens"] for s in about["sources"])
+    columns = ("source", "kind", "license", ">documents", f">{unit}", ">share", ">wanted")
+    calibration_set = rendered.calibration_set
+    tables.print_table(columns, rows, title=f"{calibration_set.name}: {calibration_set.summary}")
+    total = sum(source["tokens"] for source in facts["sources"])
     click.echo(
-        f"{len(rendered.read):,} documents, {total:,} {counter.unit}; held out: {about['held_out']:,} documents;"
-        f" left out as too much like others: {about['near_duplicates']:,}"
+        f"{len(rendered.documents):,} documents, {total:,} {unit}; held out:"
+        f" {facts['held_out']:,} documents; dropped as near duplicates:"
+        f" {facts['near_duplicates']:,}"
     )
-    for source in told.source:
+    for source in calibration_set.source:
         if source.attribution:
             click.echo(f"{source.name}: {source.attribution}")
-    for source in told.source if examples else ():
-        shown = [
-            (d, t)
-            for d, t in zip(rendered.read, rendered.texts, strict=True)
-            if d.source == source.name
+
+
+def _print_examples(rendered: "RenderedSet", count: int) -> None:
+    for source in rendered.calibration_set.source:
+        texts = [
+            (document, text)
+            for document, text in zip(rendered.documents, rendered.texts, strict=True)
+            if document.source == source.name
         ]
-        for document, text in shown[:examples]:
+        for document, text in texts[:count]:
             click.echo(f"\n--- {source.name}: {document.id}\n{text}")

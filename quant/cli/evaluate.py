@@ -88,7 +88,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
     Of a split model, name the first shard. Two files are also compared with each other, chunk by chunk.
     """
-    from quant.calibration.held_out import left_out
+    from quant.calibration.held_out import describe_short_kinds
     from quant.core import files
     from quant.evaluate import html
     from quant.evaluate.compare import EvaluationSettings
@@ -107,7 +107,7 @@ def evaluate(options: EvaluateOptions) -> None:
             llama_cpp=options.llama_cpp,
         )
     )
-    if note := left_out(comparison.too_short):
+    if note := describe_short_kinds(comparison.too_short):
         progress.print_line(note)
     if options.html:
         files.write_text(options.html, html.render_comparison(comparison, note))

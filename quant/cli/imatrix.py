@@ -117,7 +117,7 @@ def compute(
                     "imatrix",
                     out.name,
                     partial(
-                        matrices.compute_ranges,
+                        matrices.run_llama_imatrix,
                         weights.path,
                         text.path,
                         settings,
@@ -129,13 +129,13 @@ def compute(
                 files.replace_atomically(made, out)
         else:
             work_of = partial(
-                matrices.measure_range, weights, text, settings, out.name, tools, store
+                matrices.compute_covering_imatrix, weights, text, settings, out.name, tools, store
             )
             files.link_or_copy(do("imatrix", out.name, work_of).path, out)
     if not work:
         shutil.rmtree(root)
     matrix = matrices.read_imatrix(out)
-    for line in coverage.count_missed(matrix.counts, max(expert_tokens, 1)):
+    for line in coverage.list_undercovered(matrix.counts, max(expert_tokens, 1)):
         progress.print_line(line)
     progress.print_line(
         f"{out}: {len(matrix.counts)} matrices, {text.tokens:,} tokens of text, sha256 {matrix.receipt.sha256}"
@@ -160,7 +160,7 @@ def show(matrix: Path, svg: Path | None, least: int, as_json: bool) -> None:
 
     found = imatrix_file.load_imatrix(matrix)
     counts = found.counts()
-    missed = list(coverage.count_missed(counts, least))
+    missed = list(coverage.list_undercovered(counts, least))
     if svg:
         files.write_text(
             require_absent(svg),
@@ -191,7 +191,7 @@ def show(matrix: Path, svg: Path | None, least: int, as_json: bool) -> None:
     )
     tables.print_table(
         columns,
-        coverage.list_rows(counts),
+        coverage.make_table_rows(counts),
         title=f"{matrix.name}: tokens by expert, {found.chunks} chunks",
     )
     for line in missed:

@@ -19,19 +19,21 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 class AliasedOption(click.Option):
     """An option that is still accepted under its former names, which `--help` does not show."""
 
-    def __init__(self, *args: Any, aliases: Sequence[str] = (), **settings: Any) -> None:
-        super().__init__(*args, **settings)
+    def __init__(
+        self, declarations: Sequence[str], aliases: Sequence[str], **settings: Any
+    ) -> None:
+        # The first name names the parameter, so the aliases come last.
+        super().__init__([*declarations, *aliases], **settings)
         self.aliases = tuple(aliases)
 
-    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        """Register the option's names and its aliases with the parser."""
-        # Only the parser may see the aliases: help and error texts are made from `opts`.
-        shown = self.opts
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the option's row in the help text, without the aliases."""
+        every = self.opts
         try:
-            self.opts = [*shown, *self.aliases]
-            super().add_to_parser(parser, ctx)
+            self.opts = [name for name in every if name not in self.aliases]
+            return super().get_help_record(ctx)
         finally:
-            self.opts = shown
+            self.opts = every
 
 
 variants_option = click.option(

@@ -100,7 +100,7 @@ def evaluate_release(
         )
         return None
     if held.too_short:
-        log.warning("evaluate: %s", held_out.left_out(held.too_short))
+        log.warning("evaluate: %s", held_out.describe_short_kinds(held.too_short))
     sizes = [base.bytes, *(v.bytes for v in variants)]
     log.info("evaluate: %s", forecast_reading(sizes, len(texts), recipe))
     settings = EvaluationSettings(rules.context, rules.chunks, _choose_threads(base), rules.top)

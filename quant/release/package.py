@@ -123,7 +123,7 @@ def _lay_out(
         for name, (_, svg) in pictures.items():
             files.write_text(partial / html.PICTURES / name, svg)
         ppl = manifest["evaluation"]["base"]["ppl"]
-        left_out = held_out.left_out(manifest["evaluation"]["too_short"])
+        left_out = held_out.describe_short_kinds(manifest["evaluation"]["too_short"])
         notes = [*list_warnings(manifest), *([left_out] if left_out else [])]
         told = html.render_report(measured, made.model.title, ppl, notes)
         files.write_text(partial / html.REPORT, told)

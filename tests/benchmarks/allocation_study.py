@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 from quant.build import patched_template, pull_locked
 from quant.calibration import hessians
 from quant.calibration.documents import Document
-from quant.calibration.text import render_for_model
+from quant.calibration.text import render_document
 from quant.chat.template import patch_template
 from quant.core import files
 from quant.core.format import to_canonical_json
@@ -193,7 +193,7 @@ def texts(chat_template: str) -> tuple[list[str], dict[str, list[str]]]:
             Document(str(n), "en", c.thinking, tuple(c.messages), tuple(c.tools))
             for n, c in enumerate(found)
         )
-        return list(dict.fromkeys(render_for_model(document, template) for document in said))
+        return list(dict.fromkeys(render_document(document, template) for document in said))
 
     def code(seed: int, count: int, *, held_out: bool) -> list[str]:
         return list(itertools.islice(corpus.code_pieces(seed, held_out=held_out), count))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from quant.calibration import datasets, imatrix, sets
 from quant.calibration import text as calibrate
-from quant.calibration.packing import order_of
+from quant.calibration.packing import shuffle_documents
 from quant.chat.template import ChatTemplate, patch_template, render_template
 from quant.llama import toolchain
 from quant.llama.gguf import read_header
@@ -79,7 +79,7 @@ def one_seed(
         (place / "text").write_text(text(name, seed, chunks * CONTEXT * 6, template, base))
         matrices[name] = place / "imatrix.gguf"
         settings = ImatrixRecipe(context=CONTEXT, chunks=chunks)
-        imatrix.compute_ranges(
+        imatrix.run_llama_imatrix(
             base, place / "text", settings, toolchain.find_toolchain(), place / "imatrix.gguf"
         )
     matrices[WITHOUT] = None
@@ -133,8 +133,10 @@ def mixed(one: Iterator[str], other: Iterator[str]) -> Iterator[str]:
 def embedded(seed: int, template: ChatTemplate) -> Iterator[str]:
     """The set that ships with the package, in another order for each seed: the tiny model knows little of it."""
     told, folder = sets.find_set("embedded")
-    for document in order_of(replace(told, seed=seed), datasets.read_documents(told, folder, {})):
-        yield calibrate.render_for_model(document, template)
+    for document in shuffle_documents(
+        replace(told, seed=seed), datasets.read_documents(told, folder, {})
+    ):
+        yield calibrate.render_document(document, template)
 
 
 def nonsense(seed: int, base: Path) -> Iterator[str]:

@@ -32,22 +32,27 @@ class Product(Protocol):
         """What comes out of the matrix."""
 
 
-def rotation(shape: ModelShape, context: int) -> Tensor:
+def compute_rotation(shape: ModelShape, context: int) -> Tensor:
     """Cosine and sine by which keys and queries are turned at every place: (2, context, rotated / 2)."""
     speeds = shape.theta ** (-torch.arange(0, shape.rotated, 2).double() / shape.rotated)
     angles = torch.outer(torch.arange(context).double(), speeds)
     return torch.stack((angles.cos(), angles.sin())).float()
 
 
-def block(
+def compute_block(
     shape: ModelShape, n: int, x: Tensor, turn: Tensor, weights: Weights, product: Product
 ) -> Tensor:
     """What a chunk of one text is after block n."""
     name = f"blk.{n}."
     x = x + _attention(
-        shape, name, normed(shape, x, weights.of(f"{name}attn_norm.weight")), turn, weights, product
+        shape,
+        name,
+        apply_rms_norm(shape, x, weights.of(f"{name}attn_norm.weight")),
+        turn,
+        weights,
+        product,
     )
-    h = normed(shape, x, weights.of(f"{name}post_attention_norm.weight"))
+    h = apply_rms_norm(shape, x, weights.of(f"{name}post_attention_norm.weight"))
     if n < shape.dense:
         return x + _feed_forward(name, "", h, product)
     return (
@@ -55,7 +60,7 @@ def block(
     )
 
 
-def normed(shape: ModelShape, x: Tensor, weight: Tensor) -> Tensor:
+def apply_rms_norm(shape: ModelShape, x: Tensor, weight: Tensor) -> Tensor:
     """RMSNorm over the last dimension."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + shape.epsilon) * weight
 
@@ -66,8 +71,8 @@ def _attention(
     tokens, (q, k, v) = len(h), (_projected(name, part, h, weights, product) for part in "qkv")
     q, k = q.view(tokens, shape.heads, shape.key), k.view(tokens, shape.kv_heads, shape.key)
     if f"{name}attn_q_norm.weight" in weights:  # GLM-4.5-Air has none
-        q = normed(shape, q, weights.of(f"{name}attn_q_norm.weight"))
-        k = normed(shape, k, weights.of(f"{name}attn_k_norm.weight"))
+        q = apply_rms_norm(shape, q, weights.of(f"{name}attn_q_norm.weight"))
+        k = apply_rms_norm(shape, k, weights.of(f"{name}attn_k_norm.weight"))
     q, k = (_turned(shape, a.transpose(0, 1), turn) for a in (q, k))
     v = v.view(tokens, shape.kv_heads, shape.value).transpose(0, 1)
     k, v = (a.repeat_interleave(shape.heads // shape.kv_heads, 0) for a in (k, v))

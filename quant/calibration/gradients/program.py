@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quant.calibration.gradients import EMBEDDING, OUTPUT
-from quant.calibration.gradients.glm4moe import block, normed, rotation
+from quant.calibration.gradients.glm4moe import apply_rms_norm, compute_block, compute_rotation
 from quant.calibration.gradients.shape import ModelShape
 from quant.calibration.hessian_collector import HessianSums, write_hessians
 from quant.core import child, progress
@@ -34,7 +34,7 @@ Seen: TypeAlias = tuple[str, int, Numbers, Numbers]
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-class Tensors:
+class ModelWeights:
     """The tensors of a GGUF file and its shards, in single precision; those of a block are held."""
 
     def __init__(self, first: Path) -> None:
@@ -72,10 +72,10 @@ class Tensors:
         self.held.clear()
 
 
-class RecordedProduct:
+class GradientRecorder:
     """Multiplies by matrices; when the gradient comes back, it is noted what went in, and how much each row counts."""
 
-    def __init__(self, tensors: Tensors, wanted: Collection[str]) -> None:
+    def __init__(self, tensors: ModelWeights, wanted: Collection[str]) -> None:
         self.tensors, self.wanted = tensors, wanted
         self.seen: list[Seen] = []
 
@@ -100,7 +100,7 @@ class ModelPass:
 
     def __init__(
         self,
-        tensors: Tensors,
+        tensors: ModelWeights,
         sums: HessianSums,
         tokens: NDArray[np.int32],
         folder: Path,
@@ -112,7 +112,7 @@ class ModelPass:
             sums,
             tokens,
         )
-        self.turn = rotation(self.shape, tokens.shape[1])
+        self.turn = compute_rotation(self.shape, tokens.shape[1])
         size = (*tokens.shape, self.shape.width)
         self.given = _on_disk(folder / "given.npy", (self.shape.blocks + 1, *size))
         self.gradients = _on_disk(folder / "gradients.npy", size)
@@ -164,7 +164,7 @@ class ModelPass:
     def _drawn(self, chunk: int) -> Sequence[Seen]:
         watched, name = self._watched(), OUTPUT if OUTPUT in self.tensors else EMBEDDING
         x = self._given(self.shape.blocks, chunk).requires_grad_()
-        made = watched(name, normed(self.shape, x, self.tensors.of("output_norm.weight")))
+        made = watched(name, apply_rms_norm(self.shape, x, self.tensors.of("output_norm.weight")))
         slope = made.detach().softmax(-1)
         if not slope.isfinite().all():
             raise ToolError(
@@ -182,14 +182,14 @@ class ModelPass:
         self._keep(chunk, x)
         return watched.seen
 
-    def _watched(self) -> RecordedProduct:
-        return RecordedProduct(self.tensors, self.sums.products.keys())
+    def _watched(self) -> GradientRecorder:
+        return GradientRecorder(self.tensors, self.sums.products.keys())
 
     def _given(self, n: int, chunk: int) -> Tensor:
         return torch.from_numpy(np.array(self.given[n, chunk]))
 
-    def _block(self, n: int, x: Tensor, product: RecordedProduct) -> Tensor:
-        return block(self.shape, n, x, self.turn, self.tensors, product)
+    def _block(self, n: int, x: Tensor, product: GradientRecorder) -> Tensor:
+        return compute_block(self.shape, n, x, self.turn, self.tensors, product)
 
     def _keep(self, chunk: int, x: Tensor) -> None:
         assert x.grad is not None
@@ -212,7 +212,7 @@ def collect_gradient_job(job: dict[str, Any], folder: Path) -> int:
     if not len(tokens):
         return 0
     sums = HessianSums(job["matrices"])
-    passage = ModelPass(Tensors(Path(job["model"])), sums, tokens, folder, job["threads"])
+    passage = ModelPass(ModelWeights(Path(job["model"])), sums, tokens, folder, job["threads"])
     passage.forward()
     passage.output()
     passage.backward()

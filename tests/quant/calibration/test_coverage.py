@@ -5,12 +5,12 @@ import xml.etree.ElementTree as ET
 
 from quant.calibration.coverage import (
     Coverage,
-    count_missed,
     draw_heat_map,
-    expert_coverage,
-    find_weak,
-    list_rows,
-    summarize,
+    find_undercovered,
+    list_expert_coverage,
+    list_undercovered,
+    make_table_rows,
+    summarize_coverage,
 )
 
 COUNTS = {
@@ -29,55 +29,55 @@ def test_quartiles_are_numbers_of_experts() -> None:
 
 
 def test_experts_come_layer_by_layer() -> None:
-    assert [c.tensor for c in expert_coverage(COUNTS)] == [
+    assert [c.tensor for c in list_expert_coverage(COUNTS)] == [
         "blk.2.ffn_up_exps.weight",
         "blk.10.ffn_gate_exps.weight",
         "blk.10.ffn_up_exps.weight",
     ]
-    assert expert_coverage(COUNTS)[1].unvisited == (1,)
+    assert list_expert_coverage(COUNTS)[1].unvisited == (1,)
 
 
 def test_a_layer_is_told_once_for_all_its_matrices_with_every_expert_and_what_it_saw() -> None:
-    assert list(count_missed(COUNTS, 8)) == [
+    assert list(list_undercovered(COUNTS, 8)) == [
         "layer 10: expected 8 tokens for every expert, found fewer for 0 (5), 1 (0); ffn_gate_exps, ffn_up_exps"
     ]
-    assert list(count_missed(COUNTS)) == [
+    assert list(list_undercovered(COUNTS)) == [
         "layer 10: expected 1 tokens for every expert, found fewer for 1 (0); ffn_gate_exps, ffn_up_exps"
     ]
-    assert list(count_missed(COUNTS, 0)) == []
+    assert list(list_undercovered(COUNTS, 0)) == []
 
 
 def test_of_many_experts_some_are_named() -> None:
-    [line] = count_missed({"blk.0.ffn_up_exps.weight": (0,) * 20})
+    [line] = list_undercovered({"blk.0.ffn_up_exps.weight": (0,) * 20})
     assert "0 (0), 1 (0)" in line and "and 12 more" in line
 
 
 def test_what_is_weak_has_a_reason() -> None:
-    assert list(find_weak(COUNTS, 41)) == [
+    assert list(find_undercovered(COUNTS, 41)) == [
         "output.weight",
         "blk.10.ffn_gate_exps.weight",
         "blk.10.ffn_up_exps.weight",
     ]
-    assert find_weak(COUNTS, 4) == {
+    assert find_undercovered(COUNTS, 4) == {
         "output.weight": "layer -1: saw 3 tokens, expected 4",
         "blk.10.ffn_gate_exps.weight": "layer 10: expected 4 tokens for every expert, found fewer for 1 (0)",
         "blk.10.ffn_up_exps.weight": "layer 10: expected 4 tokens for every expert, found fewer for 1 (0)",
     }
-    assert find_weak(COUNTS, 0) == {}
+    assert find_undercovered(COUNTS, 0) == {}
 
 
 def test_the_summary_is_plain_numbers() -> None:
-    assert summarize(COUNTS) == {
+    assert summarize_coverage(COUNTS) == {
         "matrices": 5,
         "matrices_with_experts": 3,
         "least_tokens": 0,
         "unvisited": {"blk.10.ffn_gate_exps.weight": [1], "blk.10.ffn_up_exps.weight": [1]},
     }
-    assert summarize({})["least_tokens"] == 0
+    assert summarize_coverage({})["least_tokens"] == 0
 
 
 def test_matrices_that_saw_the_same_share_a_row() -> None:
-    assert list_rows(COUNTS) == (
+    assert make_table_rows(COUNTS) == (
         ("-", "output.weight", "-", "-", "3", "3", "3", "3", "3"),
         ("2", "attn_q", "-", "-", "200", "200", "200", "200", "200"),
         ("2", "ffn_up_exps", "4", "0", "50", "50", "60", "70", "80"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quant.calibration import documents
-from quant.calibration.documents import Document, load_documents, set_files
+from quant.calibration.documents import Document, list_set_files, load_documents
 from quant.errors import InputError
 
 USER = {"role": "user", "content": "Hello"}
@@ -55,7 +55,7 @@ def test_a_set_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "mine").mkdir()
     path = write(tmp_path / "mine" / "x.jsonl", WHOLE)
     monkeypatch.setattr(documents, "SETS", tmp_path)
-    assert set_files("mine") == (path,)
+    assert list_set_files("mine") == (path,)
     with pytest.raises(
         InputError, match=r"calibration set 'mime' is not known: did you mean 'mine'"
     ):

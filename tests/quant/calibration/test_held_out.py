@@ -1,6 +1,6 @@
 """Held-out text by domain: what is long enough stands alone, the rest together."""
 
-from quant.calibration.held_out import by_domain, left_out, too_short
+from quant.calibration.held_out import describe_short_kinds, group_by_domain, list_short_kinds
 from quant.calibration.text import HeldOutText
 
 
@@ -13,7 +13,7 @@ def chunks(text: str) -> int:
 
 
 def test_kinds_that_are_too_short_make_one_domain_together() -> None:
-    found = by_domain(documents(chat=45, code=40, maths=20, json=25), chunks)
+    found = group_by_domain(documents(chat=45, code=40, maths=20, json=25), chunks)
     assert {name: len(text) for name, text in found.items()} == {
         "chat": 45,
         "code": 40,
@@ -22,17 +22,23 @@ def test_kinds_that_are_too_short_make_one_domain_together() -> None:
 
 
 def test_what_is_too_short_even_together_is_left_out_beside_longer_ones() -> None:
-    assert list(by_domain(documents(chat=45, maths=20), chunks)) == ["chat"]
+    assert list(group_by_domain(documents(chat=45, maths=20), chunks)) == ["chat"]
 
 
 def test_kinds_that_are_in_no_text_are_named() -> None:
     told = documents(chat=45, maths=12, json=12)
-    assert too_short(told, by_domain(told, chunks)) == ["json", "maths"]
-    assert left_out(["json", "maths"]) == "not measured, too little held-out text: json, maths"
+    assert list_short_kinds(told, group_by_domain(told, chunks)) == ["json", "maths"]
+    assert (
+        describe_short_kinds(["json", "maths"])
+        == "not measured, too little held-out text: json, maths"
+    )
     pooled = documents(chat=45, maths=20, json=25)
-    assert too_short(pooled, by_domain(pooled, chunks)) == [] and left_out([]) == ""
+    assert (
+        list_short_kinds(pooled, group_by_domain(pooled, chunks)) == []
+        and describe_short_kinds([]) == ""
+    )
 
 
 def test_of_a_small_set_all_is_one_domain_or_there_is_none() -> None:
-    assert by_domain(documents(chat=25, maths=20), chunks).keys() == {"all"}
-    assert by_domain(documents(chat=5), chunks) == {}
+    assert group_by_domain(documents(chat=25, maths=20), chunks).keys() == {"all"}
+    assert group_by_domain(documents(chat=5), chunks) == {}

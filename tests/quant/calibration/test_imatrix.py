@@ -16,9 +16,9 @@ from quant.calibration.imatrix import (
     ImportanceMatrix,
     Span,
     check_span,
-    list_spans,
+    compute_covering_imatrix,
     make_q8_base,
-    measure_range,
+    split_chunks,
 )
 from quant.calibration.text import CalibrationText
 from quant.core import files, process, progress
@@ -59,7 +59,7 @@ LAYER, EXPERT = 1, 5
 def test_ranges_cover_the_chunks_and_begin_where_the_tool_can(
     first: int, last: int, size: int, tokens: int, expected: list[tuple[int, int]]
 ) -> None:
-    assert list_spans(first, last, size, tokens, 100) == tuple(Span(*e) for e in expected)
+    assert split_chunks(first, last, size, tokens, 100) == tuple(Span(*e) for e in expected)
 
 
 def text_of(path: Path, tokens: int) -> CalibrationText:
@@ -104,7 +104,7 @@ def text(tiny: ModelFile, tmp_path_factory: pytest.TempPathFactory) -> Calibrati
 def made(
     tiny: ModelFile, text: CalibrationText, store: Path, settings: ImatrixRecipe = SETTINGS
 ) -> ImportanceMatrix:
-    return measure_range(
+    return compute_covering_imatrix(
         tiny, text, settings, "imatrix_tiny.gguf", toolchain.find_toolchain(), Store(store)
     )
 
@@ -116,7 +116,7 @@ def test_the_ranges_add_up_to_what_llama_imatrix_makes_of_them(
     result = made(tiny, text, tmp_path / "store")
     for n in range(3):
         (tmp_path / f"{n}").mkdir()
-        imatrix.compute_ranges(
+        imatrix.run_llama_imatrix(
             tiny.path,
             text.path,
             SETTINGS,
@@ -198,7 +198,7 @@ SAID = """$ llama-imatrix -m base.gguf
 def test_within_a_range_the_share_goes_by_the_time_of_the_first_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, pace = 100.0, imatrix.Pace(tmp_path / "log")
+    now, pace = 100.0, imatrix.PassProgress(tmp_path / "log")
     monkeypatch.setattr("quant.calibration.imatrix.time.monotonic", lambda: now)
     pace.log.write_text(SAID)
     assert pace.share() == 0

@@ -12,10 +12,10 @@ from quant.calibration.dedupe import drop_duplicates
 from quant.calibration.documents import Document
 from quant.calibration.packing import (
     draw_documents,
-    group_documents,
-    list_exchanges,
-    order_of,
+    group_exchanges,
     pack_chunks,
+    shuffle_documents,
+    split_exchanges,
     split_held_out,
 )
 from quant.calibration.sets import CalibrationSet, CalibrationSource
@@ -70,10 +70,10 @@ def test_the_first_chunk_may_be_shorter() -> None:
 
 def test_a_long_conversation_is_cut_between_exchanges() -> None:
     text = "[start]<u>a<a>b<u>c<a>d<u>e"
-    assert list_exchanges(text, "<u>") == ("[start]<u>a<a>b", "<u>c<a>d", "<u>e")
-    assert list_exchanges(text, "") == list_exchanges(text, "<nowhere>") == (text,)
-    assert list_exchanges("<u>a", "<u>") == ("<u>a",)
-    assert group_documents([40, 50, 30, 200, 10], 100) == ((0, 1), (2,), (3,), (4,))
+    assert split_exchanges(text, "<u>") == ("[start]<u>a<a>b", "<u>c<a>d", "<u>e")
+    assert split_exchanges(text, "") == split_exchanges(text, "<nowhere>") == (text,)
+    assert split_exchanges("<u>a", "<u>") == ("<u>a",)
+    assert group_exchanges([40, 50, 30, 200, 10], 100) == ((0, 1), (2,), (3,), (4,))
 
 
 def test_order_and_held_out_part_are_decided_by_names_and_seed_alone() -> None:
@@ -88,7 +88,7 @@ def test_order_and_held_out_part_are_decided_by_names_and_seed_alone() -> None:
     assert set(fewer) == {
         d for d in read if d in documents[:200]
     }  # one more document moves no other
-    assert order_of(SET, documents) == order_of(SET, documents[::-1]) != documents
+    assert shuffle_documents(SET, documents) == shuffle_documents(SET, documents[::-1]) != documents
     assert split_held_out(replace(SET, seed=1), documents)[1] != held
     assert split_held_out(replace(SET, held_out=0.0), documents)[1] == ()
 
@@ -96,7 +96,7 @@ def test_order_and_held_out_part_are_decided_by_names_and_seed_alone() -> None:
 def test_each_source_gives_its_share_of_the_tokens() -> None:
     sources = (replace(SET.source[0], share=0.75), replace(SET.source[1], share=0.25))
     told = replace(SET, tokens=4000, source=sources)
-    documents = order_of(told, (*docs(100), *docs(100, "b")))
+    documents = shuffle_documents(told, (*docs(100), *docs(100, "b")))
     chosen = [documents[n].source for n in draw_documents(told, documents, [50] * 200)]
     assert (chosen.count("a"), chosen.count("b")) == (60, 20)
     assert draw_documents(SET, documents, [50] * 200) == tuple(range(200))

@@ -12,11 +12,12 @@ import pytest
 from quant.calibration import datasets, sets
 from quant.calibration.documents import SETS
 from quant.cli.options import quant
+from quant.core.format import hash_texts, to_canonical_json
 from quant.errors import CheckError, InputError
 from tests.hub import Hub, running
 
 HEAD = 'name = "mine"\nsummary = "For tests."\n'
-SOURCE = '[[source]]\nname = "a"\nkind = "conversation"\nlicence = "MIT"\n'
+SOURCE = '[[source]]\nname = "a"\nkind = "conversation"\nlicense = "MIT"\n'
 
 
 def a_set(folder: Path, *sources: str, head: str = HEAD) -> str:
@@ -42,10 +43,10 @@ def read(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [p.stem for p in sorted(SETS.glob("*.toml"))])
-def test_every_shipped_set_is_sound_and_says_licences(name: str) -> None:
+def test_every_shipped_set_is_sound_and_has_licenses(name: str) -> None:
     told, _ = sets.find_set(name)
     assert told.name == name
-    assert all(s.licence in ("Apache-2.0", "MIT", "CC-BY-4.0") for s in told.source)
+    assert all(s.license in ("Apache-2.0", "MIT", "CC-BY-4.0") for s in told.source)
     assert all(s.attribution for s in told.source if s.repo)
 
 
@@ -66,7 +67,7 @@ def test_the_release_set_has_its_shares_and_size() -> None:
 
 def test_the_embedded_set_is_all_that_lies_in_its_folder() -> None:
     told, folder = sets.find_set("embedded")
-    assert {p for s in told.source for p in datasets.local_files(s, folder)} == set(
+    assert {p for s in told.source for p in datasets.list_local_files(s, folder)} == set(
         (SETS / "embedded").glob("*.jsonl")
     )
 
@@ -99,19 +100,20 @@ def test_files_beside_a_set_are_its_sources(tmp_path: Path) -> None:
         ),
         (['path = "x"\nrows = 0'], HEAD, "source[0].rows: expected at least 1, found 0"),
         (['path = "x"', 'path = "y"'], HEAD, "source 'a': expected once, found twice"),
-        (['path = "x"\nshare = 0.5'], HEAD, "tokens: missing; shares are of that number"),
+        (['path = "x"\nshare = 0.5'], HEAD, "tokens: missing; shares are fractions of that number"),
         (
             ['path = "x"\nshare = 0.5'],
             HEAD + "tokens = 100\n",
-            "shares that add up to 1, as the set says tokens, found 0.5",
+            "shares that add up to 1, because the set has tokens, found 0.5",
         ),
         (
             ['path = "x"'],
             HEAD + "held_out = 0.9\n",
-            "held_out: expected a share from 0 to 0.5, found 0.9",
+            "held_out: expected a fraction from 0 to 0.5, found 0.9",
         ),
         (['path = "x"\nform = "poem"'], HEAD, "source[0].form"),
-        (['path = "x"\nlicense = "MIT"'], HEAD, "license: unknown key; did you mean 'licence'?"),
+        (['path = "x"\nlicence = "MIT"'], HEAD, "licence: unknown key; did you mean 'license'?"),
+        (['path = "x"\nlisense = "MIT"'], HEAD, "lisense: unknown key; did you mean 'license'?"),
     ],
 )
 def test_what_is_wrong_with_a_set_is_told(
@@ -120,6 +122,32 @@ def test_what_is_wrong_with_a_set_is_told(
     with pytest.raises(InputError) as caught:
         sets.find_set(a_set(tmp_path, *sources, head=head))
     assert said in str(caught.value)
+
+
+def test_the_british_key_of_the_license_is_still_read(tmp_path: Path) -> None:
+    name = a_set(tmp_path, 'path = "x"')
+    expected = sets.find_set(name)[0]
+    path = Path(name)
+    path.write_text(path.read_text().replace("license", "licence"))
+    assert sets.find_set(name)[0] == expected
+    path.write_text(HEAD + SOURCE.replace('license = "MIT"', 'path = "x"'))
+    with pytest.raises(InputError, match=r"source\[0\].license: missing"):
+        sets.find_set(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("embedded", "b024f90ed3d58cb2304e1c59a71b5f69fb9a47bcb21bab06a311b452030942ac"),
+        ("glm", "15d785a2e94f6b5c620f9f8a1a3d07b36e01dcfeb0d13034803524fe23e9ffc6"),
+    ],
+)
+def test_the_digests_of_the_shipped_sets_are_those_of_the_first_release(
+    name: str, digest: str
+) -> None:
+    told, folder = sets.find_set(name)
+    inputs = datasets.describe_set_inputs(told, folder, {})
+    assert hash_texts([to_canonical_json(inputs["set"])]) == digest
 
 
 def test_an_unknown_set_is_told_with_its_neighbour() -> None:
@@ -250,7 +278,7 @@ def test_a_set_that_asks_for_other_rows_than_were_locked_is_refused(
     hub: Hub, tmp_path: Path
 ) -> None:
     locked(a_set(tmp_path, CHAT))
-    with pytest.raises(CheckError, match="the set says something else than when it was locked"):
+    with pytest.raises(CheckError, match="the set has changed since it was locked"):
         read(a_set(tmp_path, CHAT + "\nrows = 1"))
 
 

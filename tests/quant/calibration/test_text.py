@@ -12,8 +12,8 @@ from quant.calibration.documents import Document
 from quant.calibration.text import (
     CalibrationText,
     find_turn_marker,
-    held_out_texts,
-    render_for_model,
+    read_held_out_texts,
+    render_document,
 )
 from quant.calibration.text import build_calibration_text as calibrate_with
 from quant.chat.engines import SpecialTokens, write_mute_model
@@ -43,16 +43,16 @@ def document(name: str = "a", **more: Any) -> Document:
 
 
 def test_a_document_is_rendered_with_the_models_template() -> None:
-    assert render_for_model(document(), TEMPLATE) == "[user]Grüße[assistant]Hi-no tools"
+    assert render_document(document(), TEMPLATE) == "[user]Grüße[assistant]Hi-no tools"
     assert (
-        render_for_model(document(thinking=True, tools=({}, {})), TEMPLATE)
+        render_document(document(thinking=True, tools=({}, {})), TEMPLATE)
         == "[user]Grüße[assistant]Hi+2"
     )
 
 
 def test_without_a_template_messages_are_paragraphs() -> None:
     silent = ({"role": "assistant", "content": None}, {"role": "assistant"})
-    assert render_for_model(document(messages=(*MESSAGES, *silent)), None) == "Grüße\n\nHi\n\n\n\n"
+    assert render_document(document(messages=(*MESSAGES, *silent)), None) == "Grüße\n\nHi\n\n\n\n"
 
 
 def test_a_document_that_cannot_be_rendered_is_named() -> None:
@@ -60,7 +60,7 @@ def test_a_document_that_cannot_be_rendered_is_named() -> None:
     with pytest.raises(
         InputError, match=r"^calibration document greeting: chat template: cannot render .*: no"
     ):
-        render_for_model(document("greeting"), broken)
+        render_document(document("greeting"), broken)
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +101,14 @@ def test_the_text_holds_every_document_but_those_held_out_and_is_made_once(
     made = calibrate(model, TEMPLATE, base, store)
     text = made.path.read_text()
     assert made.held_out is not None
-    held = held_out_texts(made.held_out)
+    held = read_held_out_texts(made.held_out)
     assert made.name == "mine" and made.documents + len(held) == 60 and 0 < len(held) < 20
     read = [line.removeprefix("[user]").removesuffix("-no tools") for line in text.splitlines()]
     assert sorted([*read, *(d.id for d in held)]) == sorted(names)
     assert not any(d.text.strip() in text for d in held)
     assert (
-        held_out_texts(made.held_out, "mine") == held
-        and held_out_texts(made.held_out, "other") == ()
+        read_held_out_texts(made.held_out, "mine") == held
+        and read_held_out_texts(made.held_out, "other") == ()
     )
     assert made.receipt.bytes == len(text.encode())
     assert calibrate(model, TEMPLATE, base, store) == made

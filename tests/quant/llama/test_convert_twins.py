@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from quant.calibration import documents, hessians, imatrix
-from quant.calibration.text import render_for_model
+from quant.calibration.text import render_document
 from quant.chat.template import patch_template
 from quant.hub import checkpoint as source
 from quant.llama import toolchain
@@ -71,14 +71,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     text = root / "text.txt"
     text.write_text(
         "\n".join(
-            render_for_model(document, template)
+            render_document(document, template)
             for document in documents.load_documents("embedded")[:12]
         )
     )
     for name in folders:
         (root / "matrices" / name).mkdir(parents=True)
         settings, out = ImatrixRecipe(context=256, chunks=4), root / "matrices" / name / "m.gguf"
-        imatrix.compute_ranges(
+        imatrix.run_llama_imatrix(
             root / f"{name}.gguf", text, settings, toolchain.find_toolchain(), out
         )
     return {

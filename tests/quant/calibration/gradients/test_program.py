@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quant.calibration.gradients import EMBEDDING, OUTPUT
-from quant.calibration.gradients.glm4moe import normed
-from quant.calibration.gradients.program import ModelPass, Tensors
+from quant.calibration.gradients.glm4moe import apply_rms_norm
+from quant.calibration.gradients.program import ModelPass, ModelWeights
 from quant.calibration.hessian_collector import HessianSums
 from quant.calibration.hessians import HessianSettings, collect_hessians
 from quant.core import child, memory
@@ -45,7 +45,9 @@ def exact(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def said(way: ModelPass, given: NDArray[np.float32]) -> Tensor:
     """The logarithms of all words' likelihoods, after what the last block made."""
-    x = normed(way.shape, torch.from_numpy(np.array(given)), way.tensors.of("output_norm.weight"))
+    x = apply_rms_norm(
+        way.shape, torch.from_numpy(np.array(given)), way.tensors.of("output_norm.weight")
+    )
     return (x.double() @ way.tensors.of(OUTPUT).double().T).log_softmax(-1)
 
 
@@ -56,7 +58,7 @@ def test_read_forward_a_model_says_what_it_says_in_llama_cpp(
     job = {"context": CONTEXT, "threads": 1, "chunks": CHUNKS, "top": EVERY_WORD, "parts": [part]}
     child.run_child("quant.evaluate.scorer", job, folder=tmp_path, name="reading the text")
     way = ModelPass(
-        Tensors(tiny[0]), HessianSums({}), np.load(tmp_path / "tokens.npy"), tmp_path, 2
+        ModelWeights(tiny[0]), HessianSums({}), np.load(tmp_path / "tokens.npy"), tmp_path, 2
     )
     way.forward()
     for n, expected in enumerate(np.load(tmp_path / "said.npy")):
@@ -65,7 +67,7 @@ def test_read_forward_a_model_says_what_it_says_in_llama_cpp(
         assert off.max() < 1e-2 and off.mean() < 1e-3
 
 
-class Disturbed(Tensors):
+class Disturbed(ModelWeights):
     """With an error in one of the tensors, all of whose numbers have one variance."""
 
     def __init__(self, first: Path, name: str, size: float) -> None:
@@ -88,7 +90,7 @@ class Disturbed(Tensors):
         )
 
 
-def every_expert(tensors: Tensors) -> Tensors:
+def every_expert(tensors: ModelWeights) -> ModelWeights:
     """All experts are chosen, so that no error changes which."""
     tensors.metadata = {
         **tensors.metadata,
@@ -102,9 +104,9 @@ def test_moments_foretell_what_small_errors_do(tiny: Tiny, tmp_path: Path) -> No
 
     An error e whose numbers all have the variance v diverges by v / 2 · Σ |g|² |x|², which is the trace of the sums.
     """
-    words = len(Tensors(tiny[0]).of(EMBEDDING))
+    words = len(ModelWeights(tiny[0]).of(EMBEDDING))
     tokens = np.random.default_rng(3).integers(0, words, (1000, 1)).astype(np.int32)
-    way = ModelPass(every_expert(Tensors(tiny[0])), HessianSums(MATRICES), tokens, tmp_path, 2)
+    way = ModelPass(every_expert(ModelWeights(tiny[0])), HessianSums(MATRICES), tokens, tmp_path, 2)
     way.forward()
     way.output()
     way.backward()
