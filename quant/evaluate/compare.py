@@ -196,13 +196,14 @@ def _run_scorer(
         "quant.evaluate.scorer",
         {**asdict(settings), "parts": parts},
         folder=folder,
-        name="reading the text",
+        name="the scorer",
         env=_environment(),
     )
     files.remove(folder / child.LOG)  # has times, which differ between two runs
 
 
 def _environment() -> dict[str, str]:
+    # numpy's BLAS threads would compete with llama.cpp's; a backtrace of ggml's abort would need gdb.
     return os.environ | {"OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"}
 
 

@@ -126,26 +126,29 @@ def compute_kld(log_p: Numbers, log_q: Numbers, *, whole: bool) -> Numbers:
 
 
 def score_job(job: Mapping[str, Any], _: Path) -> None:
-    """Run a job. Consecutive parts with one model load it once."""
-    for model, parts in groupby(job["parts"], key=itemgetter("model")):
-        scorer = LoadedModel(model, job["context"], job["threads"])
+    """Run a job: parts with a model, and either a text to read as the base, or a base to compare with.
+
+    Consecutive parts with one model load it once.
+    """
+    for path, parts in groupby(job["parts"], key=itemgetter("model")):
+        model = LoadedModel(path, job["context"], job["threads"])
         for part in parts:
+            folder = Path(part["folder"])
             if "base" in part:
                 base = Path(part["base"])
-                if scorer.words != (words := json.loads((base / ABOUT).read_text())["words"]):
+                words = json.loads((base / ABOUT).read_text())["words"]
+                if model.words != words:
                     raise InputError(
-                        f"{model}: expected {words} words, found {scorer.words}: of another model"
+                        f"{path}: of another model: expected {words} tokens in the vocabulary, found {model.words}"
                     )
-                score_against_base(scorer, base, Path(part["folder"]))
+                score_against_base(model, base, folder)
             else:
-                folder = Path(part["folder"])
-                tokens = scorer.tokens(Path(part["text"]).read_bytes())[: job["chunks"]]
+                tokens = model.tokens(Path(part["text"]).read_bytes())[: job["chunks"]]
                 if len(tokens):
-                    score_base(scorer, tokens, job["top"], folder)
-                (folder / ABOUT).write_text(
-                    json.dumps({"chunks": len(tokens), "words": scorer.words})
-                )
-        scorer.close()
+                    score_base(model, tokens, job["top"], folder)
+                about = {"chunks": len(tokens), "words": model.words}
+                (folder / ABOUT).write_text(json.dumps(about))
+        model.close()
 
 
 if __name__ == "__main__":
