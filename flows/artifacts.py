@@ -13,8 +13,9 @@ from quant.chat.report import format_transcript
 from quant.chat.verdict import SmokeResult
 from quant.evaluate.release import ReleaseEvaluation
 from quant.plan.plan import Plan
-from quant.release.package import list_warnings, variants_table
-from quant.release.publish import Change, Publication
+from quant.release.change import Change
+from quant.release.publish import Publication
+from quant.release.texts import list_warnings, variants_table
 
 
 def publish_artifact(stage: str, subject: str, result: Any) -> None:

@@ -22,7 +22,7 @@ from quant.chat.smoke import SmokeTestError
 from quant.core.secrets import TOKEN
 from quant.errors import CheckError, InputError, Unreachable
 from quant.job import BuildRequest, choose_destination, prepare_job
-from quant.release.publish import Change
+from quant.release.change import Change
 
 T = TypeVar("T")
 RETRIES = {"source": 3, "send": 3, "publish": 3}

@@ -38,10 +38,12 @@ from quant.plan.plan import Plan, make_plan
 from quant.plan.recipe import ModelRecipe, TemplatePatch
 from quant.quantize.shard import VariantFile, shard_base
 from quant.quantize.variants import quantize_variants
+from quant.release.change import Change, plan_change
 from quant.release.deliver import Delivery, deliver_release
-from quant.release.metadata import words
-from quant.release.package import Release, ReleaseInputs, package_release, place_files
-from quant.release.publish import Change, Publication, plan_change, publish_release
+from quant.release.inputs import ReleaseInputs, place_files
+from quant.release.metadata import make_file_metadata
+from quant.release.package import Release, package_release
+from quant.release.publish import Publication, publish_release
 from quant.release.sign import sign_release
 
 T = TypeVar("T")
@@ -118,7 +120,7 @@ def build_release(job: ReleaseJob, run: StageRunner = run_now) -> BuildResult:
             llama_cpp=str(job.tools.version),
             tools=job.tools.built,
             scenarios=stages.scenarios,
-            figures=evaluation,
+            evaluation=evaluation,
         )
         release = stages.package(inputs)
         delivery = stages.deliver(release)
@@ -163,7 +165,7 @@ class _Stages:
     def convert(self, checkpoint: Checkpoint, template: ChatTemplate | None) -> ModelFile:
         model, job = self.job.model, self.job
         text = template.text if template else None
-        metadata = words(model)
+        metadata = make_file_metadata(model)
         work = partial(convert_checkpoint, checkpoint, text, metadata, job.tools, job.store)
         return self.run("convert", model.title, work)
 
@@ -171,7 +173,7 @@ class _Stages:
         model, job = self.job.model, self.job
         if not model.sees:
             return None
-        work = partial(convert_vision, checkpoint, words(model), job.tools, job.store)
+        work = partial(convert_vision, checkpoint, make_file_metadata(model), job.tools, job.store)
         return self.run("convert", f"{model.title} mmproj", work)
 
     def build_calibration_text(

@@ -21,8 +21,8 @@ from quant.plan.plan import make_plan
 from quant.plan.recipe import SIZE, ModelRecipe, TemplatePatch, Variant, Waiver, parse_size
 from quant.plan.sizes import estimate_build_bytes
 from quant.quantize.engine.job import EngineSettings
-from quant.release.publish import preflight
-from quant.release.sign import signer_problems
+from quant.release.change import preflight
+from quant.release.sign import check_signing_key
 
 REQUIRED_TOOLS = ("llama-tokenize", "llama-imatrix", "llama-gguf-split", "llama-server")
 WORK = ".work"
@@ -146,7 +146,7 @@ def prepare_job(request: BuildRequest) -> ReleaseJob:
         raise InputError("as ready: expected a repo to send to, found none; name one with --repo")
     key = Path(request.key).expanduser() if request.key else None
     if key:
-        signer_problems(key)
+        check_signing_key(key)
     if request.destination:
         preflight(request.destination, model.card, f"{recipe}: card")
     out = Path(request.out).expanduser().resolve()

@@ -1,256 +1,258 @@
-"""Make a release again from nothing but its manifest, in another folder, and compare every byte.
+"""Build a release again from its manifest alone, in another folder, and compare every byte.
 
-The manifest holds every recipe that went in, so that it does not matter what the recipes are called or say by now. What made
-the bytes has to be the same: the source's files, the calibration texts, and llama.cpp.
+The manifest has every recipe that went in, so it does not matter what ``recipes/`` says by now. What decides the
+bytes must be the same: the source's files, the calibration texts, and llama.cpp.
+
+Three kinds of difference are excused, and named in the result. All others are faults.
+
+- *Packages*: provenance names the versions that made a release, so it and SHA256SUMS differ with them.
+- *Prose*: another version of this project may word the card, the report and the charts otherwise.
+- *Figures*: two processors add up in another order, so KLD and perplexity may differ a little, and with them every
+  file that shows them. See :func:`quant.evaluate.figures.figures_close`.
 """
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quant import build as builds
 from quant.build import StageRunner
-from quant.chat.scenarios import Scenarios
 from quant.core import files
 from quant.core.store import Store
-from quant.core.toml import parse_json_value
-from quant.errors import CheckError, InputError, raise_problems
+from quant.errors import CheckError, raise_problems
 from quant.evaluate import html
 from quant.evaluate.figures import figures_close
 from quant.job import WORK, ReleaseJob
 from quant.llama.toolchain import Toolchain
 from quant.plan.load import RECIPES
-from quant.plan.recipe import ModelRecipe, TemplatePatch, Variant
-from quant.release.folder import read_checksums
-from quant.release.package import CHECKSUMS, FORMAT, MANIFEST, PROVENANCE
+from quant.plan.recipe import ModelRecipe
+from quant.release.folder import CHECKSUMS, PROVENANCE, README, hash_lists, read_checksums
+from quant.release.manifest import MANIFEST, Manifest, to_plain
+from quant.release.provenance import PROJECT, read_versions
+
+LISTS = {PROVENANCE, CHECKSUMS}
+"""They name the versions of the packages, and the digests of all other files."""
+PROSE = {README, html.REPORT}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RebuildResult:
-    """A release that was made again and is the same."""
+    """A release that was built again and is the same."""
 
     folder: Path
     compared: tuple[str, ...]
-    """Files that hold the same bytes."""
+    """Files with the same bytes."""
     uncompared: tuple[str, ...]
-    """Files of the new release of which the old one's digest is not known, because only its manifest was given."""
+    """Files of the new release whose old digest is unknown, because only the manifest was given."""
+    reworded: tuple[str, ...]
+    """Card, report and charts that this version of the project words otherwise."""
     packages: tuple[str, ...]
-    """Packages that are of another version here, and changed no byte but those that name them."""
-    figures: tuple[str, ...] = ()
-    """Files that were measured a little otherwise here, within what two processors may differ by."""
+    """Packages of another version, which changed no byte but in the lists."""
+    figures: tuple[str, ...]
+    """Variants whose figures differ as they may between two processors."""
 
 
 def prepare_rebuild(
-    manifest: Path,
+    path: Path,
     out: Path,
     tools: Toolchain,
     work: Path | None = None,
     source: Path | None = None,
-) -> tuple[ReleaseJob, Mapping[str, Any]]:
-    """The job that makes a manifest's release again, and what is known of the old one.
+) -> tuple[ReleaseJob, Manifest]:
+    """Return the job that builds a release again, and the old release's manifest.
 
-    ``source`` is a folder with the checkpoint, for a model that does not come from the hub. Raises InputError with
-    everything that keeps it from being the same.
+    Args:
+        path: The manifest, or the folder of the release.
+        out: Where the new release goes.
+        tools: llama.cpp.
+        work: Where finished stages are kept; in ``out`` if not given.
+        source: The checkpoint, for a model that does not come from the hub.
+
+    Raises:
+        InputError: With everything that would keep the new release from being the same.
     """
-    path = manifest / MANIFEST if manifest.is_dir() else manifest
-    known = _read(path)
-    model = parse_json_value(known["recipe"], ModelRecipe, f"{path}: recipe")
-    variants = [
-        parse_json_value(v["recipe"], Variant, f"{path}: variants[{n}]")
-        for n, v in enumerate(known["variants"])
-    ]
-    patch = (known["chat_template"] or {}).get("patch")
-    template = (
-        parse_json_value(patch, TemplatePatch, f"{path}: chat_template.patch") if patch else None
-    )
-    beside = _beside(model, source)
-    raise_problems(_problems(path, known, model, tools, beside, out.resolve() / model.title))
+    path = path / MANIFEST if path.is_dir() else path
+    manifest = Manifest.read(path)
+    model = manifest.recipe
+    recipe = _locate_recipe(model, source)
+    target = out.resolve() / model.title
+    raise_problems(_find_problems(path, manifest, tools, recipe, target))
     store = Store(work.resolve() if work else out.resolve() / WORK)
-    tried = (
-        parse_json_value(known["scenarios"], Scenarios, f"{path}: scenarios")
-        if "scenarios" in known
-        else None
-    )
+    template = manifest.chat_template
     job = ReleaseJob(
         model=model,
-        recipe=beside,
-        variants=tuple(variants),
+        recipe=recipe,
+        variants=tuple(v.recipe for v in manifest.variants),
         out=out.resolve(),
         store=Store(store.root / model.name),
         tools=tools,
-        template=template,
-        scenarios=tried,
+        template=template.patch if template else None,
+        scenarios=manifest.scenarios,
     )
-    return job, known
+    return job, manifest
 
 
 def rebuild_release(
-    job: ReleaseJob, known: Mapping[str, Any], manifest: Path, do: StageRunner
+    job: ReleaseJob, manifest: Manifest, path: Path, do: StageRunner
 ) -> RebuildResult:
-    """Make the release and compare it; raises CheckFailed with every file that came out otherwise."""
-    with job.store.lock():
-        checkpoint = builds.pull_locked(job.model, job.recipe, None, job.store)
-    found = {r.path: r.sha256 for r in checkpoint.receipts}
-    expected = {f["path"]: f["sha256"] for f in known["source"]["files"]}
-    if wrong := sorted(
-        n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)
-    ):
-        raise CheckError(
-            *(
-                f"{checkpoint.folder / n}: expected sha256 {expected.get(n)}, found {found.get(n)}"
-                for n in wrong
-            )
-        )
+    """Build a release again and compare it with the old one.
+
+    Args:
+        job: What :func:`prepare_rebuild` returned.
+        manifest: The same.
+        path: The manifest, or the folder of the release.
+        do: Runs a stage.
+
+    Raises:
+        CheckError: With every file of the source or the release that differs.
+    """
+    _check_source(job, manifest)
     built = builds.build_release(job, do)
-    old = manifest if manifest.is_dir() else manifest.parent
-    new = _digests(built.folder)
-    before = _known_digests(old, known) | {
-        MANIFEST: files.hash_file(old / MANIFEST if manifest.is_dir() else manifest)
-    }
-    packages = tuple(_package_changes(old, built.folder))
-    excused = {PROVENANCE, CHECKSUMS} if packages else set()
-    figures = measured_otherwise(known, built.release.manifest)
-    if figures:  # what tells them differs with them, and nothing else may
-        excused |= {MANIFEST, PROVENANCE, CHECKSUMS, "README.md", html.REPORT}
-        excused |= {n for n in differing_names(before, new) if n.startswith(f"{html.PICTURES}/")}
-    differing = differing_names(before, new)
-    if wrong := [n for n in differing if n not in excused]:
-        raise CheckError(
-            *(
-                f"{built.folder / n}: expected sha256 {before[n]}, found {new.get(n, 'no such file')}"
-                for n in wrong
-            )
-        )
-    same = tuple(sorted(n for n in before if before[n] == new.get(n)))
-    return RebuildResult(
-        built.folder,
-        same,
-        tuple(sorted(new.keys() - before.keys())),
-        packages if differing else (),
-        figures,
+    old = path if path.is_dir() else path.parent
+    manifest_path = old / MANIFEST if path.is_dir() else path
+    before = _read_old_digests(old, manifest) | {MANIFEST: files.hash_file(manifest_path)}
+    return compare_releases(
+        old, before, built.folder, find_changed_figures(manifest, built.release.manifest)
     )
 
 
-def differing_names(before: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """Files whose digest is known and is another now."""
-    return sorted(n for n in before if before[n] != new.get(n))
+def compare_releases(
+    old: Path, before: Mapping[str, str], new: Path, figures: tuple[str, ...]
+) -> RebuildResult:
+    """Compare a rebuilt release with the old one.
+
+    Args:
+        old: The folder of the old release; its provenance says which versions made it, if it is there.
+        before: The sha256 of every file of the old release that is known, by name.
+        new: The folder of the rebuilt release.
+        figures: The variants whose figures differ as they may; nothing if none do.
+
+    Raises:
+        CheckError: With every file that differs and is not excused.
+    """
+    after = hash_lists(new)
+    old_versions, new_versions = _read_versions(old), _read_versions(new)
+    packages = tuple(_list_changes(old_versions, new_versions)) if old_versions else ()
+    differing = [name for name in sorted(before) if before[name] != after.get(name)]
+    prose = {n for n in differing if n in PROSE or n.startswith(f"{html.PICTURES}/")}
+    excused = set(LISTS) if packages else set()
+    reworded: tuple[str, ...] = ()
+    if old_versions and old_versions.get(PROJECT) != new_versions.get(PROJECT):
+        reworded = tuple(sorted(prose))
+    if figures:  # the manifest has them, so whatever shows or lists them differs too
+        excused |= {MANIFEST, *LISTS, *prose}
+    excused |= set(reworded)
+    if faults := [name for name in differing if name not in excused]:
+        raise CheckError(
+            *(
+                f"{new / n}: expected sha256 {before[n]}, found {after.get(n, 'no such file')}"
+                for n in faults
+            )
+        )
+    return RebuildResult(
+        folder=new,
+        compared=tuple(name for name in sorted(before) if name not in differing),
+        uncompared=tuple(sorted(after.keys() - before.keys())),
+        reworded=reworded,
+        packages=packages if differing else (),
+        figures=figures,
+    )
 
 
-def measured_otherwise(known: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:
-    """The files whose figures differ as they may between two processors, when nothing else of the manifests differs."""
-    if _without_figures(known) != _without_figures(json.loads(json.dumps(new))):
+def find_changed_figures(old: Manifest, new: Manifest) -> tuple[str, ...]:
+    """Return the variants whose figures differ as they may between two processors.
+
+    Nothing is returned if anything else of the manifests differs, or if a figure differs by more.
+    """
+    if _without_figures(old) != _without_figures(new):
         return ()
     pairs = [
-        (v["name"], v["evaluation"], w["evaluation"])
-        for v, w in zip(known["variants"], new["variants"], strict=True)
+        (v.name, v.evaluation, w.evaluation)
+        for v, w in zip(old.variants, new.variants, strict=True)
     ]
-    if not all(old and now and figures_close(old, now) for _, old, now in pairs):
+    if not all(a and b and figures_close(to_plain(a), to_plain(b)) for _, a, b in pairs):
         return ()
     return tuple(
-        f"{name}: KLD was {old['kld_mean']}, is {now['kld_mean']}"
-        for name, old, now in pairs
-        if old != now
+        f"{name}: KLD was {a.kld_mean}, is {b.kld_mean}"
+        for name, a, b in pairs
+        if a and b and a != b
     )
 
 
-def _without_figures(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    shared = {
-        k: v
-        for k, v in (manifest["evaluation"] or {}).items()
-        if k in ("context", "top", "llama.cpp", "texts")
-    }
-    variants = [
-        {k: v for k, v in entry.items() if k != "evaluation"} for entry in manifest["variants"]
-    ]
-    return {**manifest, "evaluation": shared, "variants": variants}
+def _without_figures(manifest: Manifest) -> tuple[Manifest, Any]:
+    """Return a manifest without what evaluating measured, and how it was evaluated."""
+    evaluation = manifest.evaluation
+    settings = evaluation and (
+        evaluation.context,
+        evaluation.top,
+        evaluation.llama_cpp,
+        evaluation.texts,
+    )
+    variants = tuple(replace(v, evaluation=None) for v in manifest.variants)
+    return replace(manifest, evaluation=None, variants=variants), settings
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise InputError(
-            f"{path}: expected the manifest of a release, found something else ({e})"
-        ) from e
-    if not isinstance(known, dict) or known.get("format") != FORMAT:
-        found = known.get("format") if isinstance(known, dict) else known
-        raise InputError(f"{path}: format: expected {FORMAT!r}, found {found!r}")
-    return known
-
-
-def _beside(model: ModelRecipe, source: Path | None) -> Path:
-    """The file from whose folder the source's folder is looked for: the project's own recipe, or one beside ``source``."""
+def _locate_recipe(model: ModelRecipe, source: Path | None) -> Path:
+    """Return the recipe file in whose folder the source is looked for: the project's own, or one beside ``source``."""
     if source is None or model.source.folder is None:
         return RECIPES / "models" / f"{model.name}.toml"
     levels = len(Path(model.source.folder).parts)
     return source.resolve().parents[levels - 1] / f"{model.name}.toml"
 
 
-def _problems(
-    path: Path,
-    known: Mapping[str, Any],
-    model: ModelRecipe,
-    tools: Toolchain,
-    beside: Path,
-    target: Path,
+def _find_problems(
+    path: Path, manifest: Manifest, tools: Toolchain, recipe: Path, target: Path
 ) -> Iterator[str]:
-    if known["llama.cpp"] != str(tools.version):
-        yield f"{path}: llama.cpp: expected {known['llama.cpp']}, found {tools.version}; name that one with --llama-cpp"
-    if model.source.folder and not (beside.parent / model.source.folder).is_dir():
-        wanted = beside.parent / model.source.folder
-        yield f"{wanted}: expected the checkpoint that the release was made of, found nothing; name it with --source"
+    if manifest.llama_cpp != str(tools.version):
+        yield (
+            f"{path}: llama.cpp: expected {manifest.llama_cpp}, found {tools.version}; name the"
+            " expected one with --llama-cpp"
+        )
+    folder = manifest.recipe.source.folder
+    if folder and not (recipe.parent / folder).is_dir():
+        yield (
+            f"{recipe.parent / folder}: expected the checkpoint that the release was made from,"
+            " found nothing; name it with --source"
+        )
     if target.resolve() == path.parent.resolve():
         yield f"{target}: expected another folder than the release's own; name one with -o"
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    return read_checksums(folder) | {
-        name: files.hash_file(folder / name) for name in (CHECKSUMS, MANIFEST)
-    }
-
-
-def _known_digests(old: Path, known: Mapping[str, Any]) -> dict[str, str]:
-    """Of the old release: by its list of checksums if that is there, else what the manifest alone says."""
-    if (old / CHECKSUMS).is_file() and (old / MANIFEST).is_file():
-        return read_checksums(old) | {CHECKSUMS: files.hash_file(old / CHECKSUMS)}
-    others = [known[key] for key in ("imatrix", "vision") if known.get(key)]
-    return {
-        f["path"]: f["sha256"]
-        for f in [*others, *(f for v in known["variants"] for f in v["files"])]
-    }
-
-
-def _package_changes(old: Path, new: Path) -> Iterator[str]:
-    """Packages, and settings of llama.cpp's build, that are not the same here as they were when the release was made."""
-    before, now = _packages(old / PROVENANCE), _packages(new / PROVENANCE)
-    if before:
-        yield from (
-            f"{name}: was {before.get(name, 'none')}, is {now.get(name, 'none')}"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
+def _check_source(job: ReleaseJob, manifest: Manifest) -> None:
+    """Raise CheckError if a file of the source is not what the old release was made from."""
+    with job.store.lock():
+        checkpoint = builds.pull_locked(job.model, job.recipe, None, job.store)
+    actual = {r.path: r.sha256 for r in checkpoint.receipts}
+    expected = {f.path: f.sha256 for f in manifest.source.files}
+    names = sorted(expected.keys() | actual.keys())
+    if changed := [n for n in names if expected.get(n) != actual.get(n)]:
+        raise CheckError(
+            *(
+                f"{checkpoint.folder / n}: expected sha256 {expected.get(n)}, found {actual.get(n)}"
+                for n in changed
+            )
         )
 
 
-def _packages(path: Path) -> dict[str, Any]:
-    """Version by package, from a statement, and how llama.cpp was built."""
+def _read_old_digests(old: Path, manifest: Manifest) -> dict[str, str]:
+    """Return the digests of the old release: by its list if that is there, else what the manifest has."""
+    if (old / CHECKSUMS).is_file() and (old / MANIFEST).is_file():
+        return read_checksums(old) | {CHECKSUMS: files.hash_file(old / CHECKSUMS)}
+    return manifest.known_digests
+
+
+def _list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the packages and the settings of llama.cpp's build that differ between two releases."""
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            yield f"{name}: was {old.get(name, 'none')}, is {new.get(name, 'none')}"
+
+
+def _read_versions(folder: Path) -> dict[str, Any]:
+    """Return the versions that made a release; nothing if its provenance is missing or broken."""
     try:
-        predicate = json.loads(path.read_text())["predicate"]
-    except (OSError, ValueError, KeyError):
+        return read_versions(json.loads((folder / PROVENANCE).read_text()))
+    except (OSError, ValueError):
         return {}
-    uris = [d.get("uri", "") for d in predicate["buildDefinition"]["resolvedDependencies"]]
-    found = [
-        uri.removeprefix("pkg:pypi/").partition("@") for uri in uris if uri.startswith("pkg:pypi/")
-    ]
-    tools = predicate["buildDefinition"]["internalParameters"]["llama.cpp"]
-    built = {
-        f"llama.cpp's {k}": v
-        for k, v in (tools.items() if isinstance(tools, dict) else ())
-        if k != "version"
-    }
-    return (
-        {name: version for name, _, version in found}
-        | dict(predicate["runDetails"]["builder"]["version"])
-        | built
-    )

@@ -1,4 +1,4 @@
-"""A release on its way to strangers and back: published, fetched, verified, talked to, and made again from its manifest."""
+"""A release on its way to strangers and back: published, downloaded, verified, smoke tested, and rebuilt."""
 
 import json
 import os
@@ -30,9 +30,9 @@ def the_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 def run(the_hub: Hub, *args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """A command with the hub and the token in its environment, and nothing of another login."""
+    """Run a command with the hub and the token in its environment, and nothing of another login."""
     home = the_hub.folder.parent / "home"
-    given = {
+    settings = {
         "HF_ENDPOINT": the_hub.url,
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": TOKEN,
@@ -40,15 +40,20 @@ def run(the_hub: Hub, *args: str | Path, **env: str) -> subprocess.CompletedProc
         "no_proxy": "*",
     }
     return subprocess.run(
-        args, env=os.environ | given | env, capture_output=True, text=True, timeout=900, check=False
+        args,
+        env=os.environ | settings | env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
     )
 
 
 @pytest.fixture(scope="module")
 def published(the_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A build that published its release: the folder that it was told, and everything that it said."""
+    """Return the output folder of a build that published its release, and everything it printed."""
     out = tmp_path_factory.mktemp("out")
-    done = run(
+    process = run(
         the_hub,
         QUANT,
         "build",
@@ -62,34 +67,34 @@ def published(the_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         "--limit",
         "500M",
     )
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout + done.stderr
+    assert process.returncode == 0, process.stderr
+    return out, process.stdout + process.stderr
 
 
 @pytest.fixture(scope="module")
-def fetched(
+def downloaded(
     the_hub: Hub, published: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The release as the hub's own client fetches it."""
-    folder = tmp_path_factory.mktemp("fetched") / "tiny-glm"
-    done = run(the_hub, sys.executable, "-c", FETCH, REPO, folder, HF_TOKEN="")
-    assert done.returncode == 0, done.stderr
+    """Return the release as the hub's own client downloads it."""
+    folder = tmp_path_factory.mktemp("downloaded") / "tiny-glm"
+    process = run(the_hub, sys.executable, "-c", FETCH, REPO, folder, HF_TOKEN="")
+    assert process.returncode == 0, process.stderr
     return folder
 
 
 def test_a_build_with_a_repo_ends_with_one_commit_that_holds_the_release(
     the_hub: Hub, published: tuple[Path, str]
 ) -> None:
-    out, said = published
+    out, output = published
     head = the_hub.head(REPO)
-    assert f"{the_hub.url}/{REPO}/tree/release-" in said
+    assert f"{the_hub.url}/{REPO}/tree/release-" in output
     assert len(the_hub.repos[REPO].commits) == 2  # the first is the hub's own
-    there = {
+    remote = {
         n: the_hub.object(b.sha256).read_bytes()
         for n, b in head.files.items()
         if n != ".gitattributes"
     }
-    assert there == {
+    assert remote == {
         p.relative_to(out / "tiny-glm").as_posix(): p.read_bytes()
         for p in (out / "tiny-glm").rglob("*")
         if p.is_file()
@@ -112,55 +117,63 @@ def test_a_build_that_sends_as_ready_sends_each_variant_once_and_before_the_rele
     assert len(sent) == len(set(sent))
 
 
-def test_the_same_build_again_publishes_nothing(the_hub: Hub, published: tuple[Path, str]) -> None:
+def test_the_same_build_publishes_nothing_the_second_time(
+    the_hub: Hub, published: tuple[Path, str]
+) -> None:
     before = dict(the_hub.repos[REPO].commits)
-    done = run(the_hub, QUANT, "build", "tiny-glm", "-o", published[0], *SOME, "--repo", REPO)
-    assert done.returncode == 0, done.stderr
-    assert "nothing to do" in done.stderr
+    process = run(the_hub, QUANT, "build", "tiny-glm", "-o", published[0], *SOME, "--repo", REPO)
+    assert process.returncode == 0, process.stderr
+    assert "nothing to do" in process.stderr
     assert the_hub.repos[REPO].commits == before
 
 
-def test_what_was_fetched_is_verified(the_hub: Hub, fetched: Path) -> None:
-    done = run(the_hub, QUANT, "verify", fetched)
-    assert done.returncode == 0, done.stderr
-    assert "not checked: that the model talks" in done.stdout
+def test_a_downloaded_release_verifies(the_hub: Hub, downloaded: Path) -> None:
+    process = run(the_hub, QUANT, "verify", downloaded)
+    assert process.returncode == 0, process.stderr
+    assert "not checked: that the model answers" in process.stdout
 
 
-def test_what_was_fetched_talks(the_hub: Hub, fetched: Path) -> None:
-    first = next(fetched.glob("UD-Q2_K_XL/*-00001-of-*.gguf"))
-    for path in (fetched / "tiny-glm-UD-TQ1_0.gguf", first):
-        done = run(the_hub, QUANT, "smoke", path)
-        assert done.returncode == 0, done.stdout + done.stderr
+def test_a_downloaded_release_passes_its_smoke_test(the_hub: Hub, downloaded: Path) -> None:
+    first = next(downloaded.glob("UD-Q2_K_XL/*-00001-of-*.gguf"))
+    for path in (downloaded / "tiny-glm-UD-TQ1_0.gguf", first):
+        process = run(the_hub, QUANT, "smoke", path)
+        assert process.returncode == 0, process.stdout + process.stderr
 
 
-def test_what_was_fetched_is_made_again_to_the_same_bytes(
-    the_hub: Hub, fetched: Path, tmp_path: Path
+def test_a_downloaded_release_is_rebuilt_to_the_same_bytes(
+    the_hub: Hub, downloaded: Path, tmp_path: Path
 ) -> None:
-    done = run(
-        the_hub, QUANT, "rebuild", fetched / "manifest.json", "-o", tmp_path / "again", HF_TOKEN=""
+    process = run(
+        the_hub,
+        QUANT,
+        "rebuild",
+        downloaded / "manifest.json",
+        "-o",
+        tmp_path / "again",
+        HF_TOKEN="",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     files = [
         p
-        for p in fetched.rglob("*")
+        for p in downloaded.rglob("*")
         if p.is_file() and ".cache" not in p.parts and p.name != ".gitattributes"
     ]
-    assert f"tiny-glm: {len(files)} files hold the same bytes" in done.stdout
+    assert f"tiny-glm: {len(files)} files hold the same bytes" in process.stdout
     for path in files:
         assert (
-            tmp_path / "again" / "tiny-glm" / path.relative_to(fetched)
+            tmp_path / "again" / "tiny-glm" / path.relative_to(downloaded)
         ).read_bytes() == path.read_bytes()
 
 
-def test_a_rebuild_that_comes_out_otherwise_names_the_file(
+def test_a_rebuild_with_other_bytes_names_the_file(
     the_hub: Hub, published: tuple[Path, str], tmp_path: Path
 ) -> None:
-    """The same work, found done in the store, against a manifest that promises other bytes."""
+    """The stages are in the store already; the manifest promises other bytes."""
     manifest = json.loads((published[0] / "tiny-glm" / "manifest.json").read_text())
     manifest["variants"][0]["files"][0]["sha256"] = "0" * 64
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     shutil.copytree(published[0] / ".work", tmp_path / "work")
-    done = run(
+    process = run(
         the_hub,
         QUANT,
         "rebuild",
@@ -170,32 +183,32 @@ def test_a_rebuild_that_comes_out_otherwise_names_the_file(
         "--work",
         tmp_path / "work",
     )
-    assert done.returncode == 1
-    assert f"tiny-glm-UD-TQ1_0.gguf: expected sha256 {'0' * 64}, found " in done.stderr
+    assert process.returncode == 1
+    assert f"tiny-glm-UD-TQ1_0.gguf: expected sha256 {'0' * 64}, found " in process.stderr
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "output"),
     [
         ({"llama.cpp": "0.0.1"}, "llama.cpp: expected 0.0.1, found"),
         ({"format": "other"}, "format: expected 'gguf-foundry release 3', found 'other'"),
     ],
 )
-def test_a_manifest_that_cannot_be_made_again_is_refused(
-    the_hub: Hub, published: tuple[Path, str], tmp_path: Path, changes: dict[str, str], said: str
+def test_a_manifest_that_cannot_be_rebuilt_is_refused(
+    the_hub: Hub, published: tuple[Path, str], tmp_path: Path, changes: dict[str, str], output: str
 ) -> None:
     manifest = json.loads((published[0] / "tiny-glm" / "manifest.json").read_text()) | changes
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    done = run(the_hub, QUANT, "rebuild", tmp_path / "manifest.json", "-o", tmp_path / "again")
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    process = run(the_hub, QUANT, "rebuild", tmp_path / "manifest.json", "-o", tmp_path / "again")
+    assert process.returncode == 2
+    assert output in process.stderr
+    assert len(process.stderr.splitlines()) == 1
 
 
-def test_the_token_is_nowhere(the_hub: Hub, published: tuple[Path, str], fetched: Path) -> None:
-    out, said = published
-    assert TOKEN not in said
-    for folder in (out, fetched, the_hub.folder, the_hub.folder.parent / "home"):
+def test_the_token_is_nowhere(the_hub: Hub, published: tuple[Path, str], downloaded: Path) -> None:
+    out, output = published
+    assert TOKEN not in output
+    for folder in (out, downloaded, the_hub.folder, the_hub.folder.parent / "home"):
         for path in folder.rglob("*"):
             if path.is_file():
                 assert TOKEN.encode() not in path.read_bytes(), path
@@ -206,15 +219,15 @@ def test_the_token_is_nowhere(the_hub: Hub, published: tuple[Path, str], fetched
     assert {r.token for r in the_hub.requests if r.host.startswith("localhost")} == {None}
 
 
-def test_the_files_say_whose_they_are_and_nothing_of_this_machine(
+def test_the_files_have_their_origin_in_their_metadata_and_nothing_of_this_machine(
     published: tuple[Path, str],
 ) -> None:
     from quant.llama.gguf import read_headers
 
     for first in ("tiny-glm-UD-TQ1_0.gguf", "UD-Q2_K_XL/tiny-glm-UD-Q2_K_XL-00001-of-00002.gguf"):
-        found = read_headers(published[0] / "tiny-glm" / first)[0].metadata
+        metadata = read_headers(published[0] / "tiny-glm" / first)[0].metadata
         assert {
-            k: found.get(f"general.{k}")
+            k: metadata.get(f"general.{k}")
             for k in ("name", "basename", "size_label", "license", "languages", "tags")
         } == {
             "name": "tiny-glm",
@@ -224,11 +237,11 @@ def test_the_files_say_whose_they_are_and_nothing_of_this_machine(
             "languages": ["en"],
             "tags": ["gguf", "imatrix", "conversational", "text-generation"],
         }
-        assert {k.rpartition(".")[2] for k in found if k.startswith("general.sampling.")} == {
+        assert {k.rpartition(".")[2] for k in metadata if k.startswith("general.sampling.")} == {
             "temp",
             "top_p",
             "top_k",
             "min_p",
             "penalty_repeat",
         }
-        assert not [k for k, v in found.items() if isinstance(v, str) and str(published[0]) in v]
+        assert not [k for k, v in metadata.items() if isinstance(v, str) and str(published[0]) in v]

@@ -1,8 +1,9 @@
-"""The commands that make whole releases. A command imports what it needs when it runs, so `quant --help` stays quick."""
+"""The commands that make whole releases. Each imports what it needs when it runs, so `quant --help` stays quick."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,9 +11,10 @@ from quant.cli import progress, tables
 from quant.cli.options import (
     FILE,
     FOLDER,
+    DestinationOptions,
+    collect_options,
     destination_options,
     jobs_option,
-    make_destination,
     make_engine_settings,
     memory_option,
     quant,
@@ -26,6 +28,51 @@ if TYPE_CHECKING:
 
 COLUMNS = ("variant", ">bytes", ">bits/weight", ">files", ">KLD", ">top-1", "smoke test")
 
+revision_option = click.option(
+    "--revision",
+    metavar="COMMIT",
+    help="Commit of the hub repo, if neither recipe nor lock pins it.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions(DestinationOptions):
+    """The options of `quant build`."""
+
+    model: str
+    out: Path
+    revision: str | None
+    waive: tuple[str, ...]
+    evaluate: bool
+    variants: tuple[str, ...]
+    work: Path | None
+    jobs: int | None
+    memory: int | None
+    llama_cpp: Path | None
+    as_ready: bool
+    key: Path | None
+    dry_run: bool
+
+    def make_request(self) -> "BuildRequest":
+        """Return the request that the options describe."""
+        from quant.job import BuildRequest
+
+        return BuildRequest(
+            self.model,
+            self.out,
+            variants=self.variants,
+            work=self.work,
+            revision=self.revision,
+            llama_cpp=self.llama_cpp,
+            settings=make_engine_settings(self.jobs, self.memory),
+            destination=self.make_destination(self.repo),
+            dry_run=self.dry_run,
+            waive=self.waive,
+            evaluate=self.evaluate,
+            as_ready=self.as_ready,
+            key=self.key,
+        )
+
 
 @quant.command()
 @click.option(
@@ -34,13 +81,13 @@ COLUMNS = ("variant", ">bytes", ">bits/weight", ">files", ">KLD", ">top-1", "smo
     type=FOLDER,
     default=Path("release"),
     show_default=True,
-    help="Where the release goes.",
+    help="Folder for the release.",
 )
 @variants_option
 @work_option
 @tools_option
 def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Path | None) -> None:
-    """The whole way, on the tiny model that the project ships: a few minutes, no download."""
+    """Build the release of the tiny model in this package: all stages, a few minutes, no download."""
     from quant.job import BuildRequest
 
     _build(BuildRequest("tiny-glm", out, variants, work=work, llama_cpp=llama_cpp))
@@ -48,22 +95,18 @@ def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Pat
 
 @quant.command()
 @click.argument("model")
-@click.option("--out", "-o", type=FOLDER, required=True, help="Where the release goes.")
-@click.option(
-    "--revision",
-    metavar="COMMIT",
-    help="The commit of the hub repo, if the recipe does not pin it.",
-)
+@click.option("--out", "-o", type=FOLDER, required=True, help="Folder for the release.")
+@revision_option
 @click.option(
     "--waive",
     multiple=True,
     metavar="NAME",
-    help="What may fail in smoke tests; the card says so. Repeatable.",
+    help="Let this check of the smoke test fail; the card names it. Repeatable.",
 )
 @click.option(
     "--evaluate/--no-evaluate",
     default=True,
-    help="Measure the files against BF16, or not.  [measure]",
+    help="Measure every file against BF16, or not.  [evaluate]",
 )
 @variants_option
 @work_option
@@ -74,7 +117,7 @@ def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Pat
 @click.option(
     "--as-ready",
     is_flag=True,
-    help="With --repo: send each variant as soon as it talks, unseen until the end.",
+    help="With --repo: upload each variant after its smoke test; nobody sees it before the end.",
 )
 @click.option(
     "--sign",
@@ -84,90 +127,69 @@ def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Pat
     help="Sign the release with this key: see `quant sign`.",
 )
 @click.option(
-    "--dry-run", is_flag=True, help="With --repo: say what would change there, and publish nothing."
+    "--dry-run", is_flag=True, help="With --repo: list what would change there; publish nothing."
 )
-def build(
-    model: str,
-    variants: tuple[str, ...],
-    jobs: int | None,
-    memory: int | None,
-    repo: str | None,
-    dry_run: bool,
-    **more: Any,
-) -> None:
-    """Build the release of MODEL: a name of recipes/models, or a path to such a file. With --repo, publish it there."""
-    from quant.job import BuildRequest
-
-    destination = make_destination(repo, more)
-    _build(
-        BuildRequest(
-            model,
-            variants=variants,
-            settings=make_engine_settings(jobs, memory),
-            destination=destination,
-            dry_run=dry_run,
-            **more,
-        )
-    )
+@collect_options(BuildOptions)
+def build(options: BuildOptions) -> None:
+    """Build the release of MODEL, a name in recipes/models or a path to such a recipe. With --repo, publish it."""
+    _build(options.make_request())
 
 
 @quant.command()
 @click.argument("model")
 @click.option("--revision", help="A branch, tag or commit.  [the recipe's]")
 def lock(model: str, revision: str | None) -> None:
-    """Pin MODEL's source: write the commit and every file's digest beside its recipe."""
-    from quant.hub import lock as locks
+    """Lock MODEL's source: write its commit and the digest of every file beside the recipe."""
+    from quant.hub.lock import locate_lock, write_lock
     from quant.plan.load import load_model
 
     recipe, path = load_model(model)
-    locked = locks.write_lock(recipe.source, path, revision)
+    locked = write_lock(recipe.source, path, revision)
     progress.print_line(
-        f"{locks.locate_lock(path)}: {locked.repo}@{locked.revision}, {len(locked.files)} files"
+        f"{locate_lock(path)}: {locked.repo}@{locked.revision}, {len(locked.files)} files"
     )
 
 
 @quant.command()
 @click.argument("model")
-@click.option(
-    "--revision",
-    metavar="COMMIT",
-    help="The commit of the hub repo, if the recipe does not pin it.",
-)
+@revision_option
 @click.option(
     "--work", type=FOLDER, envvar="QUANT_WORK", default=Path("release/.work"), show_default=True
 )
 def pull(model: str, revision: str | None, work: Path) -> None:
-    """Fetch and verify the checkpoint of MODEL; prints its folder."""
-    from quant import build as builds
+    """Download and verify the checkpoint of MODEL, and print its folder."""
+    from quant.build import pull_locked
     from quant.core.store import Store
     from quant.job import load_pinned_model
 
     recipe, path, locked = load_pinned_model(model, revision)
     store = Store(work.expanduser().resolve() / recipe.name)
     with store.lock():
-        checkpoint = builds.pull_locked(recipe, path, locked, store)
-    progress.print_line(
-        f"{len(checkpoint.receipts)} files, {sum(r.bytes for r in checkpoint.receipts):,} bytes, all verified"
-    )
+        checkpoint = pull_locked(recipe, path, locked, store)
+    size = sum(r.bytes for r in checkpoint.receipts)
+    progress.print_line(f"{len(checkpoint.receipts)} files, {size:,} bytes, all verified")
     click.echo(checkpoint.folder)
 
 
 @quant.command()
 @click.argument("release", type=FOLDER)
 @click.option(
-    "--public-key", type=FILE, help="Check that the release was signed by the owner of this key."
+    "--public-key", type=FILE, help="Check that the owner of this key signed the release."
 )
 def verify(release: Path, public_key: Path | None) -> None:
-    """Read every byte of a RELEASE folder and hold it against its own lists, recipes and card; exit 1 when anything differs."""
-    from quant.errors import CheckError
-    from quant.release.verify import verify_release as look_at
+    """Verify a RELEASE folder: every byte against its lists, types against its recipes, links of its card.
 
-    found = look_at(release, public_key)
-    if found.problems:
-        raise CheckError(*found.problems)
-    for line in found.checked:
+    Exit code 1 if anything differs.
+    """
+    from quant.errors import CheckError
+    from quant.release.verify import verify_release
+
+    result = verify_release(release, public_key)
+    if result.problems:
+        raise CheckError(*result.problems)
+    for line in result.checked:
         click.echo(f"checked: {line}")
-    for line in found.unchecked:
+    for line in result.unchecked:
         click.echo(f"not checked: {line}")
     click.echo(f"{release}: every file and every tensor is what the manifest says")
 
@@ -175,7 +197,7 @@ def verify(release: Path, public_key: Path | None) -> None:
 def _build(request: "BuildRequest") -> None:
     from quant.build import build_release
     from quant.job import prepare_job
-    from quant.release.package import list_warnings, variants_table
+    from quant.release.texts import list_warnings, variants_table
 
     began = time.monotonic()
     job = prepare_job(request)

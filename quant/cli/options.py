@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from quant.hub.upload import Destination
     from quant.quantize.engine.job import EngineSettings
 
 T = TypeVar("T")
@@ -65,48 +67,66 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, help="One JSON document on standard output."
 )
 
-_TARGET = (
-    click.option("--repo", metavar="OWNER/NAME", help="Publish there; HF_TOKEN holds the token."),
-    click.option("--private", is_flag=True, help="If the repo has to be made, make it private."),
+_DESTINATION = (
     click.option(
-        "--pull-request", is_flag=True, help="Propose the release instead of publishing it."
+        "--repo", metavar="OWNER/NAME", help="Publish to this hub repo; HF_TOKEN has the token."
     ),
+    click.option("--private", is_flag=True, help="Make the repo private, if it is new."),
+    click.option("--pull-request", is_flag=True, help="Open a pull request instead of publishing."),
     click.option(
-        "--tag", help="What the commit is called.  [release-<begin of the manifest's digest>]"
+        "--tag", help="The commit's tag.  [release-<first digits of the manifest's sha256>]"
     ),
-    click.option("--parent", metavar="COMMIT", help="The commit to follow.  [what the repo is at]"),
+    click.option("--parent", metavar="COMMIT", help="The commit to follow.  [the repo's head]"),
     click.option(
         "--uploads",
         type=click.IntRange(1, 32),
         default=4,
         show_default=True,
-        help="Files sent at a time.",
+        help="Files uploaded at a time.",
     ),
     click.option(
         "--limit",
         metavar="SIZE",
         callback=lambda _c, _p, text: parse_size_option(text),
-        help="Bytes a second that sending may take, all files together: 50M.",
+        help="Upload at most this much a second, all files together: 50M.",
     ),
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DestinationOptions:
+    """Where to publish, and how."""
+
+    repo: str | None
+    private: bool
+    pull_request: bool
+    tag: str | None
+    parent: str | None
+    uploads: int
+    limit: int | None
+
+    def make_destination(self, repo: str | None) -> "Destination | None":
+        """Return the destination that the options describe, or None without a repo."""
+        from quant.hub.upload import Destination
+
+        if not repo:
+            return None
+        return Destination(
+            repo,
+            private=self.private,
+            pull_request=self.pull_request,
+            tag=self.tag,
+            parent=self.parent,
+            uploads=self.uploads,
+            limit=self.limit,
+        )
+
+
 def destination_options(command: Any) -> Any:
-    """Give a command the options that say where to publish, and how."""
-    for option in reversed(_TARGET):
+    """Give a command the options of :class:`DestinationOptions`."""
+    for option in reversed(_DESTINATION):
         command = option(command)
     return command
-
-
-def make_destination(repo: str | None, settings: dict[str, Any]) -> Any:
-    """The target that these options name, which are taken out of the settings; none without a repo."""
-    from quant.hub.upload import Destination
-
-    chosen = {
-        key: settings.pop(key)
-        for key in ("private", "pull_request", "tag", "parent", "uploads", "limit")
-    }
-    return Destination(repo, **chosen) if repo else None
 
 
 def collect_options(request: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:

@@ -1,7 +1,7 @@
-"""The commands for a finished release: put it on the hub, and make it again. They import what they need when they run."""
+"""The commands for a finished release: publish it, sign it, rebuild it. Each imports what it needs when it runs."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -9,8 +9,9 @@ from quant.cli import progress
 from quant.cli.options import (
     FILE,
     FOLDER,
+    DestinationOptions,
+    collect_options,
     destination_options,
-    make_destination,
     quant,
     tools_option,
     work_option,
@@ -18,38 +19,54 @@ from quant.cli.options import (
 from quant.errors import InputError
 
 
+@dataclass(frozen=True, kw_only=True)
+class PublishOptions(DestinationOptions):
+    """The options of `quant publish`."""
+
+    release: Path
+    owner_name: str | None
+    dry_run: bool
+
+
 @quant.command()
 @click.argument("release", type=FOLDER)
 @click.argument("owner_name", metavar="[OWNER/NAME]", required=False)
 @destination_options
-@click.option("--dry-run", is_flag=True, help="Say what would change, and do nothing.")
-def publish(
-    release: Path, owner_name: str | None, repo: str | None, dry_run: bool, **settings: Any
-) -> None:
+@click.option("--dry-run", is_flag=True, help="List what would change; change nothing.")
+@collect_options(PublishOptions)
+def publish(options: PublishOptions) -> None:
     """Publish a RELEASE folder on the hub in one commit, and compare every file there with it afterwards.
 
-    The repo is OWNER/NAME, or the one that the release's recipe names. The token is read from HF_TOKEN. After an
+    The repo is OWNER/NAME, or the one in the release's recipe. The token is read from HF_TOKEN. After an
     interruption the same command sends only what is missing, and commits at most once.
     """
-    from quant.release import publish as publishing
-    from quant.release.folder import read_manifest
+    from quant.release.change import plan_change
+    from quant.release.manifest import MANIFEST, Manifest
+    from quant.release.publish import publish_release
 
-    folder = release.expanduser().resolve()
-    named = repo or owner_name or read_manifest(folder)["recipe"].get("publish", {}).get("repo")
-    if not named or (repo and owner_name and repo != owner_name):
-        found = "none" if not named else f"{owner_name} and {repo}"
+    folder = options.release.expanduser().resolve()
+    repo, name = options.repo, options.owner_name
+    if repo and name and repo != name:
         raise InputError(
-            f"expected one repo to publish to, found {found}: quant publish RELEASE OWNER/NAME"
+            f"expected one repo to publish to, found {name} and {repo}: quant publish RELEASE"
+            " OWNER/NAME"
         )
-    change = publishing.plan_change(folder, make_destination(named, settings))
-    if dry_run:
+    destination = options.make_destination(
+        repo or name or Manifest.read(folder / MANIFEST).recipe.publish.repo
+    )
+    if destination is None:
+        raise InputError(
+            "expected one repo to publish to, found none: quant publish RELEASE OWNER/NAME"
+        )
+    change = plan_change(folder, destination)
+    if options.dry_run:
         click.echo("\n".join(change.lines))
         return
     progress.print_line(change.lines[0])
-    published = publishing.publish_release(change)
-    click.echo(published.url)
-    if not published.fresh:
-        progress.print_line("nothing to do: this release stands there already")
+    publication = publish_release(change)
+    click.echo(publication.url)
+    if not publication.fresh:
+        progress.print_line("nothing to do: this release is there already")
 
 
 @quant.command()
@@ -58,18 +75,18 @@ def publish(
     "--key",
     type=FILE,
     required=True,
-    help="A PEM file with an elliptic key; $QUANT_KEY_PASSWORD unlocks it.",
+    help="PEM file with an elliptic key; $QUANT_KEY_PASSWORD unlocks it.",
 )
 def sign(release: Path, key: Path) -> None:
-    """Sign a RELEASE folder, so that `quant verify RELEASE --public-key PUB.pem` tells who made it.
+    """Sign a RELEASE folder, so that `quant verify RELEASE --public-key PUB.pem` can tell who made it.
 
-    Writes model.sig, a bundle of OpenSSF's model signing; publishing takes it along. Nothing is asked of the network.
+    Writes model.sig, a bundle of OpenSSF's model signing; `quant publish` uploads it with the rest. Needs no network.
     """
-    from quant.release import sign as signing
     from quant.release.folder import SIGNATURE
+    from quant.release.sign import sign_release
 
     folder = release.expanduser().resolve()
-    fresh = signing.sign_release(folder, key)
+    fresh = sign_release(folder, key)
     click.echo(folder / SIGNATURE)
     if not fresh:
         progress.print_line("nothing to do: this key has signed these files already")
@@ -77,7 +94,7 @@ def sign(release: Path, key: Path) -> None:
 
 @quant.command()
 @click.argument("manifest", type=click.Path(path_type=Path))
-@click.option("--out", "-o", type=FOLDER, required=True, help="Where the new release goes.")
+@click.option("--out", "-o", type=FOLDER, required=True, help="Folder for the new release.")
 @click.option(
     "--source", type=FOLDER, help="The checkpoint, for a model that does not come from the hub."
 )
@@ -86,24 +103,30 @@ def sign(release: Path, key: Path) -> None:
 def rebuild(
     manifest: Path, out: Path, source: Path | None, work: Path | None, llama_cpp: Path | None
 ) -> None:
-    """Make the release of a MANIFEST again in another folder, and compare every byte; exit 1 when anything differs."""
-    from quant import rebuild as rebuilding
-    from quant.llama import toolchain
+    """Build the release of a MANIFEST again in another folder, and compare every byte; exit code 1 if any differs.
 
-    tools = toolchain.find_toolchain(llama_cpp)
-    job, known = rebuilding.prepare_rebuild(manifest, out, tools, work, source)
-    with progress.show_progress(job.steps) as do:
-        done = rebuilding.rebuild_release(job, known, manifest, do)
-    click.echo(f"{done.folder}: {len(done.compared)} files hold the same bytes")
-    if done.uncompared:
+    MANIFEST is a manifest.json or the folder of a release. Another version of this program may word the card, the
+    report and the charts otherwise; such files are named.
+    """
+    from quant.llama.toolchain import find_toolchain
+    from quant.rebuild import prepare_rebuild, rebuild_release
+
+    job, old = prepare_rebuild(manifest, out, find_toolchain(llama_cpp), work, source)
+    with progress.show_progress(job.steps) as run:
+        result = rebuild_release(job, old, manifest, run)
+    click.echo(f"{result.folder}: {len(result.compared)} files hold the same bytes")
+    if result.uncompared:
         progress.print_line(
-            f"not compared, for only the manifest was given: {', '.join(done.uncompared)}"
+            f"not compared, for only the manifest was given: {', '.join(result.uncompared)}"
         )
-    if done.figures:
+    if result.figures:
         progress.print_line(
-            f"measured a little otherwise here, as processors do: {'; '.join(done.figures)}"
+            f"measured slightly otherwise here, as processors do: {'; '.join(result.figures)}"
         )
-    if done.packages:
+    if result.reworded:
+        progress.print_line(f"worded otherwise by this version: {', '.join(result.reworded)}")
+    if result.packages:
         progress.print_line(
-            f"made with other packages, which changed nothing: {'; '.join(done.packages)}"
+            "made with other packages, which changed provenance.json and SHA256SUMS only:"
+            f" {'; '.join(result.packages)}"
         )

@@ -42,11 +42,11 @@ def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vis
     from quant.hub import checkpoint as source
     from quant.llama.convert import FileMetadata, has_vision, write_base, write_vision
     from quant.plan.load import load_model
-    from quant.release.metadata import words
+    from quant.release.metadata import make_file_metadata
 
     recipe = load_model(model)[0] if model else None
     stem = out.stem.removeprefix("mmproj-").removesuffix("-F16").removesuffix("-BF16")
-    said = words(recipe) if recipe else FileMetadata(stem, {})
+    said = make_file_metadata(recipe) if recipe else FileMetadata(stem, {})
     said = replace(said, pre_tokenizer=pre or said.pre_tokenizer)
     found = source.read_checkpoint(checkpoint.resolve())
     if vision and not has_vision(found):

@@ -85,21 +85,6 @@ class ReportTable:
     heading: str = ""
 
 
-def list_report_files(manifest: Mapping[str, Any]) -> list[ReportFile]:
-    """Return the files of a release that were measured, from its manifest."""
-    return [
-        ReportFile(
-            name=v["name"],
-            bytes=v["bytes"],
-            figures=v["evaluation"],
-            tensors={n: t["type"] for n, t in v["tensors"].items()},
-            is_base=not v["recipe"]["rules"],
-        )
-        for v in manifest["variants"]
-        if v.get("evaluation")
-    ]
-
-
 def draw_charts(files: Sequence[ReportFile], title: str) -> dict[str, tuple[str, str]]:
     """Return the charts by the names of their files: the alternative text and the SVG of each. Empty ones are left out."""
     quantized = [f for f in files if not f.is_base]

@@ -7,22 +7,25 @@ from pathlib import Path
 from quant.core import digest_cache, files
 from quant.errors import CheckError, InputError, convert_disk_errors
 from quant.release.folder import digest_cache_path
-from quant.release.package import FORMAT, MANIFEST, Release
+from quant.release.manifest import FORMAT, MANIFEST
+from quant.release.package import Release
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """Where a release stands for others to take."""
+    """A release in its final folder."""
 
     folder: Path
     fresh: bool
-    """False when it stood there already."""
+    """False if it was there already."""
 
 
 def deliver_release(release: Release, out: Path) -> Delivery:
-    """The release as ``OUT/<name>``. One that stands there already is left alone.
+    """Put a release at ``OUT/<name>``, or leave it alone if the same one is there.
 
-    Raises CheckFailed when a file is no longer what was packaged, InputError when something else is in the way.
+    Raises:
+        CheckError: If a file is no longer what was packaged.
+        InputError: If something other than a release is in the way, or the disk is full.
     """
     target = out / release.name
     if is_delivered(release, target):
@@ -36,42 +39,51 @@ def deliver_release(release: Release, out: Path) -> Delivery:
         files.remove(partial)
         for receipt in release.receipts:
             files.link_or_copy(release.folder / receipt.path, partial / receipt.path)
-        if wrong := [
+        changed = [
             r.path for r in release.receipts if files.make_receipt(partial / r.path, partial) != r
-        ]:
+        ]
+        if changed:
             files.remove(partial)
-            mend = f"take away {release.folder} and run again"
             raise CheckError(
                 *(
-                    f"{release.folder / n}: its bytes are not those that were packaged; {mend}"
-                    for n in wrong
+                    f"{release.folder / name}: its bytes are not those that were packaged;"
+                    f" delete {release.folder} and run again"
+                    for name in changed
                 )
             )
-        older = target.with_name(target.name + ".replaced")
-        files.remove(older)
-        if target.exists():
-            target.rename(older)
-        files.commit_folder(partial, target)
-        files.remove(older)
+        _replace_folder(partial, target)
         digest_cache.save_digests(
             {target / r.path: r.sha256 for r in release.receipts}, digest_cache_path(target)
         )
     return Delivery(target, fresh=True)
 
 
-def _is_release(folder: Path) -> bool:
-    """Whether it is one of ours, which may be replaced; many things bring a file called manifest.json."""
-    try:
-        found = json.loads((folder / MANIFEST).read_text())["format"]
-        return bool(found.rpartition(" ")[0] == FORMAT.rpartition(" ")[0])  # of any version
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
 def is_delivered(release: Release, target: Path) -> bool:
-    """Whether that release stands there: the same manifest, and every file in its full length."""
+    """Return whether a release is at that place: the same manifest, and every file in its full length."""
     try:
         same = (target / MANIFEST).read_bytes() == (release.folder / MANIFEST).read_bytes()
         return same and all((target / r.path).stat().st_size == r.bytes for r in release.receipts)
     except OSError:
+        return False
+
+
+def _replace_folder(partial: Path, target: Path) -> None:
+    """Give a finished folder its final name. An older one steps aside first: a folder cannot be renamed onto it."""
+    older = target.with_name(target.name + ".replaced")
+    files.remove(older)
+    if target.exists():
+        target.rename(older)
+    files.commit_folder(partial, target)
+    files.remove(older)
+
+
+def _is_release(folder: Path) -> bool:
+    """Return whether a folder is a release, of any format, which may be replaced.
+
+    A file called manifest.json is not enough: many programs write one.
+    """
+    try:
+        name = json.loads((folder / MANIFEST).read_text())["format"]
+        return bool(name.rpartition(" ")[0] == FORMAT.rpartition(" ")[0])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

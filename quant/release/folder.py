@@ -1,20 +1,24 @@
-"""A release folder as somebody finds it: its manifest, its list of checksums, and whether its files are those."""
+"""A release folder on disk: its manifest, its list of checksums, and whether its files are the listed ones."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quant.core import digest_cache, files
 from quant.core.files import Receipt
 from quant.errors import CheckError, InputError
-from quant.release.package import CHECKSUMS, FORMAT, MANIFEST
+from quant.release.manifest import MANIFEST, Manifest
 
-HUBS_OWN = (".gitattributes", ".cache/")
+CHECKSUMS = "SHA256SUMS"
+"""Digests of every file but the manifest, the signature and itself, for ``sha256sum --check``."""
+PROVENANCE = "provenance.json"
+README = "README.md"
+"""The model card."""
 SIGNATURE = "model.sig"
-"""Speaks of all other files, the lists too; so no list can hold it."""
+"""Covers all other files, the lists too; so no list can hold it."""
 LISTS = (CHECKSUMS, MANIFEST, SIGNATURE)
+HUB_FILES = (".gitattributes", ".cache/")
+"""What the hub and its client add to a folder."""
 
 
 @dataclass(frozen=True)
@@ -22,33 +26,38 @@ class ReleaseFolder:
     """A release folder whose files were compared with its list."""
 
     folder: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     files: tuple[Receipt, ...]
-    """All of them, the manifest, the list and the signature too."""
+    """All of them, with the manifest, the list and the signature."""
 
     @property
     def digest(self) -> str:
-        """The sha256 of the manifest, which names the release: it holds whatever went in."""
+        """The sha256 of the manifest. It identifies the release, for the manifest has the digest of every input."""
         return next(r.sha256 for r in self.files if r.path == MANIFEST)
 
 
 def open_release(folder: Path) -> ReleaseFolder:
-    """The release in a folder. Digests that were remembered there are used again for files that nobody touched since.
+    """Return the release in a folder, every file compared with its list.
 
-    Raises InputError for a folder that is no release, CheckFailed with every file that is not what its list says.
+    Digests from the cache beside the folder stand for files that were not touched since: 700 GB are not read again.
+
+    Raises:
+        InputError: If the folder is no release.
+        CheckError: With every file that is missing, not listed, or not what the list says.
     """
-    manifest, listed = read_manifest(folder), read_checksums(folder)
-    here = list_names(folder)
-    wrong = list(list_problems(folder, here, listed))
-    both = sorted(here & listed.keys())
-    known = digest_cache.hash_files((folder / name for name in both), digest_cache_path(folder))
-    wrong += [
-        f"{folder / name}: was changed since it was made: expected sha256 {listed[name]}, found {known[folder / name]}"
+    manifest, listed = Manifest.read(folder / MANIFEST), read_checksums(folder)
+    present = list_names(folder)
+    problems = list(find_list_problems(folder, present, listed))
+    both = sorted(present & listed.keys())
+    actual = digest_cache.hash_files((folder / name for name in both), digest_cache_path(folder))
+    problems += [
+        f"{folder / name}: was changed since it was made: expected sha256 {listed[name]},"
+        f" found {actual[folder / name]}"
         for name in both
-        if known[folder / name] != listed[name]
+        if actual[folder / name] != listed[name]
     ]
-    if wrong:
-        raise CheckError(*wrong)
+    if problems:
+        raise CheckError(*problems)
     receipts = [Receipt(name, listed[name], (folder / name).stat().st_size) for name in both]
     lists = [name for name in LISTS if (folder / name).is_file()]
     receipts += [files.make_receipt(folder / name, folder) for name in lists]
@@ -56,29 +65,12 @@ def open_release(folder: Path) -> ReleaseFolder:
 
 
 def digest_cache_path(folder: Path) -> Path:
-    """Where the digests of a release are remembered: beside it, because they speak of this machine's files."""
+    """Return where the digests of a release are cached: beside it, since they are about this machine's files."""
     return folder.with_name(f"{folder.name}.digests.json")
 
 
-def read_manifest(folder: Path) -> Mapping[str, Any]:
-    """The manifest of a release. Raises InputError when there is none, or one of something else."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-    except OSError as e:
-        raise InputError(
-            f"{path}: expected the manifest of a release, found none ({e.strerror})"
-        ) from e
-    except ValueError as e:
-        raise InputError(f"{path}: expected JSON, found something else ({e})") from e
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise InputError(f"{path}: format: expected {FORMAT!r}, found {found!r}")
-    return manifest
-
-
 def read_checksums(folder: Path) -> dict[str, str]:
-    """Digest by file, from SHA256SUMS. Raises InputError when it cannot be read, or names what lies outside."""
+    """Return the sha256 of every listed file, by name. Raises InputError as :func:`parse_checksums` does."""
     path = folder / CHECKSUMS
     try:
         return parse_checksums(path.read_text(), str(path))
@@ -87,29 +79,43 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def parse_checksums(text: str, where: str) -> dict[str, str]:
-    """Digest by file, from the text of such a list."""
-    listed = {
-        name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())
-    }
-    if outside := [
-        name for name in listed if not name or Path(name).is_absolute() or ".." in Path(name).parts
-    ]:
-        raise InputError(f"{where}: expected names inside the release, found {outside[0]!r}")
+    """Return the sha256 of every file that the text of SHA256SUMS lists, by name.
+
+    Args:
+        text: Lines of ``sha256``, two blanks, name.
+        where: Names the list in errors.
+
+    Raises:
+        InputError: If a name leads out of the release.
+    """
+    lines = (line.partition("  ") for line in text.splitlines())
+    listed = {name: digest for digest, _, name in lines}
+    for name in listed:
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{where}: expected names inside the release, found {name!r}")
     return listed
 
 
+def hash_lists(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file of a release but its signature: by its list, and of the lists themselves."""
+    return read_checksums(folder) | {
+        name: files.hash_file(folder / name) for name in (CHECKSUMS, MANIFEST)
+    }
+
+
 def list_names(folder: Path) -> set[str]:
-    """Every file of a release but its lists and its signature, and but what the hub and its client put beside them."""
-    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    return {name for name in found if not name.startswith(HUBS_OWN)} - {*LISTS}
+    """Return the files of a release without its lists, its signature, and what the hub adds."""
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    return {name for name in names if not name.startswith(HUB_FILES)} - {*LISTS}
 
 
-def list_problems(folder: Path, here: set[str], listed: Mapping[str, str]) -> Iterator[str]:
-    """Files that the list has and the folder has not, or the other way round."""
+def find_list_problems(folder: Path, present: set[str], listed: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for each file that is listed and missing, or present and not listed."""
     yield from (
-        f"{folder / name}: missing; {CHECKSUMS} lists it" for name in sorted(listed.keys() - here)
+        f"{folder / name}: missing; {CHECKSUMS} lists it"
+        for name in sorted(listed.keys() - present)
     )
     yield from (
         f"{folder / name}: not of this release; {CHECKSUMS} does not list it"
-        for name in sorted(here - listed.keys())
+        for name in sorted(present - listed.keys())
     )

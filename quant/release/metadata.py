@@ -1,26 +1,32 @@
-"""What the files of a release say of their model."""
-
-from collections.abc import Mapping
+"""The metadata that the files and the card of a release have in common."""
 
 from quant.llama.convert import FileMetadata
 from quant.plan.recipe import ModelRecipe
 
-
-def tags(model: ModelRecipe) -> list[str]:
-    """Words by which the hub finds a release."""
-    return ["gguf", "imatrix", "conversational"]
+TAGS = ("gguf", "imatrix", "conversational")
+"""Tags by which the hub finds a release."""
 
 
-def task(model: ModelRecipe) -> str:
-    """The hub's name for what the model does."""
+def find_pipeline_tag(model: ModelRecipe) -> str:
+    """Return the hub's name for the model's task."""
     return "image-text-to-text" if model.sees else "text-generation"
 
 
-def words(model: ModelRecipe) -> FileMetadata:
-    """What the files of a model's release say of it."""
-    from huggingface_hub import ModelCardData
+def make_file_metadata(model: ModelRecipe) -> FileMetadata:
+    """Return the metadata that goes into every GGUF of a model's release.
+
+    Sampling goes into ``general.sampling.*``, which llama.cpp reads as its defaults (common/arg.cpp); license,
+    languages, base model and tags go through the front matter that the converter reads from a model card.
+    """
+    from huggingface_hub import ModelCardData  # takes half a second
 
     sampling, card = model.sampling, model.card
+    repo = model.publish.repo
+    optional = {
+        "general.description": card.description,
+        "general.quantized_by": model.publish.by,
+        "general.repo_url": f"https://huggingface.co/{repo}" if repo else None,
+    }
     metadata = {
         "general.name": model.title,
         "general.basename": model.title,
@@ -29,19 +35,8 @@ def words(model: ModelRecipe) -> FileMetadata:
         "general.sampling.top_k": sampling.top_k,
         "general.sampling.min_p": sampling.min_p,
         "general.sampling.penalty_repeat": sampling.repeat_penalty,
-    } | _told(
-        {
-            "general.description": card.description,
-            "general.quantized_by": model.publish.by,
-            "general.repo_url": f"https://huggingface.co/{model.publish.repo}"
-            if model.publish.repo
-            else None,
-        }
+    } | {key: value for key, value in optional.items() if value}
+    front_matter = ModelCardData(
+        **card.front_matter, tags=list(TAGS), pipeline_tag=find_pipeline_tag(model)
     )
-    data = ModelCardData(**card.front_matter, tags=tags(model), pipeline_tag=task(model))
-    return FileMetadata(model.title, metadata, data.to_yaml(), model.pre_tokenizer)
-
-
-def _told(metadata: Mapping[str, str | None]) -> dict[str, str]:
-    """Only what there is something to say about."""
-    return {key: value for key, value in metadata.items() if value}
+    return FileMetadata(model.title, metadata, front_matter.to_yaml(), model.pre_tokenizer)

@@ -1,7 +1,8 @@
-"""Modelfiles: what ``ollama create`` reads beside a GGUF. Pure.
+"""Modelfiles, which ``ollama create`` reads beside a GGUF. Pure.
 
-Ollama knows no escapes: a value stands in one or three double quotes, and ends at the first end of a line at which they
-are closed. So there are texts that cannot be written, and those are refused instead of being cut.
+Ollama's parser (parser/parser.go) knows no escapes: a value stands in one or three double quotes and ends at the
+first line end where they are closed. Some texts can therefore not be written. Those are refused, not cut. That is
+also why this is no Jinja template: the format is a line a value, and all the work is in the quoting.
 """
 
 from collections.abc import Mapping
@@ -10,50 +11,63 @@ from typing import Any
 from quant.errors import InputError
 
 TRIPLE = '"""'
+QUOTES = ('"', TRIPLE)
 
 
 def format_modelfile(file: str, params: Mapping[str, Any], system: str | None = None) -> str:
-    """A Modelfile for one unsplit file, with its parameters. Raises InputError for a text that no Modelfile can hold."""
-    lines = [f"FROM {_value(f'./{file}', 'the name of the file')}"]
+    """Return a Modelfile for one unsplit GGUF.
+
+    Args:
+        file: The name of the GGUF, in the folder of the Modelfile.
+        params: Ollama's parameters; a list becomes a line for each of its values.
+        system: The system prompt.
+
+    Raises:
+        InputError: For a text that no Modelfile can hold.
+    """
+    lines = [f"FROM {_format_path(f'./{file}')}"]
     for key, value in params.items():
-        several = value if isinstance(value, list | tuple) else [value]
         lines += [
-            f"PARAMETER {key} {_value(one, key) if isinstance(one, str) else _number(one)}"
-            for one in several
+            f"PARAMETER {key} {_quote(v, key, QUOTES) if isinstance(v, str) else _number(v)}"
+            for v in (value if isinstance(value, list | tuple) else [value])
         ]
     if system:
-        lines.append(f"SYSTEM {_value(system, 'system', long=True)}")
+        lines.append(f"SYSTEM {_quote(system, 'system', (TRIPLE,))}")
     return "\n".join(lines) + "\n"
 
 
-def _value(text: str, what: str, long: bool = False) -> str:
-    """A text in quotes; the name of a file stands as it is, where nothing in it could be taken for quotes or blanks."""
-    if (
-        what == "the name of the file"
-        and '"' not in text
-        and text == text.strip()
-        and "\n" not in text
-    ):
-        return text
-    for marks in (TRIPLE,) if long else ('"', TRIPLE):
-        if parse_modelfile(written := f"{marks}{text}{marks}") == text:
-            return written
-    raise InputError(
-        f"{what}: expected a text that a Modelfile can hold, found {text[:80]!r}, whose quotes would end it"
-    )
-
-
 def parse_modelfile(written: str) -> str | None:
-    """The value that Ollama reads where a text begins: up to the first end of a line at which its quotes are closed."""
+    """Return the value that Ollama reads at the beginning of a text, or None if the text has more than it.
+
+    The value ends at the first line end where its quotes are closed.
+    """
     lines = written.split("\n")
     for n in range(1, len(lines) + 1):
-        value = _unquoted("\n".join(lines[:n]).strip())
+        value = _strip_quotes("\n".join(lines[:n]).strip())
         if value is not None:
             return value if n == len(lines) else None
     return None
 
 
-def _unquoted(text: str) -> str | None:
+def _format_path(path: str) -> str:
+    """A path needs no quotes unless something in it would be read as quotes or blanks."""
+    plain = '"' not in path and "\n" not in path and path == path.strip()
+    return path if plain else _quote(path, "the name of the file", QUOTES)
+
+
+def _quote(text: str, name: str, quotes: tuple[str, ...]) -> str:
+    """Return the text in the first quotes that Ollama reads back as it is."""
+    for marks in quotes:
+        if parse_modelfile(written := f"{marks}{text}{marks}") == text:
+            return written
+    raise InputError(
+        f"{name}: expected a text that a Modelfile can hold, found {text[:80]!r}, whose quotes"
+        " would end it"
+    )
+
+
+def _strip_quotes(text: str) -> str | None:
+    """Return the text without its quotes; None if they are open."""
     for marks in (TRIPLE, '"'):
         if text.startswith(marks):
             closed = len(text) >= 2 * len(marks) and text.endswith(marks)

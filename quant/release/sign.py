@@ -1,7 +1,8 @@
-"""Sign a release with a key of its maker, and tell whether it was signed: one file beside the others, no network.
+"""Sign a release with its maker's key, and check such a signature: one file beside the others, no network.
 
-The signature is a bundle of OpenSSF's model signing, so that everybody's ``model_signing verify key`` can check it too. It
-speaks of digests that the release's lists hold and that were compared with the files: hundreds of gigabytes are not read again.
+The signature is a bundle of OpenSSF's model signing, so that ``model_signing verify key`` checks it as well. It
+covers the digests in the release's lists, after they were compared with the files or the digest cache. So signing
+does not read hundreds of gigabytes again.
 """
 
 import os
@@ -13,58 +14,76 @@ from typing import TYPE_CHECKING, Any
 
 from quant.core import files
 from quant.errors import InputError
-from quant.release.folder import HUBS_OWN, SIGNATURE, ReleaseFolder, open_release
+from quant.release.folder import HUB_FILES, SIGNATURE, ReleaseFolder, open_release
 
 if TYPE_CHECKING:
-    from model_signing.hashing import Config as Hashing
+    from model_signing.hashing import Config as HashingConfig
 
 PASSWORD = "QUANT_KEY_PASSWORD"
-"""The variable that opens a key file which is locked."""
+"""The environment variable with the password of a locked key file."""
 KEYS = "a PEM file with an elliptic key (openssl ecparam -name prime256v1 -genkey -noout)"
 
 
 def sign_release(folder: Path, key: Path) -> bool:
-    """Sign the release in a folder; False when this key has signed these files already.
+    """Sign the release in a folder.
 
-    Raises InputError for a key that is none, CheckFailed for a folder that was changed since it was made.
+    Args:
+        folder: The release.
+        key: A PEM file with an elliptic key.
+
+    Returns:
+        False if this key has signed these files already.
+
+    Raises:
+        InputError: For a file that is no such key.
+        CheckError: For a folder that was changed since it was made.
     """
-    signer_problems(key)
+    check_signing_key(key)
     return sign_opened(open_release(folder), key)
 
 
 def sign_opened(release: ReleaseFolder, key: Path) -> bool:
-    """Sign a release whose files were compared with its lists, as :func:`sign` does."""
+    """Sign a release whose files were compared with its lists, as :func:`sign_release` does."""
     from model_signing.signing import Config
 
     digests = {r.path: r.sha256 for r in release.files if r.path != SIGNATURE}
-    with TemporaryDirectory() as place:
-        public, made = Path(place) / "public.pem", Path(place) / SIGNATURE
-        public.write_bytes(_public(key))
-        if not list(signature_problems(release.folder, digests, public)):
+    with TemporaryDirectory() as temp:
+        public, signature = Path(temp) / "public.pem", Path(temp) / SIGNATURE
+        public.write_bytes(_export_public_key(key))
+        if not list(find_signature_problems(release.folder, digests, public)):
             return False
-        with _reading(key, KEYS):
+        with _convert_key_errors(key, KEYS):
             config = Config().use_elliptic_key_signer(private_key=key, password=_password())  # type: ignore[arg-type]  # it takes bytes
-        config.set_hashing_config(_known(digests)).sign(release.folder, made)
-        files.write_text(release.folder / SIGNATURE, made.read_text())
+        config.set_hashing_config(_make_hashing(digests)).sign(release.folder, signature)
+        files.write_text(release.folder / SIGNATURE, signature.read_text())
     return True
 
 
-def signer_problems(key: Path) -> None:
-    """Raise InputError for a key that cannot sign, before any work."""
-    with _installed(), _reading(key, KEYS):
+def check_signing_key(key: Path) -> None:
+    """Raise InputError for a key that cannot sign; called before any work."""
+    with _convert_import_errors(), _convert_key_errors(key, KEYS):
         from model_signing.signing import Config
 
         Config().use_elliptic_key_signer(private_key=key, password=_password())  # type: ignore[arg-type]  # it takes bytes
 
 
-def signature_problems(folder: Path, digests: Mapping[str, str], public_key: Path) -> Iterator[str]:
-    """Why files of these digests do not count as signed by that key; nothing means that they do.
+def find_signature_problems(
+    folder: Path, digests: Mapping[str, str], public_key: Path
+) -> Iterator[str]:
+    """Yield why files do not count as signed by a key; nothing means that they do.
 
-    Raises InputError for a key that is none.
+    Args:
+        folder: The release.
+        digests: The sha256 of every file, by name.
+        public_key: A PEM file with the public half of an elliptic key.
+
+    Raises:
+        InputError: For a file that is no such key.
     """
     from cryptography.exceptions import InvalidSignature
 
-    with _installed(), _reading(public_key, "a PEM file with the public half of an elliptic key"):
+    expected = "a PEM file with the public half of an elliptic key"
+    with _convert_import_errors(), _convert_key_errors(public_key, expected):
         from model_signing.verifying import Config
 
         config = Config().use_elliptic_key_verifier(public_key=public_key)
@@ -73,54 +92,51 @@ def signature_problems(folder: Path, digests: Mapping[str, str], public_key: Pat
         yield f"{signature}: missing; the release is not signed"
         return
     try:
-        config.set_hashing_config(_known(digests)).verify(folder, signature)
+        config.set_hashing_config(_make_hashing(digests)).verify(folder, signature)
     except InvalidSignature:
         yield f"{signature}: not by the key {public_key}, or changed since"
-    except (ValueError, KeyError, TypeError, AttributeError) as e:  # of a bundle that is none, too
-        said = str(e).splitlines()[0] if str(e) else type(e).__name__
-        other = said.startswith("Key mismatch")
-        yield (
-            f"{signature}: not by the key {public_key}"
-            if other
-            else f"{signature}: does not fit the files ({said})"
-        )
+    except (ValueError, KeyError, TypeError, AttributeError) as e:  # so a broken bundle fails too
+        message = str(e).splitlines()[0] if str(e) else type(e).__name__
+        if message.startswith("Key mismatch"):
+            yield f"{signature}: not by the key {public_key}"
+        else:
+            yield f"{signature}: does not fit the files ({message})"
 
 
-def _known(digests: Mapping[str, str]) -> "Hashing":
-    """What model_signing would find out by reading every file."""
-    from model_signing._hashing.hashing import (
-        Digest,  # a pair of name and bytes, which has no public name
-    )
+def _make_hashing(digests: Mapping[str, str]) -> "HashingConfig":
+    """Return the hashing of model_signing with known digests; its own reads every file."""
+    from model_signing._hashing.hashing import Digest  # name and bytes; it has no public name
     from model_signing.hashing import Config
     from model_signing.manifest import Manifest, SerializationType
 
-    kind = SerializationType.from_args(
-        {
-            "method": "files",
-            "hash_type": "sha256",
-            "allow_symlinks": False,
-            "ignore_paths": [SIGNATURE, *HUBS_OWN],
-        }
-    )
+    settings = {
+        "method": "files",
+        "hash_type": "sha256",
+        "allow_symlinks": False,
+        "ignore_paths": [SIGNATURE, *HUB_FILES],
+    }
+    kind = SerializationType.from_args(settings)
     items = [
         kind.new_item(name, Digest("sha256", bytes.fromhex(sha)))
         for name, sha in sorted(digests.items())
     ]
 
-    class Known(Config):
+    class KnownDigests(Config):
         def hash(self, model_path: Any, **_: Any) -> Manifest:
             return Manifest(Path(model_path).name, items, kind)
 
-    return Known()  # type: ignore[no-untyped-call]  # its base says no types there
+    return KnownDigests()  # type: ignore[no-untyped-call]  # its base has no annotation there
 
 
-def _public(key: Path) -> bytes:
-    from cryptography.hazmat.primitives import serialization as forms
-
-    private = forms.load_pem_private_key(key.read_bytes(), _password())
-    return private.public_key().public_bytes(
-        forms.Encoding.PEM, forms.PublicFormat.SubjectPublicKeyInfo
+def _export_public_key(key: Path) -> bytes:
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        PublicFormat,
+        load_pem_private_key,
     )
+
+    public = load_pem_private_key(key.read_bytes(), _password()).public_key()
+    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _password() -> bytes | None:
@@ -128,7 +144,7 @@ def _password() -> bytes | None:
 
 
 @contextmanager
-def _installed() -> Iterator[None]:
+def _convert_import_errors() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as e:
@@ -138,8 +154,8 @@ def _installed() -> Iterator[None]:
 
 
 @contextmanager
-def _reading(key: Path, expected: str) -> Iterator[None]:
-    """Say in one line what is wrong with a key file, and nothing of what is in it."""
+def _convert_key_errors(key: Path, expected: str) -> Iterator[None]:
+    """Say in one line what is wrong with a key file, and nothing of its content."""
     from cryptography.exceptions import UnsupportedAlgorithm
 
     try:
@@ -148,7 +164,7 @@ def _reading(key: Path, expected: str) -> Iterator[None]:
         raise InputError(f"{key}: expected {expected}, found none ({e.strerror})") from None
     except TypeError:
         raise InputError(
-            f"{key}: locked with a password, or not locked with one; {PASSWORD} has to hold it"
+            f"{key}: locked with a password, or not locked with one; set or unset {PASSWORD}"
         ) from None
     except (ValueError, AttributeError, UnsupportedAlgorithm):
         raise InputError(

@@ -45,7 +45,7 @@ from quant.plan.solver import Constraints
 from quant.quantize.engine.job import EngineSettings as Engine
 from quant.quantize.variants import QuantizeTarget as Wanted
 from quant.quantize.variants import write_variants
-from quant.release.metadata import words
+from quant.release.metadata import make_file_metadata
 from tests.models import corpus
 
 PRESETS = ("Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XXS", "IQ1_S")
@@ -169,7 +169,7 @@ def _base(out: Path, store: Store, tools: toolchain.Toolchain) -> Path:
         checkpoint = pull_locked(model, recipe, locked, store)
         template = patched_template(model.template, checkpoint)
         made = convert_checkpoint(
-            checkpoint, template.text if template else None, words(model), tools, store
+            checkpoint, template.text if template else None, make_file_metadata(model), tools, store
         )
         files.link_or_copy(made.path, path)
     return path

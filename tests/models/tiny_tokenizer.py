@@ -1,5 +1,4 @@
 """The tiny model's tokenizer: byte-level BPE cut as GLM-4 cuts its text, with GLM's special tokens and chat template."""
-# ruff: noqa: SIM905 (words between blanks read better than words between quotes)
 
 import hashlib
 import json

@@ -1,5 +1,4 @@
 """The words that the conversations of the tiny model are made of."""
-# ruff: noqa: SIM905 (words between blanks read better than words between quotes)
 
 
 def few() -> None:

@@ -10,7 +10,7 @@ from quant.core.store import Store
 from quant.job import load_pinned_model
 from quant.llama import toolchain
 from quant.llama.convert import convert_checkpoint
-from quant.release.metadata import words
+from quant.release.metadata import make_file_metadata
 from tests import hub as hubs
 from tests.hub import Hub
 from tests.models.corpus import code_pieces
@@ -45,7 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     checkpoint = pull_locked(model, recipe, locked, store)
     template = patched_template(model.template, checkpoint)
     base = convert_checkpoint(
-        checkpoint, template.text if template else None, words(model), tools, store
+        checkpoint, template.text if template else None, make_file_metadata(model), tools, store
     ).path
     tools.run("llama-quantize", [base, "q.gguf", "Q4_0", "1"], cwd=folder, log=folder / "log")
     pieces = code_pieces(9)

@@ -45,7 +45,7 @@ def test_a_build_with_feedback_has_a_stage_more_and_loses_less_than_half(tmp_pat
         built = build.build_release(job, do)
         assert len(done) == job.steps
         assert any(stage.startswith("moments") for stage in done) == feedback
-        assert ("Rounding was fed back" in (built.folder / "README.md").read_text()) == feedback
+        assert ("error compensation (GPTQ)" in (built.folder / "README.md").read_text()) == feedback
         (files[feedback],) = done["quantize UD-IQ3_XXS"]
     before, after = files[False].errors, files[True].errors
     quantised = [name for name, error in before.items() if error and name != "token_embd.weight"]

@@ -13,8 +13,8 @@ from quant.core.files import hash_file
 from quant.llama import toolchain
 from quant.llama.gguf import read_header
 from quant.quantize.shard import split_file
-from quant.release.package import FORMAT
 from tests.gguf_files import LLAMA, Tensor, write
+from tests.quant.release.manifests import make_manifest, make_variant
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -39,20 +39,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def release(tmp_path: Path) -> Path:
     folder = tmp_path / "release"
     (folder / "Q4_1").mkdir(parents=True)
-    files = [
-        {"path": f"Q4_1/tiny-glm-Q4_1-0000{n}-of-00004.gguf", "sha256": "0", "bytes": 1}
-        for n in range(1, 5)
-    ]
-    whole = {
-        "name": "UD-TQ1_0",
-        "files": [{"path": "tiny-glm-UD-TQ1_0.gguf", "sha256": "0", "bytes": 1}],
-        "tensors": {},
-    }
-    manifest = {
-        "format": FORMAT,
-        "variants": [whole, {"name": "Q4_1", "files": files, "tensors": {}}],
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    shards = (f"Q4_1/tiny-glm-Q4_1-0000{n}-of-00004.gguf" for n in range(1, 5))
+    variants = (
+        make_variant("UD-TQ1_0", "tiny-glm-UD-TQ1_0.gguf"),
+        make_variant("Q4_1", *shards),
+    )
+    (folder / "manifest.json").write_text(make_manifest(variants=variants).to_json())
     (folder / "params").write_text('{"temperature": 0.5, "stop": ["<|user|>"]}')
     (folder / "system").write_text('Say "yes".')
     return folder
@@ -125,7 +117,7 @@ def test_a_modelfile_that_is_there_is_not_written_over_and_nothing_is_merged(
     assert code == 2
     assert (
         said
-        == f"error: {tmp_path / 'Modelfile'}: exists already; take it away, or name a file in another folder\n"
+        == f"error: {tmp_path / 'Modelfile'}: exists already; remove it, or name a file in another folder\n"
     )
     assert not (tmp_path / "x.gguf").exists()
 
@@ -139,7 +131,7 @@ def test_a_file_of_no_model_needs_to_be_told_whose_parameters_it_has(
         tmp_path / "x.gguf",
         "--modelfile",
     )
-    assert code == 2 and "say --model" in said
+    assert code == 2 and "name the model with --model" in said
 
 
 def test_parameters_that_ollama_would_not_take_stop_a_merge(

@@ -3,7 +3,6 @@
 import pytest
 
 from quant.evaluate.figures import figures_close, format_figures, round_figure, round_figures
-from quant.rebuild import measured_otherwise
 
 FIGURES = {"kld_mean": 0.1, "kld_mean_low": 0.09, "kld_mean_high": 0.11, "ppl": 10.0, "top1": 0.9}
 
@@ -46,18 +45,3 @@ def test_a_table_has_the_kld_with_half_of_its_interval() -> None:
 )
 def test_two_machines_may_differ_by_a_little(change: dict[str, float], same: bool) -> None:
     assert figures_close(FIGURES, FIGURES | change) is same
-
-
-def test_a_rebuild_allows_for_figures_and_for_nothing_else() -> None:
-    def manifest(kld: float, name: str = "Q") -> dict[str, object]:
-        variant = {"name": name, "bytes": 1, "evaluation": FIGURES | {"kld_mean": kld}}
-        return {
-            "model": "m",
-            "evaluation": {"context": 512, "base": {"ppl": kld}},
-            "variants": [variant],
-        }
-
-    assert measured_otherwise(manifest(0.1), manifest(0.101)) == ("Q: KLD was 0.1, is 0.101",)
-    assert measured_otherwise(manifest(0.1), manifest(0.1)) == ()
-    assert measured_otherwise(manifest(0.1), manifest(0.2)) == ()
-    assert measured_otherwise(manifest(0.1), manifest(0.101, "P")) == ()

@@ -6,7 +6,8 @@ import pytest
 
 from quant.core import files
 from quant.hub.upload import Destination, RateLimiter, upload_variant
-from quant.release.publish import plan_change, publish_release
+from quant.release.change import plan_change
+from quant.release.publish import publish_release
 from tests.hub import Fault, Hub
 from tests.quant.release.test_publish import (
     CONTENT,

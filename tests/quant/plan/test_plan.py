@@ -206,7 +206,7 @@ NAMES = """
     v.blk.0.rel_pos_h.weight v.patch_embd.weight v.patch_merger.weight mm.patch_merger.weight a.rvq.codebook.0.weight
     mm.a.code_embd.weight v.blk.0.attn_out.weight mm.0.weight blk.0.nextn.eh_proj.weight blk.0.odd_norm.weight.x.weight
     blk.0.weight_scale weight blk.0.attn_q.weight_in blk.0.token_types.weight xposition_embd.weight
-""".split()  # noqa: SIM905
+""".split()
 SHAPES = [
     (256,),
     (256, 1),

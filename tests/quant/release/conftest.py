@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.gguf_files import write as write_gguf
-from tests.quant.release.folders import lists
+from tests.quant.release.folders import write_lists
 
 
 @pytest.fixture
@@ -15,5 +15,5 @@ def release(tmp_path: Path) -> Path:
     (tmp_path / "README.md").write_text(
         "---\nlicense: mit\n---\n# a\n[A](a.gguf) [hub](https://x.example/y)\n"
     )
-    lists(tmp_path)
+    write_lists(tmp_path)
     return tmp_path

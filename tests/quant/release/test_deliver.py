@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from quant.core import files
-from quant.core.format import to_pretty_json
 from quant.errors import CheckError, InputError
 from quant.release.deliver import deliver_release, is_delivered
-from quant.release.package import FORMAT, MANIFEST, Release
+from quant.release.manifest import MANIFEST
+from quant.release.package import Release
+from tests.quant.release.manifests import make_manifest
 
 CONTENT: Mapping[str, bytes] = {
     "README.md": b"# tiny\n",
@@ -20,8 +21,8 @@ CONTENT: Mapping[str, bytes] = {
 
 def packaged(folder: Path, content: Mapping[str, bytes] = CONTENT, version: int = 1) -> Release:
     """A release as the packaging leaves it in the store."""
-    manifest = {"format": FORMAT, "model": "tiny", "version": version}
-    for name, data in {**content, MANIFEST: to_pretty_json(manifest).encode()}.items():
+    manifest = make_manifest(parameters=version)
+    for name, data in {**content, MANIFEST: manifest.to_json().encode()}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -74,7 +75,9 @@ def test_a_damaged_release_is_delivered_again(release: Release, out: Path, damag
     path.unlink()  # never in place: it may be a second name of the store's file
     if damage != "missing":
         path.write_bytes(
-            data[:-1] if damage == "shorter" else data.replace(b'"version": 1', b'"version": 2')
+            data[:-1]
+            if damage == "shorter"
+            else data.replace(b'"parameters": 1', b'"parameters": 2')
         )
     assert not is_delivered(release, out / "tiny")
     assert deliver_release(release, out).fresh is True
@@ -131,7 +134,9 @@ def test_a_byte_that_flipped_in_the_store_is_found_before_anything_is_delivered(
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     with pytest.raises(CheckError) as e:
         deliver_release(release, out)
-    said = f"{path}: its bytes are not those that were packaged; take away {release.folder} and run again"
+    said = (
+        f"{path}: its bytes are not those that were packaged; delete {release.folder} and run again"
+    )
     assert e.value.problems == (said,)
     assert list(out.iterdir()) == []
 

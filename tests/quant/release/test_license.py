@@ -1,6 +1,6 @@
-"""What a card has to say of licence and origin before anybody may be given the files."""
+"""What a card has to say of license and origin before anybody may be given the files."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from quant.job import BuildRequest, prepare_job
 from quant.plan.load import RECIPES, load_model
 from quant.plan.recipe import CardRecipe
 from quant.release.card import render_card
-from quant.release.license import card_problems
-from quant.release.metadata import words
+from quant.release.license import find_license_problems
+from quant.release.metadata import make_file_metadata
 from tests.hub import Hub
-from tests.quant.release.test_card import MANIFEST
+from tests.quant.release.manifests import make_manifest
 from tests.quant.release.test_publish import REPO
 
 GOOD = CardRecipe("mit", ("en",), "somebody/model")
@@ -30,7 +30,7 @@ TINY = RECIPES / "models" / "tiny-glm.toml"
     "good", [GOOD, OTHER, replace(GOOD, base_model="none"), replace(GOOD, license="cc-by-nc-4.0")]
 )
 def test_what_allows_derivatives_and_says_its_origin_may_be_passed_on(good: CardRecipe) -> None:
-    assert list(card_problems(asdict(good), "card")) == []
+    assert list(find_license_problems(good, "card")) == []
 
 
 @pytest.mark.parametrize(
@@ -38,50 +38,53 @@ def test_what_allows_derivatives_and_says_its_origin_may_be_passed_on(good: Card
     [
         (
             replace(GOOD, license=" "),
-            "card.license: expected a licence, found 'none'; say it in the recipe",
+            "card.license: expected a license, found 'none'; name it in the recipe",
         ),
         (
             replace(GOOD, license="Unknown"),
-            "card.license: expected a licence, found 'Unknown'; say it in the recipe",
+            "card.license: expected a license, found 'Unknown'; name it in the recipe",
         ),
         (
             replace(OTHER, license_name=None),
-            "card.license_name: expected the name of the licence, because license is 'other', found none",
+            "card.license_name: expected the license's name, because license is 'other', found none",
         ),
         (
             replace(OTHER, license_link=None),
-            "card.license_link: expected the address of the licence, because license is 'other', found none",
+            "card.license_link: expected the license's address, because license is 'other', found none",
         ),
         (
             replace(OTHER, license_link="LICENSE"),
-            "card.license_link: expected the address of the licence, because license is 'other', found 'LICENSE'",
+            "card.license_link: expected the license's address, because license is 'other', found 'LICENSE'",
         ),
         *(
             (
                 replace(GOOD, license=name),
-                f"card: expected a licence that allows derivatives, found '{name}'; quantised files are some",
+                f"card: expected a license that allows derivatives, found '{name}'; quantized files are derivatives",
             )
             for name in ("cc-by-nd-4.0", "cc-by-nc-nd-4.0", "CC-BY-ND-4.0")
         ),
         (
             replace(OTHER, license_name="Somebody No-Derivatives 1"),
-            "card: expected a licence that allows derivatives, found 'Somebody No-Derivatives 1'; quantised files are some",
+            (
+                "card: expected a license that allows derivatives, found 'Somebody No-Derivatives"
+                " 1'; quantized files are derivatives"
+            ),
         ),
         (
             replace(GOOD, base_model=None),
-            "card.base_model: expected the hub's name of the model, OWNER/NAME, or none, found nothing",
+            "card.base_model: expected the base model's hub repo, OWNER/NAME, or none, found nothing",
         ),
     ],
 )
 def test_what_forbids_to_publish_is_one_line_that_names_the_field(
     wrong: CardRecipe, said: str
 ) -> None:
-    assert list(card_problems(asdict(wrong), "card")) == [said]
+    assert list(find_license_problems(wrong, "card")) == [said]
 
 
-def test_a_licence_of_another_name_stands_in_the_card_and_in_what_the_files_are_told() -> None:
+def test_a_license_of_another_name_stands_in_the_card_and_in_what_the_files_are_told() -> None:
     model = replace(load_model("tiny-glm")[0], card=OTHER)
-    data: Any = ModelCard(render_card(model, MANIFEST)).data
+    data: Any = ModelCard(render_card(model, make_manifest())).data
     expected = {
         "license": "other",
         "license_name": "glm-4",
@@ -89,12 +92,12 @@ def test_a_licence_of_another_name_stands_in_the_card_and_in_what_the_files_are_
     }
     assert data.to_dict().items() >= expected.items()
     for key, value in expected.items():
-        assert f"{key}: {value}\n" in words(model).front_matter + "\n"
+        assert f"{key}: {value}\n" in make_file_metadata(model).front_matter + "\n"
 
 
-def test_weights_that_are_on_no_hub_are_a_quantisation_of_nothing_there() -> None:
+def test_weights_that_are_on_no_hub_are_a_quantization_of_nothing_there() -> None:
     assert "base_model" not in render_card(
-        replace(load_model("tiny-glm")[0], card=replace(GOOD, base_model="none")), MANIFEST
+        replace(load_model("tiny-glm")[0], card=replace(GOOD, base_model="none")), make_manifest()
     )
 
 
@@ -105,7 +108,7 @@ def test_weights_that_are_on_no_hub_are_a_quantisation_of_nothing_there() -> Non
         (
             'license = "apache-2.0"',
             'license = "cc-by-nd-4.0"',
-            ": card: expected a licence that allows derivatives",
+            ": card: expected a license that allows derivatives",
         ),
         ('base_model = "none"', "", ": card.base_model: expected"),
     ],

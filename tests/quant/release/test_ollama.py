@@ -10,8 +10,7 @@ from quant.chat.go_template import covers, load_go_template, render_go
 from quant.chat.rules import find_disagreements, list_requests
 from quant.errors import InputError
 from quant.plan.load import list_recipes, load_model
-from quant.release.ollama import params_problems
-from quant.release.package import ollama_params
+from quant.release.ollama import find_params_problems, make_params
 from tests.quant.chat.test_rules import MADE
 
 needs_gotpl = pytest.mark.skipif(
@@ -22,7 +21,7 @@ COVERED = [ask for ask in list_requests(BATTERY) if covers(ask)]
 
 @pytest.mark.parametrize("model", list_recipes("models"))
 def test_ollama_takes_what_every_model_tells_it(model: str) -> None:
-    assert list(params_problems(ollama_params(load_model(model)[0]))) == []
+    assert list(find_params_problems(make_params(load_model(model)[0]))) == []
 
 
 @pytest.mark.parametrize(
@@ -47,14 +46,15 @@ def test_ollama_takes_what_every_model_tells_it(model: str) -> None:
     ],
 )
 def test_what_ollama_would_not_take_is_named(params: dict[str, Any], words: str) -> None:
-    assert list(params_problems(params)) == [words]
+    assert list(find_params_problems(params)) == [words]
 
 
 def test_all_problems_are_told_at_once_and_a_whole_number_is_a_number() -> None:
     assert (
-        list(params_problems({"temperature": 1, "use_mmap": False, "stop": [], "seed": -1})) == []
+        list(find_params_problems({"temperature": 1, "use_mmap": False, "stop": [], "seed": -1}))
+        == []
     )
-    assert len(list(params_problems({"a": 1, "stop": 1, "num_ctx": 1.5}))) == 3
+    assert len(list(find_params_problems({"a": 1, "stop": 1, "num_ctx": 1.5}))) == 3
 
 
 def test_a_family_without_a_go_template_has_none() -> None:

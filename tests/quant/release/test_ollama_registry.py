@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
+from quant.core.files import Receipt
 from quant.core.secrets import TOKEN
 from quant.errors import InputError, Unreachable
 from quant.hub import client as hub_client
 from quant.plan.load import list_recipes, load_model
 from quant.release import ollama_registry
-from quant.release.ollama_registry import check_release, quant_label, resolve_tag
-from quant.release.package import FORMAT
+from quant.release.manifest import Manifest, VariantRecord
+from quant.release.ollama_registry import check_release, read_quant_label, resolve_tags
+from tests.quant.release.manifests import make_manifest, make_variant
 
 
 # Names and labels of huggingface.js's own tests (packages/gguf), and of this project's files.
@@ -37,19 +39,18 @@ from quant.release.package import FORMAT
     ],
 )
 def test_a_tag_is_what_the_hub_reads_out_of_a_name(name: str, tag: str | None) -> None:
-    assert quant_label(name) == tag
+    assert read_quant_label(name) == tag
 
 
 @pytest.mark.parametrize("model", list_recipes("models"))
 def test_every_variant_of_every_model_has_a_tag_of_its_own(model: str) -> None:
     recipe, _ = load_model(model)
-    tags = [quant_label(f"{recipe.title}-{variant}.gguf") for variant in recipe.variants]
+    tags = [read_quant_label(f"{recipe.title}-{variant}.gguf") for variant in recipe.variants]
     assert tags == list(recipe.variants)
 
 
-def variant(name: str, *paths: str, size: int = 10, kind: str = "IQ1_S") -> dict[str, Any]:
-    listed = [{"path": p, "sha256": f"{n:064x}", "bytes": size} for n, p in enumerate(paths, 1)]
-    return {"name": name, "files": listed, "tensors": {"t": {"type": kind}}}
+def variant(name: str, *paths: str, size: int = 10, kind: str = "IQ1_S") -> VariantRecord:
+    return make_variant(name, *paths, size=size, kind=kind)
 
 
 WHOLE, SPLIT = (
@@ -59,7 +60,7 @@ WHOLE, SPLIT = (
 
 
 def test_a_whole_file_is_pulled_by_its_tag_and_a_split_one_is_not() -> None:
-    whole, split = resolve_tag([WHOLE, SPLIT])
+    whole, split = resolve_tags([WHOLE, SPLIT])
     assert (whole.file, whole.tag, whole.pulled, whole.faults) == (
         "M-UD-TQ1_0.gguf",
         "UD-TQ1_0",
@@ -85,25 +86,28 @@ def test_a_whole_file_is_pulled_by_its_tag_and_a_split_one_is_not() -> None:
         (variant("A", "M-Q4_1-00001-of-00002.gguf"), "found a first shard without the others"),
     ],
 )
-def test_a_file_that_ollama_could_not_run_is_a_fault(broken: dict[str, Any], words: str) -> None:
-    [found] = resolve_tag([broken])
+def test_a_file_that_ollama_could_not_run_is_a_fault(broken: VariantRecord, words: str) -> None:
+    [found] = resolve_tags([broken])
     assert not found.pulled
     assert words in found.faults[0]
 
 
 def test_a_name_without_a_scheme_is_a_tag_as_a_whole_and_two_of_one_scheme_are_a_fault() -> None:
-    [named] = resolve_tag([variant("A", "M-mine.gguf")])
+    [named] = resolve_tags([variant("A", "M-mine.gguf")])
     assert (named.tag, named.pulled) == ("M-mine.gguf", True)
-    one, other = resolve_tag([variant("A", "M-a-Q4_1.gguf"), variant("B", "M-b-Q4_1.gguf")])
-    assert "tag Q4_1: expected one file of that tag, found 2" in one.faults[0] and other.faults
+    one, other = resolve_tags([variant("A", "M-a-Q4_1.gguf"), variant("B", "M-b-Q4_1.gguf")])
+    assert "tag Q4_1: expected one file with that tag, found 2" in one.faults[0] and other.faults
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    (folder / "manifest.json").write_text(manifest.to_json())
 
 
 @pytest.fixture
 def release(tmp_path: Path) -> Path:
     folder = tmp_path / "release"
     folder.mkdir()
-    manifest = {"format": FORMAT, "model": "m", "recipe": {}, "variants": [WHOLE, SPLIT]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, make_manifest(variants=(WHOLE, SPLIT)))
     (folder / "params").write_text('{"temperature": 1.0, "stop": ["<|user|>"]}')
     (folder / "template").write_text("{{ .Messages }}")
     return folder
@@ -112,23 +116,22 @@ def release(tmp_path: Path) -> Path:
 def test_a_release_is_told_whole(release: Path) -> None:
     found = check_release(release)
     assert found.all_faults == ()
-    assert [f.tag for f in found.files] == ["UD-TQ1_0", ""]
+    assert [f.tag for f in found.files] == ["UD-TQ1_0", "", ""]
     assert found.default == "the hub's choice among UD-TQ1_0, because there is no Q4_K_M"
     assert found.beside["params"].startswith("sha256 ") and found.beside["system"] == "none"
     assert found.json()["passed"] is True
 
 
-def test_what_is_no_model_is_named_as_that(release: Path) -> None:
-    manifest = json.loads((release / "manifest.json").read_text())
-    others = {"imatrix": {"path": "imatrix_M.gguf"}, "vision": {"path": "mmproj-M-F16.gguf"}}
-    (release / "manifest.json").write_text(json.dumps(manifest | others))
-    *_, matrix, vision = check_release(release).files
+def test_files_that_are_no_model_are_named_as_that(release: Path) -> None:
+    vision = Receipt("mmproj-M-F16.gguf", "0" * 64, 10)
+    write_manifest(release, make_manifest(variants=(WHOLE, SPLIT), vision=vision))
+    *_, matrix, projector = check_release(release).files
     assert (matrix.file, matrix.pulled, matrix.why) == (
-        "imatrix_M.gguf",
+        "imatrix_tiny-glm.gguf",
         False,
         "the importance matrix, no model",
     )
-    assert (vision.file, vision.pulled) == ("mmproj-M-F16.gguf", False)
+    assert (projector.file, projector.pulled) == ("mmproj-M-F16.gguf", False)
 
 
 @pytest.mark.parametrize(
@@ -150,10 +153,9 @@ def test_parameters_that_ollama_would_not_take_are_faults(
     assert words in check_release(release).all_faults[0]
 
 
-def test_the_default_is_the_usual_one_where_it_is(release: Path) -> None:
-    manifest = json.loads((release / "manifest.json").read_text())
-    manifest["variants"].append(variant("Q4_K_M", "M-Q4_K_M.gguf"))
-    (release / "manifest.json").write_text(json.dumps(manifest))
+def test_the_default_is_q4_k_m_where_a_release_has_it(release: Path) -> None:
+    usual = variant("Q4_K_M", "M-Q4_K_M.gguf")
+    write_manifest(release, make_manifest(variants=(WHOLE, SPLIT, usual)))
     assert check_release(release).default == "Q4_K_M"
 
 
@@ -236,8 +238,12 @@ def published(*layers: dict[str, Any]) -> dict[str, Any]:
 def test_what_the_hub_has_is_compared_with_the_release(release: Path, registry: Registry) -> None:
     found = check_release(release, "me/m")
     assert found.all_faults == ()
-    assert [(f.tag, f.pulled) for f in found.files] == [("UD-TQ1_0", True), ("Q4_1", False)]
-    assert found.files[1].why == "the hub says 400: The specified tag is a sharded GGUF."
+    assert [(f.tag, f.pulled) for f in found.files] == [
+        ("UD-TQ1_0", True),
+        ("Q4_1", False),
+        ("", False),
+    ]
+    assert found.files[1].why == "the hub answers 400: The specified tag is a sharded GGUF."
     assert registry.asked[0] == ("/v2/me/m/manifests/UD-TQ1_0", ollama_registry.ACCEPT, "")
 
 
@@ -287,7 +293,7 @@ def test_a_repo_that_is_not_there_is_wrong_input_and_a_hub_that_stumbles_may_pas
 ) -> None:
     registry.tags["UD-TQ1_0"] = (401, {"error": "Invalid username or password."})
     with pytest.raises(
-        InputError, match="me/m: UD-TQ1_0: the hub's registry says 401: Invalid username"
+        InputError, match="me/m: UD-TQ1_0: the hub's registry answers 401: Invalid username"
     ):
         check_release(release, "me/m")
     registry.tags["UD-TQ1_0"] = (503, {})

@@ -10,16 +10,19 @@ import pytest
 
 from quant.core import files
 from quant.core.digest_cache import save_digests
-from quant.core.format import to_pretty_json
+from quant.core.files import Receipt
 from quant.core.secrets import redact_urls
 from quant.errors import CheckError, InputError, QuantError, Unreachable
 from quant.hub.upload import Destination
-from quant.release.folder import digest_cache_path
-from quant.release.package import CHECKSUMS, FORMAT, MANIFEST
-from quant.release.publish import Publication, plan_change, publish_release
+from quant.release.change import plan_change
+from quant.release.folder import CHECKSUMS, digest_cache_path
+from quant.release.manifest import MANIFEST, SourceRecord
+from quant.release.publish import Publication, publish_release
 from tests import hub as hubs
 from tests.hub import Fault, Hub
 from tests.quant.conftest import TOKEN
+from tests.quant.release.folders import with_license
+from tests.quant.release.manifests import make_manifest
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Use 'content="
@@ -36,25 +39,24 @@ CONTENT: Mapping[str, bytes] = {
 
 
 def write_release(
-    folder: Path, content: Mapping[str, bytes] = CONTENT, licence: str = "mit"
+    folder: Path, content: Mapping[str, bytes] = CONTENT, license_name: str = "mit"
 ) -> Path:
     """A release folder as a build leaves it."""
     for name, data in content.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     sums = {name: hubs.sha256(data) for name, data in content.items()}
-    write_lists(folder, sums, licence)
+    write_lists(folder, sums, license_name)
     return folder
 
 
-def write_lists(folder: Path, sums: Mapping[str, str], licence: str = "mit") -> None:
+def write_lists(folder: Path, sums: Mapping[str, str], license_name: str = "mit") -> None:
     (folder / CHECKSUMS).write_text("".join(f"{sha}  {name}\n" for name, sha in sums.items()))
-    manifest = {
-        "format": FORMAT,
-        "recipe": {"card": {"license": licence, "base_model": "none"}},
-        "sums": dict(sums),
-    }
-    (folder / MANIFEST).write_text(to_pretty_json(manifest))
+    files = tuple(Receipt(name, sha, 0) for name, sha in sums.items())  # so manifests differ
+    manifest = make_manifest(
+        recipe=with_license(license_name), source=SourceRecord(folder="tiny", files=files)
+    )
+    (folder / MANIFEST).write_text(manifest.to_json())
 
 
 @pytest.fixture
@@ -129,7 +131,7 @@ def test_a_newer_release_takes_the_place_of_the_older_and_foreign_files_stay(
     planned = plan_change(write_release(tmp_path / "newer", newer), Destination(REPO))
     assert {r.path for r in planned.adds} == {"README.md", "Q4_1.gguf", CHECKSUMS, MANIFEST}
     assert planned.removes == ("params",)
-    assert planned.foreign == ("photo.png",)
+    assert planned.leaves == ("photo.png",)
     publish_release(planned)
     assert shown(the_hub) == {**held(tmp_path / "newer"), "photo.png": b"png"}
     assert len(the_hub.asked("PUT", "^/upload/")) == 7 + 1
@@ -331,12 +333,12 @@ def test_a_gated_repo_is_told_with_the_page_to_visit(the_hub: Hub, folder: Path)
         put(folder)
 
 
-@pytest.mark.parametrize("licence", ["", " ", "unknown"])
-def test_a_release_without_a_licence_is_not_published(
-    the_hub: Hub, tmp_path: Path, licence: str
+@pytest.mark.parametrize("name", ["", " ", "unknown"])
+def test_a_release_without_a_license_is_not_published(
+    the_hub: Hub, tmp_path: Path, name: str
 ) -> None:
-    folder = write_release(tmp_path / "tiny", licence=licence)
-    with pytest.raises(InputError, match=r"recipe\.card\.license: expected a licence, found"):
+    folder = write_release(tmp_path / "tiny", license_name=name)
+    with pytest.raises(InputError, match=r"recipe\.card\.license: expected a license, found"):
         put(folder)
     assert the_hub.requests == []
 

@@ -12,7 +12,7 @@ import pytest
 
 from quant.errors import InputError, Unreachable
 from quant.hub.upload import Destination
-from quant.release.publish import plan_change
+from quant.release.change import plan_change
 from tests.hub import Fault, Hub
 from tests.quant.conftest import TOKEN
 from tests.quant.release.test_publish import (

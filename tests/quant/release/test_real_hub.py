@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from quant.hub.upload import Destination
-from quant.release.publish import plan_change, publish_release
+from quant.release.change import plan_change
+from quant.release.publish import publish_release
 from tests.quant.release.test_publish import CARD, write_release
 
 REPO = os.environ.get("QUANT_TEST_HUB_REPO", "")

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from quant.plan.load import load_model
-from quant.release.package import ollama_params
+from quant.release.ollama import make_params
 from tests.quant.chat.test_smoke import bf16
 
 __all__ = ["bf16"]
@@ -29,7 +29,7 @@ def ollama(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
         made = {
             "model": NAME,
             "files": {path.name: digest},
-            "parameters": ollama_params(MODEL),
+            "parameters": make_params(MODEL),
             "stream": False,
         }
         client.post("/api/create", json=made).raise_for_status()
