@@ -175,7 +175,7 @@ def test_a_file_of_tensor_types_that_cannot_be_read_is_told(
 
 def test_every_key_that_a_recipe_may_have_is_taken_from_the_nouns() -> None:
     """Unknown keys are compared with these, at every depth."""
-    keys = toml._keys
+    keys = toml._list_keys
     assert keys(recipe.ModelRecipe, ()) == [f.name for f in dataclasses.fields(recipe.ModelRecipe)]
     assert keys(recipe.ModelRecipe, ("smoke", 3)) == ["say", "expect"]
     assert keys(recipe.Variant, ("rules", 0)) == [f.name for f in dataclasses.fields(Rule)]
