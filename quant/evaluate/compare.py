@@ -203,7 +203,7 @@ def _run_scorer(
 
 
 def _environment() -> dict[str, str]:
-    # numpy's BLAS threads would compete with llama.cpp's; a backtrace of ggml's abort would need gdb.
+    # numpy's BLAS threads would compete with llama.cpp's; on an abort, ggml would start gdb for a backtrace.
     return os.environ | {"OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"}
 
 
