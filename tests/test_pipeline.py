@@ -137,7 +137,7 @@ def test_shards_merge_back_into_a_file_with_the_digests_of_the_unsplit_one(
     for variant in sharded:
         merged = tmp_path / f"{variant['name']}.gguf"
         merge_shards(ladder / variant["files"][0]["path"], merged, find_toolchain())
-        assert read_header(merged).tensor_digests() == {
+        assert read_header(merged).hash_tensors() == {
             name: t["sha256"] for name, t in variant["tensors"].items()
         }
 

@@ -140,7 +140,7 @@ def build_set_text(
     """
     calibration_set, folder = sets.find_set(settings.calibration)
     lock = datasets.read_dataset_lock(calibration_set, folder)
-    tokenizer = Tokenizer(base.path, tools)
+    tokenizer = Tokenizer(base, tools)
     set_inputs = datasets.describe_set_inputs(calibration_set, folder, lock)
     inputs = {
         "set": hash_texts([to_canonical_json(set_inputs)]),
@@ -194,7 +194,7 @@ def render_set(
     distinct = dedupe.drop_duplicates(packing.shuffle_documents(calibration_set, documents))
     read, held_out = packing.split_held_out(calibration_set, distinct)
     texts = _render_documents(read, template)
-    tokens = counter.counts(texts)
+    tokens = counter.count_each(texts)
     chosen = packing.draw_documents(calibration_set, read, tokens)
     held_out_texts = zip(held_out, _render_documents(held_out, template), strict=True)
     return RenderedSet(
@@ -219,7 +219,7 @@ def write_text_files(
     """Write the packed text and the held-out documents into a folder, and return facts on them."""
     pieces = _split_into_pieces(rendered, find_turn_marker(template), tokenizer, context)
     # A BOS token takes one place of the first chunk.
-    packed = packing.pack_chunks([n for _, n in pieces], context, context - tokenizer.begins)
+    packed = packing.pack_chunks([n for _, n in pieces], context, context - tokenizer.adds_bos)
     text = "".join(pieces[n][0] for n in packed.order)
     files.write_text(folder / TEXT, text)
     lines = [json.dumps(asdict(d), ensure_ascii=False) + "\n" for d in rendered.held_out]
@@ -314,7 +314,7 @@ def _split_into_pieces(
         if rendered.tokens[n] > context
     }
     # One call counts the exchanges of all documents: a call starts llama-tokenize.
-    counts = iter(tokenizer.counts([part for parts in long.values() for part in parts]))
+    counts = iter(tokenizer.count_each([part for parts in long.values() for part in parts]))
     pieces: list[tuple[str, int]] = []
     for n, text in enumerate(rendered.texts):
         if n not in long:

@@ -132,8 +132,8 @@ def differences(before: Header, after: Header, text: str) -> Iterator[str]:
     if after.tensors != before.tensors:
         yield f"{after.path}: tensors: expected those of {before.path} in their places, found others"
         return
-    found = after.tensor_digests()
-    for name, sha in before.tensor_digests().items():
+    found = after.hash_tensors()
+    for name, sha in before.hash_tensors().items():
         if found[name] != sha:
             yield f"{after.path}: tensor {name}: expected sha256 {sha}, found {found[name]}"
 

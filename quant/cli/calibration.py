@@ -62,6 +62,7 @@ def show(
     from quant.calibration.text import render_set
     from quant.chat.template import patch_template
     from quant.llama import toolchain
+    from quant.llama.model_file import ModelFile
     from quant.llama.tokenizer import CharacterCounter, Tokenizer
 
     calibration_set, folder = sets.find_set(name)
@@ -70,8 +71,8 @@ def show(
     template = None
     counter: Tokenizer | CharacterCounter = CharacterCounter()
     if gguf:
-        counter = Tokenizer(gguf, toolchain.find_toolchain(llama_cpp))
-        if text := counter.header.metadata.get("tokenizer.chat_template"):
+        counter = Tokenizer(ModelFile.open(gguf), toolchain.find_toolchain(llama_cpp))
+        if text := counter.file.metadata.get("tokenizer.chat_template"):
             template = patch_template(text, None, str(gguf))
     rendered = render_set(calibration_set, documents, template, counter)
     facts = rendered.json()

@@ -93,7 +93,7 @@ def evaluate_release(
         CheckError: If a file's mean KLD or loss exceeds ``evaluation.worst``, or is NaN.
     """
     rules = recipe.evaluation
-    held = held_out.split_by_domain(text, rules.context, Tokenizer(base.path, tools), store)
+    held = held_out.split_by_domain(text, rules.context, Tokenizer(base, tools), store)
     if not (texts := held.paths):
         log.warning(
             "evaluate: nothing is measured: the held-out text of %s is too short", text.name

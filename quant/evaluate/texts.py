@@ -40,7 +40,7 @@ def prepare_held_out(
         InputError: If no domain has enough text.
     """
     text = render_set(name, base, context, tools, store)
-    held = held_out.split_by_domain(text, context, Tokenizer(base.path, tools), store)
+    held = held_out.split_by_domain(text, context, Tokenizer(base, tools), store)
     if not held.paths:
         raise InputError(
             f"{name}: expected a set that holds out enough text to measure on, found too little; name one with --text"

@@ -1,10 +1,12 @@
-"""The one door to ggml's C library: quantising rows, reading them back, and checking them.
+"""The binding to ggml's C library: quantize rows, read them back, and check them.
 
-Only ``libggml-base.so`` is opened, which holds the reference kernels that llama-quantize calls too. ctypes releases
-Python's lock while a function runs, so threads quantise side by side. What goes in and out are numpy arrays.
+Only ``libggml-base.so`` is opened, which has the reference kernels that llama-quantize calls.
+ctypes releases Python's lock while a function runs, so threads quantize side by side. Arguments and
+results are numpy arrays. :mod:`quant.llama.ggml_graph` opens the same library to look into a
+computation; both bind functions by :func:`load_functions`.
 
-ggml ends the whole process where a kernel meets numbers that it cannot place (a NaN in IQ2_XS): call it in a process
-that may die.
+ggml aborts the whole process if a kernel meets numbers that it cannot place, such as a NaN in
+IQ2_XS (docs/ggml-findings.md). Call it in a process that may die.
 """
 
 import ctypes
@@ -24,45 +26,40 @@ from quant.llama.types import TYPES, GGMLType
 NAME = "libggml-base.so"
 
 Rows: TypeAlias = NDArray[np.float32]
+"""Rows of weights, of shape (rows, columns)."""
 Bytes: TypeAlias = NDArray[np.uint8]
+"""Rows as they are stored in a file."""
 Kernel: TypeAlias = Callable[[Rows, NDArray[np.float32] | None], Bytes]
-"""Rows of one expert and the weight of each of their columns, or none, to the bytes of the stored rows."""
+"""Quantizes rows of one expert. The second argument weighs the error of each column (imatrix)."""
+Signatures: TypeAlias = Mapping[str, tuple[Any, tuple[Any, ...]]]
+"""Functions of a C library: the type of the result, and those of the arguments."""
+
+INT, INT64, SIZE = ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
+BOOL, STRING, POINTER = ctypes.c_bool, ctypes.c_char_p, ctypes.c_void_p
 
 
 class _Traits(ctypes.Structure):
     """struct ggml_type_traits (ggml/include/ggml.h)."""
 
     _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("blck_size", ctypes.c_int64),
-        ("blck_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-        ("from_float_ref", ctypes.c_void_p),
+        ("type_name", STRING),
+        ("blck_size", INT64),
+        ("blck_size_interleave", INT64),
+        ("type_size", SIZE),
+        ("is_quantized", BOOL),
+        ("to_float", ctypes.CFUNCTYPE(None, POINTER, POINTER, INT64)),
+        ("from_float_ref", POINTER),
     )
 
 
-_ROWS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-SIGNATURES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
-    #  function                 result             arguments
-    "ggml_get_type_traits": (ctypes.POINTER(_Traits), (ctypes.c_int,)),
-    "ggml_quantize_init": (None, (ctypes.c_int,)),
-    "ggml_quantize_chunk": (
-        ctypes.c_size_t,
-        (
-            ctypes.c_int,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-        ),
-    ),
-    "ggml_validate_row_data": (ctypes.c_bool, (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)),
-    "ggml_bf16_to_fp32_row": (None, _ROWS),
-    "ggml_fp16_to_fp32_row": (None, _ROWS),
+SIGNATURES: Signatures = {
+    # function                  result                   arguments (ggml/include/ggml.h)
+    "ggml_get_type_traits": (ctypes.POINTER(_Traits), (INT,)),
+    "ggml_quantize_init": (None, (INT,)),
+    "ggml_quantize_chunk": (SIZE, (INT, POINTER, POINTER, INT64, INT64, INT64, POINTER)),
+    "ggml_validate_row_data": (BOOL, (INT, POINTER, SIZE)),
+    "ggml_bf16_to_fp32_row": (None, (POINTER, POINTER, INT64)),
+    "ggml_fp16_to_fp32_row": (None, (POINTER, POINTER, INT64)),
 }
 
 
@@ -73,63 +70,79 @@ class Library:
     path: Path
     functions: Mapping[str, Any]
 
-    def initialise(self, ggml_type: GGMLType) -> None:
-        """Build the tables of a type, which takes seconds for some; done once for the life of the process."""
+    def initialize(self, ggml_type: GGMLType) -> None:
+        """Build the tables of a type, once for the life of the process.
+
+        This takes seconds for some types (docs/ggml-findings.md).
+        """
         self.functions["ggml_quantize_init"](ggml_type.id)
 
     def kernel(self, ggml_type: GGMLType) -> Kernel:
-        """What turns rows into stored rows of that type."""
-        chunk = self.functions["ggml_quantize_chunk"]
+        """Return the function that quantizes rows to a type. Initialize the type first."""
+        quantize_chunk = self.functions["ggml_quantize_chunk"]
 
         def quantize(rows: Rows, weights: NDArray[np.float32] | None) -> Bytes:
             out = np.empty(ggml_type.bytes(rows.size), np.uint8)
             address = weights.ctypes.data if weights is not None else None
-            written = chunk(
+            size = quantize_chunk(
                 ggml_type.id, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, address
             )
-            assert written == out.size, (ggml_type.name, written, out.size)
+            assert size == out.size, (ggml_type.name, size, out.size)
             return out
 
         return quantize
 
     def to_float(self, ggml_type: GGMLType, data: Bytes, row: int) -> Rows:
-        """Stored rows of that length as 32-bit floats, by ggml's own conversion."""
-        n = data.size // ggml_type.block_bytes * ggml_type.block
+        """Convert stored rows to 32-bit floats, as llama-quantize reads them.
+
+        Args:
+            ggml_type: How the rows are stored.
+            data: The rows, one after the other.
+            row: Weights in a row.
+
+        Returns:
+            The rows, of shape (rows, ``row``).
+        """
         if ggml_type.name == "F32":
             return data.view(np.float32).reshape(-1, row)
+        n = data.size // ggml_type.block_bytes * ggml_type.block
         out = np.empty(n, np.float32)
-        self._reader(ggml_type)(data.ctypes.data, out.ctypes.data, n)
+        self._find_reader(ggml_type)(data.ctypes.data, out.ctypes.data, n)
         return out.reshape(-1, row)
 
-    def valid(self, ggml_type: GGMLType, data: Bytes) -> bool:
-        """Whether ggml finds nothing wrong with stored rows: no scale that is no number."""
-        return bool(
-            self.functions["ggml_validate_row_data"](ggml_type.id, data.ctypes.data, data.size)
-        )
+    def is_valid(self, ggml_type: GGMLType, data: Bytes) -> bool:
+        """Whether stored rows are sound for ggml: no scale is NaN or infinite."""
+        validate = self.functions["ggml_validate_row_data"]
+        return bool(validate(ggml_type.id, data.ctypes.data, data.size))
 
-    def _reader(self, ggml_type: GGMLType) -> Any:
-        """The function that llama-quantize reads rows of that type with (llama_tensor_dequantize_impl)."""
-        direct = {"BF16": "ggml_bf16_to_fp32_row", "F16": "ggml_fp16_to_fp32_row"}.get(
-            ggml_type.name
-        )
-        return self.functions[direct] if direct else self._traits(ggml_type).to_float
-
-    def _traits(self, ggml_type: GGMLType) -> Any:
-        return self.functions["ggml_get_type_traits"](ggml_type.id).contents
-
-    def differences(self) -> Iterator[str]:
-        """Everything in which this library's types are not those of this project's table."""
+    def find_type_differences(self) -> Iterator[str]:
+        """Yield every type of this project's table that the library has otherwise."""
         for t in TYPES.values():
-            traits = self._traits(t)
-            found = (traits.type_name.decode().upper(), traits.blck_size, traits.type_size)
-            if found != (t.name, t.block, t.block_bytes):
-                yield f"{self.path}: type {t.id}: expected {(t.name, t.block, t.block_bytes)}, found {found}"
+            traits = self._read_traits(t)
+            expected = t.name, t.block, t.block_bytes
+            actual = traits.type_name.decode().upper(), traits.blck_size, traits.type_size
+            if actual != expected:
+                yield f"{self.path}: type {t.id}: expected {expected}, found {actual}"
+
+    def _find_reader(self, ggml_type: GGMLType) -> Any:
+        # The same choice as llama_tensor_dequantize_impl (llama.cpp's src/llama-quant.cpp).
+        direct = {"BF16": "ggml_bf16_to_fp32_row", "F16": "ggml_fp16_to_fp32_row"}
+        if name := direct.get(ggml_type.name):
+            return self.functions[name]
+        return self._read_traits(ggml_type).to_float
+
+    def _read_traits(self, ggml_type: GGMLType) -> Any:
+        return self.functions["ggml_get_type_traits"](ggml_type.id).contents
 
 
 def find_library(tools: Path) -> Path:
-    """The library that belongs to a folder of tools: beside it in ``lib``, or in the build tree that it is part of.
+    """Return the library that belongs to a folder of tools.
 
-    Tools may be links: their library is where they are. Raises ToolError with the places where it was looked for.
+    It lies beside the folder in ``lib``, or among the tools of a build tree. Tools may be links;
+    their library is where they point.
+
+    Raises:
+        ToolError: There is none. The error lists the places.
     """
     real = [(tools / tool).resolve().parent for tool in toolchain.TOOLS if (tools / tool).exists()]
     places = [
@@ -137,32 +150,44 @@ def find_library(tools: Path) -> Path:
         for folder in dict.fromkeys([tools, tools.resolve(), *real])
         for place in (folder.parent / "lib", folder)
     ]
-    found = next((place / NAME for place in places if (place / NAME).is_file()), None)
-    if found is None:
+    path = next((place / NAME for place in places if (place / NAME).is_file()), None)
+    if path is None:
         raise ToolError(
             f"{NAME}: missing; looked for it in {', '.join(str(p) for p in dict.fromkeys(places))}"
         )
-    return found
+    return path
 
 
 @cache
 def load_ggml(path: Path) -> Library:
-    """The library at that path. Raises ToolError that names it, and what it lacks or has otherwise than expected."""
+    """Load the library at a path and compare its types with this project's table.
+
+    Raises:
+        ToolError: It cannot be loaded, lacks a function, or has another type table.
+    """
+    library = Library(path, load_functions(path, SIGNATURES))
+    if differences := tuple(library.find_type_differences()):
+        raise ToolError(*differences)
+    return library
+
+
+def load_functions(path: Path, signatures: Signatures) -> dict[str, Any]:
+    """Return functions of a C library, with their types set.
+
+    Args:
+        path: The shared library.
+        signatures: The functions that are wanted.
+
+    Raises:
+        ToolError: The library cannot be loaded, or lacks functions. The error names each.
+    """
     try:
-        dll = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
     except OSError as e:
         raise ToolError(f"{path}: cannot be loaded ({e})") from e
-    missing = [
-        f"{path}: {name}: no such function in this library"
-        for name in SIGNATURES
-        if not hasattr(dll, name)
-    ]
-    if missing:
-        raise ToolError(*missing)
-    functions = {name: getattr(dll, name) for name in SIGNATURES}
-    for name, (result, arguments) in SIGNATURES.items():
+    if missing := [name for name in signatures if not hasattr(library, name)]:
+        raise ToolError(*(f"{path}: {name}: no such function in this library" for name in missing))
+    functions = {name: getattr(library, name) for name in signatures}
+    for name, (result, arguments) in signatures.items():
         functions[name].restype, functions[name].argtypes = result, arguments
-    library = Library(path, functions)
-    if wrong := tuple(library.differences()):
-        raise ToolError(*wrong)
-    return library
+    return functions

@@ -1,16 +1,31 @@
-"""How llama.cpp's tools arrange tensors in a file: their order, their shapes, and where a file is cut into shards. Pure."""
+"""Names, order and shapes of tensors as llama.cpp has them, and where a file is cut into shards. Pure.
+
+Whoever needs a tensor's name, its block or its class takes it from here.
+"""
 
 import re
 from collections.abc import Collection, Iterable, Iterator
 
 from quant.llama.gguf import TensorSpec
 
+TOKEN_EMBEDDING = "token_embd.weight"
+OUTPUT = "output.weight"
+"""The output matrix. A model with tied embeddings has none, and multiplies by the embedding."""
+EMBEDDINGS = (TOKEN_EMBEDDING, "per_layer_token_embd.weight")
+"""Tables of embeddings: tensor_name_match_token_embd in llama.cpp's src/llama-quant.cpp.
+
+llama-quantize ignores importance data of the wrong length for these, and refuses it for others."""
+EXPERTS = re.compile(r".*_exps\.weight")
+"""Weights of routed experts, which ``-ot ".ffn_.*_exps.=CPU"`` keeps in main memory.
+
+``--cpu-moe`` (LLM_FFN_EXPS_REGEX in llama.cpp's common/common.h) means the same tensors."""
+MAX_STRING = 127
+"""Bytes of a string that llama-quantize writes: val_str of llama_model_kv_override (llama.h)."""
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
-"""The name of a tensor of a block: its number, and the rest of the name."""
 
 
 def split_block(name: str) -> tuple[int | None, str]:
-    """Return the block's number and the rest of a tensor's name; no number for a tensor outside the blocks.
+    """Return the block's number and the rest of a tensor's name; no number outside the blocks.
 
     Example:
         >>> split_block("blk.3.ffn_down.weight")
@@ -23,48 +38,53 @@ def split_block(name: str) -> tuple[int | None, str]:
 
 
 def tensor_class(name: str) -> str:
-    """Return a tensor's name without its block and without ``.weight``: ``ffn_down_exps``."""
+    """Return a tensor's name without its block and without ``.weight``, such as ``ffn_down_exps``."""
     return split_block(name)[1].removesuffix(".weight")
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a tensor is one that is quantised: a weight that is no norm."""
+    """Whether a tensor is a weight and no norm. Of these, most are quantized.
+
+    The names that llama-quantize leaves alone are longer (tensor_allows_quantization):
+    :func:`quant.plan.plan.is_quantizable` has them.
+    """
     return name.endswith(".weight") and "norm" not in name
 
 
-EXPERTS = re.compile(r".*_exps\.weight")
-"""What `-ot ".ffn_.*_exps.=CPU"` leaves in main memory."""
-
-
-EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
-"""llama-quantize takes data of another size for these as none at all."""
-
-
-MAX_STRING = 127
-"""Bytes of a string that llama-quantize writes (struct llama_model_kv_override)."""
-
-
 def sort_tensors(tensors: Collection[TensorSpec]) -> list[TensorSpec]:
-    """As llama-quantize writes them (weight_name_comparer in src/llama-model-loader.h): block by block, each by name."""
-    return sorted(tensors, key=lambda t: (_order(split_block(t.name)[0]), t.name))
+    """Return tensors in the order in which llama-quantize writes them.
 
+    Those outside the blocks come first, then block after block, each by name
+    (weight_name_comparer in llama.cpp's src/llama-model-loader.h).
+    """
 
-def _order(block: int | None) -> int:
-    return -1 if block is None else block
+    def key(tensor: TensorSpec) -> tuple[int, str]:
+        block, _ = split_block(tensor.name)
+        return (-1 if block is None else block), tensor.name
+
+    return sorted(tensors, key=key)
 
 
 def stored_shape(tensor: TensorSpec) -> tuple[int, ...]:
-    """A shape as ggml writes it: without the ones at its end."""
+    """Return a shape as ggml writes it, without the ones at its end (ggml_n_dims)."""
     length = max((n for n, size in enumerate(tensor.shape, 1) if size > 1), default=1)
     return tensor.shape[:length]
 
 
 def split_into_shards(sizes: Iterable[int], max_bytes: int) -> Iterator[list[int]]:
-    """Padded sizes of tensors, shard by shard, as llama-gguf-split cuts."""
-    run: list[int] = []
+    """Yield the sizes of the tensors of each shard, as llama-gguf-split cuts (should_split).
+
+    A shard ends before the tensor that would make it larger than the limit, so a larger tensor
+    gets a shard of its own. Heads do not count.
+
+    Args:
+        sizes: Bytes of each tensor, padded, in file order.
+        max_bytes: Maximum sum of a shard.
+    """
+    shard: list[int] = []
     for size in sizes:
-        if run and sum(run) + size > max_bytes:
-            yield run
-            run = []
-        run.append(size)
-    yield run
+        if shard and sum(shard) + size > max_bytes:
+            yield shard
+            shard = []
+        shard.append(size)
+    yield shard

@@ -1,4 +1,13 @@
-"""Count tokens as llama.cpp does: with its own tokenizer, and the vocabulary that is in a GGUF file."""
+"""Count tokens as llama.cpp does, with the vocabulary of a GGUF file.
+
+There is one way: llama-tokenize, of the toolchain that the user chose. The bindings that come with
+this package could tokenize in process (:meth:`quant.llama.model.LoadedModel.tokenize` does), and
+would save a process per text. They are not used here, because how a text is cut may differ between
+builds: a pre-tokenizer is a regular expression in llama.cpp's source, and a user names another
+llama.cpp (``--llama-cpp DIR``) just when his model needs a newer one. The calibration text is cut
+to the chunks that his llama-imatrix will read, so his build has to count. A crash of native code
+also ends only the child.
+"""
 
 import json
 import tempfile
@@ -11,116 +20,128 @@ from typing import ClassVar, Protocol
 from quant.core import files
 from quant.core.format import hash_texts, to_canonical_json
 from quant.errors import InputError, ToolError
-from quant.llama.gguf import Header, list_shards, read_header
+from quant.llama.model_file import ModelFile
 from quant.llama.toolchain import Toolchain
 
 CONTROL = 3
-"""A token that no text is made of (LLAMA_TOKEN_TYPE_CONTROL)."""
+"""The type of control tokens, which no plain text is cut into (LLAMA_TOKEN_TYPE_CONTROL)."""
 
 
 class TextCounter(Protocol):
-    """Whatever can say how long texts are."""
+    """Measures the length of texts."""
 
     @property
     def unit(self) -> str:
-        """What it counts."""
+        """What is counted."""
 
-    def counts(self, texts: Sequence[str]) -> tuple[int, ...]:
-        """The length of each text."""
+    def count_each(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Return the length of each text."""
 
 
 @dataclass(frozen=True)
 class CharacterCounter:
-    """Counts letters, where no model is there to be asked."""
+    """Counts characters, where there is no model to tokenize with."""
 
     unit: ClassVar[str] = "characters"
 
-    def counts(self, texts: Sequence[str]) -> tuple[int, ...]:
-        """The letters of each text."""
+    def count_each(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Return the number of characters of each text."""
         return tuple(map(len, texts))
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The vocabulary of one GGUF file."""
+    """The tokenizer of one model, run by one toolchain."""
 
-    gguf: Path
+    file: ModelFile
     tools: Toolchain
     unit: ClassVar[str] = "tokens"
 
     @cached_property
-    def header(self) -> Header:
-        """Of the file, or of the first of its shards."""
-        return read_header(list_shards(self.gguf)[0])
-
-    @cached_property
     def digest(self) -> str:
-        """Names everything that decides how a text is cut into tokens."""
-        told = {
-            k: v
-            for k, v in self.header.metadata.items()
-            if k.startswith("tokenizer.") and "template" not in k
+        """A sha256 of everything that decides how a text is cut: the vocabulary and the build."""
+        vocabulary = {
+            key: value
+            for key, value in self.file.metadata.items()
+            if key.startswith("tokenizer.") and "template" not in key
         }
-        return hash_texts([to_canonical_json(told), str(self.tools.version)])
+        return hash_texts([to_canonical_json(vocabulary), str(self.tools.version)])
 
     @property
-    def begins(self) -> bool:
-        """Whether the model wants a token of its own at the beginning of what it reads."""
-        return bool(self.header.metadata.get("tokenizer.ggml.add_bos_token", False))
+    def adds_bos(self) -> bool:
+        """Whether a token for the beginning (BOS) is put before every text."""
+        return bool(self.file.metadata.get("tokenizer.ggml.add_bos_token", False))
 
     def count(self, text: str) -> int:
-        """Tokens of a text, special tokens taken for what they are, with what the model wants at its beginning."""
-        return len(self.ids(text))
+        """Return the number of tokens of a text, BOS included. Raises as :meth:`tokenize`."""
+        return len(self.tokenize(text))
 
-    def counts(self, texts: Sequence[str]) -> tuple[int, ...]:
-        """Tokens of each text by itself, without what the model wants at a beginning; one call for all of them."""
+    def count_each(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Return the number of tokens of each text by itself, without BOS.
+
+        One process counts them all: the texts are joined by a control token that none of them
+        contains. llama.cpp splits a text at control tokens before it tokenizes the parts
+        (tokenizer_st_partition in src/llama-vocab.cpp), so no part depends on another.
+
+        Raises:
+            InputError: The vocabulary has no control token that the texts do not contain.
+            ToolError: llama-tokenize fails.
+        """
         if not texts:
             return ()
-        mark = self._mark(texts)
-        ids = self.ids(mark.join(texts))[self.begins :]
-        ends = [n for n, token in enumerate(ids) if token == self._control[mark]] + [len(ids)]
-        if len(ends) != len(texts):
+        separator = self._choose_separator(texts)
+        ids = self.tokenize(separator.join(texts))[self.adds_bos :]
+        marks = [n for n, token in enumerate(ids) if token == self._control_tokens[separator]]
+        if len(marks) != len(texts) - 1:
             raise InputError(
-                f"{self.gguf}: tokenizer: expected {mark!r} to be one token, found something else"
+                f"{self.file.path}: tokenizer: expected {separator!r} to be one token,"
+                " found something else"
             )
-        return tuple(
-            end - begin for begin, end in zip([0, *(n + 1 for n in ends[:-1])], ends, strict=True)
-        )
+        starts = [0, *(n + 1 for n in marks)]
+        return tuple(end - start for start, end in zip(starts, [*marks, len(ids)], strict=True))
 
-    def ids(self, text: str) -> list[int]:
-        """The tokens of a text. Raises ToolError."""
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a text: control tokens parsed, BOS added if the model wants it.
+
+        Raises:
+            ToolError: llama-tokenize fails, or prints no list of tokens.
+        """
         with tempfile.TemporaryDirectory(prefix="quant-tokens-") as name:
             folder = Path(name)
+            # As a file: an argument has a maximum length. Without escapes: a backslash and an n
+            # in a text are two characters.
             files.write_text(folder / "text", text)
+            arguments = ("-f", "text", "--ids", "--no-escape", "-lv", "1")
             self.tools.run(
                 "llama-tokenize",
-                ["-m", self.gguf.resolve(), "-f", "text", "--ids", "--no-escape", "-lv", "1"],
+                ["-m", self.file.path.resolve(), *arguments],
                 cwd=folder,
                 log=folder / "log",
             )
             lines = (folder / "log").read_text(errors="replace").splitlines()
-        told = next((line for line in reversed(lines) if line.startswith("[")), None)
-        if told is None:
+        # The ids are printed last, as one JSON array; warnings of the model may come before.
+        printed = next((line for line in reversed(lines) if line.startswith("[")), None)
+        if printed is None:
             raise ToolError(f"llama-tokenize: expected a list of tokens, found {lines[-1:]}")
-        found: list[int] = json.loads(told)
-        return found
+        ids: list[int] = json.loads(printed)
+        return ids
 
     @cached_property
-    def _control(self) -> dict[str, int]:
-        metadata = self.header.metadata
-        kinds = metadata.get("tokenizer.ggml.token_type", [])
-        words = metadata.get("tokenizer.ggml.tokens", [])
+    def _control_tokens(self) -> dict[str, int]:
+        """The text and id of every control token."""
+        types = self.file.metadata.get("tokenizer.ggml.token_type", [])
+        tokens = self.file.metadata.get("tokenizer.ggml.tokens", [])
         return {
-            word: n
-            for n, (word, kind) in enumerate(zip(words, kinds, strict=True))
-            if kind == CONTROL and word
+            token: n
+            for n, (token, token_type) in enumerate(zip(tokens, types, strict=True))
+            if token_type == CONTROL and token
         }
 
-    def _mark(self, texts: Sequence[str]) -> str:
-        """A control token that is in none of the texts."""
-        for word in self._control:
-            if not any(word in text for text in texts):
-                return word
+    def _choose_separator(self, texts: Sequence[str]) -> str:
+        for token in self._control_tokens:
+            if not any(token in text for text in texts):
+                return token
         raise InputError(
-            f"{self.gguf}: tokenizer: expected a control token that the texts do not use, found none"
+            f"{self.file.path}: tokenizer: expected a control token that the texts do not use,"
+            " found none"
         )

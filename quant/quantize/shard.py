@@ -101,7 +101,7 @@ def split_file(path: Path, max_size: str | None, tools: Toolchain, stem: Path) -
                 for t in large
             )
         )
-    expected = header.tensor_digests()
+    expected = header.hash_tensors()
     if max_size is None:
         files.link_or_copy(path, stem.with_name(f"{stem.name}.gguf"))
         return {"tensors": expected}
@@ -153,7 +153,7 @@ def merge_shards(first: Path, out: Path, tools: Toolchain) -> Receipt:
                 log=log,
             )
             if wrong := list(
-                find_changed_tensors(expected, read_header(partial).tensor_digests(), partial)
+                find_changed_tensors(expected, read_header(partial).hash_tensors(), partial)
             ):
                 raise CheckError(*wrong)
             files.flush_file(partial)
@@ -175,4 +175,4 @@ def find_changed_tensors(
 
 
 def _digests(paths: Sequence[Path]) -> dict[str, str]:
-    return {name: sha for path in paths for name, sha in read_header(path).tensor_digests().items()}
+    return {name: sha for path in paths for name, sha in read_header(path).hash_tensors().items()}

@@ -123,7 +123,7 @@ def _find_tensor_problems(
     folder: Path, variant: VariantRecord, headers: Sequence[Header]
 ) -> Iterator[str]:
     """Yield tensors whose bytes or type differ from the manifest, or whose type differs from the recipe."""
-    digests = {name: digest for h in headers for name, digest in h.tensor_digests().items()}
+    digests = {name: digest for h in headers for name, digest in h.hash_tensors().items()}
     tensors = [t for h in headers for t in h.tensors]
     types = {t.name: t.type.name for t in tensors}
     expected = {name: t.sha256 for name, t in variant.tensors.items()}

@@ -180,7 +180,7 @@ def costs(types: Sequence[str], kernels: str) -> dict[str, float]:
         if kernels == FASTEST:
             kernel = ours.kernel(TYPES[name])
         else:
-            library.initialise(TYPES[name])
+            library.initialize(TYPES[name])
             kernel = library.kernel(TYPES[name])
 
         def taken(own: Rows, kernel: Kernel = kernel) -> float:

@@ -81,7 +81,7 @@ def table(
     yield "|---|---:|" + "---:|" * (3 * len(heads))
     for t in types:
         if w is not None or not t.needs_imatrix:
-            library.initialise(t)
+            library.initialize(t)
             yield line(library, native, t, x, w)
 
 

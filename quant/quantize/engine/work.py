@@ -253,7 +253,7 @@ class EngineRun:
 
     def check(self, piece: Piece, ggml_type: GGMLType, data: Bytes) -> None:
         """Raise CheckFailed for stored rows in which ggml finds something wrong."""
-        if not self.library.valid(ggml_type, data):
+        if not self.library.is_valid(ggml_type, data):
             raise CheckError(f"{self.where(piece)} are not valid as {ggml_type.name}")
 
     def where(self, piece: Piece) -> str:

@@ -113,7 +113,7 @@ class Kernels:
             if not wrong:
                 return KernelChoice(instructions), self._counting(ggml_type, kernel)
             why = f"{instructions}: {wrong}"
-        self.library.initialise(ggml_type)
+        self.library.initialize(ggml_type)
         return KernelChoice("ggml", why), self.library.kernel(ggml_type)
 
     def _counting(self, ggml_type: GGMLType, kernel: CountedKernel) -> Kernel:

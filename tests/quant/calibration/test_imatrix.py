@@ -98,7 +98,7 @@ def text(tiny: ModelFile, tmp_path_factory: pytest.TempPathFactory) -> Calibrati
     path.write_text(
         "\n".join(f"{n} bottles of beer on the wall, {n * n} in all. Grüße!" for n in range(200))
     )
-    return text_of(path, Tokenizer(tiny.path, toolchain.find_toolchain()).count(path.read_text()))
+    return text_of(path, Tokenizer(tiny, toolchain.find_toolchain()).count(path.read_text()))
 
 
 def made(
@@ -334,22 +334,6 @@ def test_no_path_of_the_machine_is_in_the_file(
     data = made(tiny, text, tmp_path).path.read_bytes()
     assert b"calibration.txt" in data
     assert os.fsencode(tmp_path) not in data and os.fsencode(tiny.path.parent) not in data
-
-
-@pytest.mark.tools
-def test_the_tokens_are_those_of_the_model(tiny: ModelFile, tmp_path: Path) -> None:
-    tokenizer = Tokenizer(tiny.path, toolchain.find_toolchain())
-    texts = [
-        "[gMASK]<sop><|user|>\nHello",
-        "",
-        "Grüße, 世界!\n",
-        "<|assistant|>\nHi\\n",
-        "a" * 5000,
-    ]
-    assert tokenizer.counts(texts) == tuple(tokenizer.count(t) for t in texts)
-    assert tokenizer.counts(()) == ()
-    assert tokenizer.count("<|user|>") == 1
-    assert not tokenizer.begins
 
 
 @pytest.mark.tools

@@ -171,8 +171,8 @@ def test_the_tokens_are_counted_and_chunks_begin_where_documents_begin(
         base,
         Store(tmp_path / "store"),
     )
-    tokenizer = Tokenizer(base.path, toolchain.find_toolchain())
-    ids, [user] = tokenizer.ids(made.path.read_text()), tokenizer.ids("<|user|>")
+    tokenizer = Tokenizer(base, toolchain.find_toolchain())
+    ids, [user] = tokenizer.tokenize(made.path.read_text()), tokenizer.tokenize("<|user|>")
     assert made.tokens == len(ids)
     starts = [ids[n] == user for n in range(0, len(ids), 256)]
     assert starts.count(False) == made.facts["needless_cuts"]

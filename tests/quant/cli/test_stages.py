@@ -57,7 +57,7 @@ def test_every_variant_is_written_with_a_record_of_its_tensors_and_nothing_else_
     ]
     header = read_header(folder / "out" / "M-B.gguf")
     record = json.loads((folder / "out" / "M-B.gguf.json").read_text())
-    assert {n: t["sha256"] for n, t in record["tensors"].items()} == header.tensor_digests()
+    assert {n: t["sha256"] for n, t in record["tensors"].items()} == header.hash_tensors()
     assert 0 < record["tensors"]["output.weight"]["error"] < 0.01
 
 

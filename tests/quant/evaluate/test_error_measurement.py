@@ -41,7 +41,7 @@ class Oracle:
         data = self.library.to_float(tensor.type, self.source.raw(tensor, chunk), tensor.shape[0])
         columns = self.importance.columns(tensor, expert)
         assert columns is not None
-        self.library.initialise(TYPES[kind])
+        self.library.initialize(TYPES[kind])
         stored = self.library.kernel(TYPES[kind])(data, columns)
         restored = self.library.to_float(TYPES[kind], stored, tensor.shape[0])
         lost = ((restored - data).astype(np.float64) ** 2 * columns).sum()

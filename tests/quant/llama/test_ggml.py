@@ -40,7 +40,7 @@ def library() -> ggml.Library:
 @pytest.mark.tools
 @pytest.mark.parametrize("name", EXACT)
 def test_stored_rows_are_gguf_pys(library: ggml.Library, name: str) -> None:
-    library.initialise(TYPES[name])
+    library.initialize(TYPES[name])
     expected = gguf.quants.quantize(ROWS, gguf.GGMLQuantizationType[name])
     assert library.kernel(TYPES[name])(ROWS, None).tobytes() == expected.tobytes()
 
@@ -53,7 +53,7 @@ def test_rows_are_read_back_as_gguf_py_reads_them(library: ggml.Library, name: s
     mine = library.to_float(TYPES[name], data, 512)
     assert mine.shape == ROWS.shape
     np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-9)
-    assert library.valid(TYPES[name], data)
+    assert library.is_valid(TYPES[name], data)
 
 
 @pytest.mark.tools
@@ -67,17 +67,17 @@ def test_weights_of_the_columns_count(library: ggml.Library) -> None:
 def test_a_scale_that_is_no_number_is_not_valid(library: ggml.Library) -> None:
     data = library.kernel(TYPES["Q8_0"])(ROWS, None)
     data[34:36] = (0x00, 0x7E)
-    assert not library.valid(TYPES["Q8_0"], data)
+    assert not library.is_valid(TYPES["Q8_0"], data)
 
 
 @pytest.mark.tools
 def test_the_librarys_types_are_those_of_the_table(
     library: ggml.Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not list(library.differences())
+    assert not list(library.find_type_differences())
     wrong = {**TYPES, "Q4_K": dataclasses.replace(TYPES["Q4_K"], block_bytes=143)}
     monkeypatch.setattr(ggml, "TYPES", wrong)
-    assert list(library.differences()) == [
+    assert list(library.find_type_differences()) == [
         f"{library.path}: type 12: expected ('Q4_K', 256, 143), found ('Q4_K', 256, 144)"
     ]
     assert types.TYPES is TYPES

@@ -337,7 +337,7 @@ def test_gguf_py_reads_the_same_from_what_the_builder_writes(tmp_path: Path) -> 
 
 def test_a_tensors_digest_is_that_of_its_bytes(tmp_path: Path) -> None:
     header = read_header(write(tmp_path / "f.gguf"))
-    assert header.tensor_digests() == {
+    assert header.hash_tensors() == {
         str(t.name): hashlib.sha256(t.bytes()).hexdigest() for t in TWO
     }
 

@@ -42,7 +42,7 @@ def test_a_file_that_fits_gets_a_second_name(fake_tools: Fake, tmp_path: Path, w
     facts = split_file(path, None, fake_tools(), work / "M-V.x")
     assert [p.name for p in work.iterdir()] == ["M-V.x.gguf"]
     assert (work / "M-V.x.gguf").samefile(path)
-    assert facts["tensors"] == read_header(path).tensor_digests()
+    assert facts["tensors"] == read_header(path).hash_tensors()
 
 
 def test_a_tensor_larger_than_a_shard_is_refused(
@@ -157,7 +157,7 @@ def test_llama_gguf_split_cuts_and_merges_without_a_change(tmp_path: Path, work:
 
     merged = read_header(tmp_path / "merged" / "M.gguf")
     assert receipt.path == "M.gguf"
-    assert merged.tensor_digests() == facts["tensors"] == read_header(path).tensor_digests()
+    assert merged.hash_tensors() == facts["tensors"] == read_header(path).hash_tensors()
     assert {k: v for k, v in merged.metadata.items() if not k.startswith("split.")} == read_header(
         path
     ).metadata

@@ -26,7 +26,7 @@ def with_license(name: str) -> Any:
 def describe_variant(release: Path) -> VariantRecord:
     """Return the record of the variant ``a.gguf``, as that file is."""
     header = read_header(release / "a.gguf")
-    digests = header.tensor_digests()
+    digests = header.hash_tensors()
     return make_variant(
         "A",
         recipe=RECIPE,

@@ -105,7 +105,7 @@ def test_the_record_holds_every_tensors_digest(model: Path) -> None:
     record = json.loads(record_path(path).read_text())
     assert {name: made["sha256"] for name, made in record["tensors"].items()} == read_header(
         path
-    ).tensor_digests()
+    ).hash_tensors()
     assert {name: made["type"] for name, made in record["tensors"].items()} == types(
         model / "base.gguf", "Q4_K"
     )

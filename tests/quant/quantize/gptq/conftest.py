@@ -34,7 +34,7 @@ def quantize(library: Library) -> Quantizer:
             return native.kernel(library, native.sets[0], ggml_type)(rows, weights)[0]
         if ggml_type.name in SLOW_TABLES:
             pytest.skip("the project's kernels were not built, and ggml takes long")
-        library.initialise(ggml_type)
+        library.initialize(ggml_type)
         return library.kernel(ggml_type)(rows, weights)
 
     return quantize_rows

@@ -60,7 +60,7 @@ def test_the_error_of_the_output_falls_and_the_loss_of_no_row_rises(
     before = store(name, rows, hessian)
     after = refine_rows(TYPES[name], rows, before, hessian)
     assert after.size == before.size
-    assert library.valid(TYPES[name], after)
+    assert library.is_valid(TYPES[name], after)
     errors = [library.to_float(TYPES[name], data, ROW) - rows for data in (before, after)]
     loss_before, loss_after = (hessian.loss(e.T) for e in errors)
     assert (loss_after <= loss_before * (1 + 1e-4)).all()
