@@ -57,8 +57,8 @@ DOORS = {  # a module          who may import it, or a part of it (a name that e
     "ctypes": {
         "quant/core/process.py",
         "quant/llama/ggml.py",
+        "quant/llama/ggml_graph.py",
         "quant/quantize/kernels/library.py",
-        "quant/calibration/hessian_collector.py",
     },
     "subprocess": {
         "quant/core/process.py",
@@ -147,6 +147,7 @@ EFFECTS = {
     "quant.core.process",
     "quant.llama.toolchain",
     "quant.llama.ggml",
+    "quant.llama.ggml_graph",
 }
 OPENS = {
     "open",

@@ -52,7 +52,7 @@ def score_base(model: LoadedModel, tokens: NDArray[np.int32], top: int, folder: 
         folder: Where the arrays go.
     """
     chunks, targets = len(tokens), model.context - 1 - model.context // 2
-    kept = min(top, model.words)
+    kept = min(top, model.vocab_size)
     ids = np.lib.format.open_memmap(folder / "words.npy", "w+", np.int32, (chunks, targets, kept))
     kept_log_p = np.lib.format.open_memmap(folder / "said.npy", "w+", np.float32, ids.shape)
     best = np.zeros((chunks, targets), np.int32)
@@ -60,8 +60,8 @@ def score_base(model: LoadedModel, tokens: NDArray[np.int32], top: int, folder: 
     for n, row in enumerate(tokens):
         log_p = model.log_probabilities(row)
         best[n] = log_p.argmax(1)
-        if kept == model.words:
-            ids[n], kept_log_p[n] = np.arange(model.words), log_p
+        if kept == model.vocab_size:
+            ids[n], kept_log_p[n] = np.arange(model.vocab_size), log_p
         else:
             ids[n] = np.argpartition(-log_p, kept - 1, axis=1)[:, :kept]
             kept_log_p[n] = np.take_along_axis(log_p, ids[n], 1)
@@ -86,7 +86,7 @@ def score_against_base(model: LoadedModel, base: Path, folder: Path) -> None:
     )
     kld, nll = np.zeros(ids.shape[:2], np.float32), np.zeros(ids.shape[:2], np.float32)
     same = np.zeros(ids.shape[:2], bool)
-    whole = ids.shape[2] == model.words
+    whole = ids.shape[2] == model.vocab_size
     for n, row in enumerate(tokens):
         log_q = model.log_probabilities(row)
         nll[n] = -log_q[np.arange(len(log_q)), select_targets(row, model.context)]
@@ -137,16 +137,16 @@ def score_job(job: Mapping[str, Any], _: Path) -> None:
             if "base" in part:
                 base = Path(part["base"])
                 words = json.loads((base / ABOUT).read_text())["words"]
-                if model.words != words:
+                if model.vocab_size != words:
                     raise InputError(
-                        f"{path}: of another model: expected {words} tokens in the vocabulary, found {model.words}"
+                        f"{path}: of another model: expected {words} tokens in the vocabulary, found {model.vocab_size}"
                     )
                 score_against_base(model, base, folder)
             else:
-                tokens = model.tokens(Path(part["text"]).read_bytes())[: job["chunks"]]
+                tokens = model.tokenize_chunks(Path(part["text"]).read_bytes())[: job["chunks"]]
                 if len(tokens):
                     score_base(model, tokens, job["top"], folder)
-                about = {"chunks": len(tokens), "words": model.words}
+                about = {"chunks": len(tokens), "words": model.vocab_size}
                 (folder / ABOUT).write_text(json.dumps(about))
         model.close()
 

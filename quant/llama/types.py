@@ -85,43 +85,15 @@ TYPES = {
 }
 BY_ID = {t.id: t for t in TYPES.values()}
 
+_FILE_TYPES = """
+F32=0 F16=1 BF16=32 Q4_0=2 Q4_1=3 Q5_0=8 Q5_1=9 Q8_0=7
+Q2_K=10 Q2_K_S=21 Q3_K_S=11 Q3_K_M=12 Q3_K_L=13
+Q4_K_S=14 Q4_K_M=15 Q5_K_S=16 Q5_K_M=17 Q6_K=18
+IQ1_S=24 IQ1_M=31 IQ2_XXS=19 IQ2_XS=20 IQ2_S=28 IQ2_M=29
+IQ3_XXS=23 IQ3_XS=22 IQ3_S=26 IQ3_M=27 IQ4_NL=25 IQ4_XS=30
+"""
 FILE_TYPES = {
-    name: int(number)
-    for name, number in (
-        entry.split("=")
-        for entry in [
-            "F32=0",
-            "F16=1",
-            "BF16=32",
-            "Q4_0=2",
-            "Q4_1=3",
-            "Q5_0=8",
-            "Q5_1=9",
-            "Q8_0=7",
-            "Q2_K=10",
-            "Q2_K_S=21",
-            "Q3_K_S=11",
-            "Q3_K_M=12",
-            "Q3_K_L=13",
-            "Q4_K_S=14",
-            "Q4_K_M=15",
-            "Q5_K_S=16",
-            "Q5_K_M=17",
-            "Q6_K=18",
-            "IQ1_S=24",
-            "IQ1_M=31",
-            "IQ2_XXS=19",
-            "IQ2_XS=20",
-            "IQ2_S=28",
-            "IQ2_M=29",
-            "IQ3_XXS=23",
-            "IQ3_XS=22",
-            "IQ3_S=26",
-            "IQ3_M=27",
-            "IQ4_NL=25",
-            "IQ4_XS=30",
-        ]
-    )
+    name: int(number) for name, number in (entry.split("=") for entry in _FILE_TYPES.split())
 }
 """Numbers of ``general.file_type`` by name (llama.h, enum llama_ftype).
 

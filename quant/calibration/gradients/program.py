@@ -207,7 +207,7 @@ def collect_gradient_job(job: dict[str, Any], folder: Path) -> int:
     """Do what a job says, and return how many chunks the text filled; nothing is written for none."""
     torch.set_num_threads(1)  # by chunks, not within products, whose sums would then depend on it
     scorer = LoadedModel(job["model"], job["context"], job["threads"])
-    tokens = scorer.tokens(Path(job["text"]).read_bytes())[: job["chunks"]]
+    tokens = scorer.tokenize_chunks(Path(job["text"]).read_bytes())[: job["chunks"]]
     scorer.close()
     if not len(tokens):
         return 0
