@@ -1,5 +1,6 @@
 """Manifests for tests: complete, of no real model; a test replaces what it is about."""
 
+from dataclasses import fields
 from typing import Any
 
 from quant.core.files import Receipt
@@ -8,6 +9,7 @@ from quant.plan.recipe import Rule, Variant
 from quant.release.manifest import (
     BaseFiguresRecord,
     CalibrationRecord,
+    DomainFiguresRecord,
     EvaluationRecord,
     FiguresRecord,
     ImatrixCoverageRecord,
@@ -124,6 +126,14 @@ def make_figures(**changes: Any) -> FiguresRecord:
         "domains": {},
     }
     return FiguresRecord(**values | changes)
+
+
+def make_domain_figures() -> DomainFiguresRecord:
+    """Return figures of a file on one domain."""
+    figures = make_figures()
+    return DomainFiguresRecord(
+        **{f.name: getattr(figures, f.name) for f in fields(DomainFiguresRecord)}
+    )
 
 
 def make_evaluation(**changes: Any) -> EvaluationRecord:
