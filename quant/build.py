@@ -171,7 +171,7 @@ class _Stages:
 
     def convert_vision(self, checkpoint: Checkpoint) -> ModelFile | None:
         model, job = self.job.model, self.job
-        if not model.sees:
+        if not model.has_vision:
             return None
         work = partial(convert_vision, checkpoint, make_file_metadata(model), job.tools, job.store)
         return self.run("convert", f"{model.title} mmproj", work)

@@ -102,7 +102,12 @@ class ReleaseJob:
         quantizes = bases < len(self.variants)
         publishing = ((2 - self.dry_run) if self.destination else 0) + (self.key is not None)
         model = self.model
-        optional = [model.sees, bool(model.evaluation.chunks), quantizes, model.imatrix.feedback]
+        optional = [
+            model.has_vision,
+            bool(model.evaluation.chunks),
+            quantizes,
+            model.imatrix.feedback,
+        ]
         per_variant = 2 + self.uploads_early  # plan, smoke, and perhaps send
         always = 7  # source, template, convert, calibrate, imatrix, package, deliver
         return always + sum(optional) + bases + per_variant * len(self.variants) + publishing
@@ -130,7 +135,7 @@ def prepare_job(request: BuildRequest) -> ReleaseJob:
         ('tiny-glm', ['UD-TQ1_0'])
     """
     model, recipe, lock = load_pinned_model(request.model, request.revision)
-    waivers = collect_waivers(model, merge_scenarios(model, sees=model.sees), request.waive)
+    waivers = collect_waivers(model, merge_scenarios(model, sees=model.has_vision), request.waive)
     model = replace(model, waivers=tuple(Waiver(*w) for w in waivers.items()))
     if not request.evaluate:
         model = replace(model, evaluation=replace(model.evaluation, chunks=0))

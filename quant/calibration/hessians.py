@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from quant.calibration.gradients import ARCHITECTURES, EMBEDDING, OUTPUT, REVISION
+from quant.calibration.gradients import ARCHITECTURES, EMBEDDING, REVISION
 from quant.calibration.gradients.shape import find_shape_problems
 from quant.calibration.hessian_file import FORM, Hessians
 from quant.calibration.text import CalibrationText
@@ -30,6 +30,7 @@ from quant.errors import InputError, convert_disk_errors, raise_problems
 from quant.llama.gguf import Header, TensorSpec, read_headers
 from quant.llama.model import bindings_version
 from quant.llama.model_file import ModelFile
+from quant.llama.tensors import OUTPUT
 from quant.llama.types import FLOATS
 from quant.plan.plan import find_coverable, is_quantizable
 from quant.plan.recipe import ModelRecipe

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+GIB = 2**30
 UNITS = (("kB", 10**3), ("MB", 10**6), ("GB", 10**9))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from quant.calibration import held_out
 from quant.calibration.text import CalibrationText
 from quant.core import files
+from quant.core.format import GIB
 from quant.core.store import Store
 from quant.errors import CheckError
 from quant.evaluate.compare import SMALL_BYTES, EvaluationSettings, measure_files
@@ -29,7 +30,6 @@ from quant.plan.recipe import ModelRecipe
 from quant.quantize.shard import VariantFile
 
 log = logging.getLogger(__name__)
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""The error table: what each type does to each tensor of one model."""
+"""The error table: the quantization error of each type on each tensor of one model.
+
+Measured by ``quant.evaluate.error_measurement``, once for a model and an imatrix. The file may be
+published and used again; its keys are a format.
+"""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,131 +16,144 @@ from quant.llama.gguf import TensorSpec
 from quant.llama.types import TYPES
 
 FORMAT = "quant-distortion-1"
-"""First thing in such a file."""
-
+"""Value of the key ``form``, by which such a file is recognized."""
 
 CANDIDATES = (
-    "IQ1_S",
-    "IQ1_M",
-    "IQ2_XXS",
-    "IQ2_XS",
-    "IQ2_S",
-    "Q2_K",
-    "IQ3_XXS",
-    "IQ3_S",
-    "Q3_K",
-    "IQ4_XS",
-    "IQ4_NL",
-    "Q4_K",
-    "Q5_K",
-    "Q6_K",
-    "Q8_0",
+    *("IQ1_S", "IQ1_M"),
+    *("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K"),
+    *("IQ3_XXS", "IQ3_S", "Q3_K"),
+    *("IQ4_XS", "IQ4_NL", "Q4_K"),
+    *("Q5_K", "Q6_K", "Q8_0"),
 )
 """Types that an allocation chooses from, unless others are named."""
 
 
 @dataclass(frozen=True)
 class TensorError:
-    """What one type does to one tensor."""
+    """The quantization error of one type on one tensor."""
 
-    share: float
-    """Of the weighted squares, lost."""
-    deviation: float
-    """Standard error of that share; 0 where all rows were measured."""
+    relative_mse: float
+    """Relative weighted MSE: Σ h (w − q)² / Σ h w², where h is the importance of a column."""
+    standard_error: float
+    """Standard error of ``relative_mse``; 0 where all rows were measured."""
 
 
 @dataclass(frozen=True)
 class ErrorTable:
-    """The error database of one model and one importance matrix."""
+    """Quantization errors for one model and one importance matrix."""
 
     base: str
-    """The sha256 of the BF16 file."""
-    matrix: str | None
-    """The sha256 of the imatrix."""
+    """sha256 of the BF16 file."""
+    imatrix: str | None
+    """sha256 of the imatrix."""
     errors: Mapping[str, Mapping[str, TensorError]]
-    """By tensor and type; only types that the tensor may have."""
+    """By tensor and type; a tensor has only the types that it may get."""
     squares: Mapping[str, float]
-    """By tensor, the weighted squares that were there: shares times these are losses that can be added."""
-    moments: str | None = None
-    """The sha256 of the second moments by which rounding was fed back; none where it was not."""
+    """Σ h w² by tensor: a relative error times this is an absolute one, comparable over tensors."""
+    hessians: str | None = None
+    """sha256 of the Hessians that error compensation (GPTQ) used; None without compensation."""
 
-    def only(self, types: Iterable[str]) -> "ErrorTable":
-        """Without the other types."""
-        wanted = frozenset(types)
+    def select_types(self, types: Iterable[str]) -> "ErrorTable":
+        """Return the table with these types alone."""
+        selected = frozenset(types)
         errors = {
-            name: {k: e for k, e in by_type.items() if k in wanted}
+            name: {kind: e for kind, e in by_type.items() if kind in selected}
             for name, by_type in self.errors.items()
         }
         return replace(self, errors=errors)
 
     def json(self) -> dict[str, Any]:
-        """As it is written."""
+        """Return the table as plain JSON values, as the file has them."""
         tensors = {
             name: {
                 "squares": self.squares[name],
-                "errors": {kind: [e.share, e.deviation] for kind, e in errors.items()},
+                "errors": {k: [e.relative_mse, e.standard_error] for k, e in errors.items()},
             }
             for name, errors in self.errors.items()
         }
-        seen = {"moments": self.moments} if self.moments else {}
-        return {
-            "form": FORMAT,
-            "base": self.base,
-            "imatrix": self.matrix,
-            **seen,
-            "tensors": tensors,
-        }
+        compensation = {"moments": self.hessians} if self.hessians else {}
+        digests = {"base": self.base, "imatrix": self.imatrix, **compensation}
+        return {"form": FORMAT, **digests, "tensors": tensors}
 
 
 def list_possible_types(
     tensor: TensorSpec, types: Iterable[str], *, covered: bool
 ) -> Iterator[str]:
-    """The types that a tensor may have: its rows fill their blocks, and those that need importance have it."""
-    yield from (
-        n
-        for n in types
-        if TYPES[n].fits(tensor.shape[0]) and (covered or not TYPES[n].needs_imatrix)
-    )
+    """Yield the types that a tensor may get: rows fill the blocks, and imatrix data is there.
+
+    Args:
+        tensor: The tensor.
+        types: Names of ggml types.
+        covered: Whether the imatrix has data for the tensor.
+    """
+    for name in types:
+        if TYPES[name].fits(tensor.shape[0]) and (covered or not TYPES[name].needs_imatrix):
+            yield name
 
 
-def write_error_table(path: Path, found: ErrorTable) -> None:
-    """Write the database."""
-    files.write_text(path, json.dumps(found.json(), indent=1) + "\n")
+def write_error_table(path: Path, table: ErrorTable) -> None:
+    """Write an error table as JSON."""
+    files.write_text(path, json.dumps(table.json(), indent=1) + "\n")
 
 
 def read_error_table(path: Path, base: str | None = None) -> ErrorTable:
-    """A database that was written before. Raises InputError for another file, and for another model's."""
+    """Return an error table that ``write_error_table`` wrote.
+
+    Args:
+        path: The file.
+        base: sha256 of the BF16 file that the table must be of; None accepts any.
+
+    Raises:
+        InputError: The file cannot be read, is something else, or belongs to another model.
+    """
     try:
-        told = json.loads(path.read_text())
-        if told["form"] != FORMAT:
-            raise ValueError(f"form {told['form']!r}")
-        tensors = told["tensors"].items()
-        errors = {
-            name: {kind: TensorError(*e) for kind, e in t["errors"].items()} for name, t in tensors
-        }
-        squares = {name: float(t["squares"]) for name, t in tensors}
-        found = ErrorTable(told["base"], told["imatrix"], errors, squares, told.get("moments"))
+        document = json.loads(path.read_text())
+        if document["form"] != FORMAT:
+            raise ValueError(f"form {document['form']!r}")
+        tensors = document["tensors"].items()
+        table = ErrorTable(
+            base=document["base"],
+            imatrix=document["imatrix"],
+            errors={
+                name: {kind: TensorError(*e) for kind, e in t["errors"].items()}
+                for name, t in tensors
+            },
+            squares={name: float(t["squares"]) for name, t in tensors},
+            hessians=document.get("moments"),
+        )
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(
             f"{path}: expected an error database ({FORMAT}), found something else ({e})"
         ) from e
-    if base and found.base != base:
-        raise InputError(
-            f"{path}: of another model: its base is {found.base[:12]}…, this one is {base[:12]}…"
-        )
-    return found
+    check_base(path, table.base, base)
+    return table
 
 
-def check_hessian_digest(path: Path, measured: str | None, moments: Path | None) -> None:
-    """Raise InputError for a file that was measured with other moments than those, or with some where there are none."""
-    wanted = files.hash_file(moments) if moments else None
-    if measured != wanted:
-        expected, found = (
-            f"fed back by moments {d[:12]}…" if d else "with ggml's rounding"
-            for d in (wanted, measured)
-        )
+def check_base(path: Path, actual: str, expected: str | None) -> None:
+    """Raise InputError if a file's measurements are of another BF16 file than the expected one."""
+    if expected and actual != expected:
         raise InputError(
-            f"{path}: expected what was measured {expected}, found {found}; name another file, or take it away"
+            f"{path}: of another model: its base is {actual[:12]}…, this one is {expected[:12]}…"
+        )
+
+
+def check_hessian_digest(path: Path, actual: str | None, hessians: Path | None) -> None:
+    """Raise InputError if a table was measured with other Hessians, or without the ones given.
+
+    Args:
+        path: The error table's file, for the message.
+        actual: sha256 of the Hessians that it was measured with.
+        hessians: The Hessians of this run; None without error compensation.
+    """
+    expected = files.hash_file(hessians) if hessians else None
+    if actual != expected:
+        texts = [
+            f"error compensation by {d[:12]}…" if d else "ggml's rounding"
+            for d in (expected, actual)
+        ]
+        raise InputError(
+            f"{path}: expected errors measured with {texts[0]}, found {texts[1]};"
+            " name another file, or delete it"
         )

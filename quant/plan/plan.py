@@ -1,6 +1,7 @@
-"""Decide which type every tensor of every variant gets. Pure: specs and rules in, a plan out, nothing is opened.
+"""Decide the type of every tensor of a variant. Pure: tensors and rules in, a plan out.
 
-The first rule that matches a tensor decides. Tensors that llama-quantize never touches keep what they are.
+The first rule that matches a tensor decides. Tensors that llama-quantize never quantizes keep their
+type.
 """
 
 import re
@@ -15,38 +16,40 @@ from quant.llama.tensors import sort_tensors, split_block
 from quant.llama.types import TYPES, GGMLType
 from quant.plan.recipe import Rule, Variant
 
+# From tensor_allows_quantization (llama.cpp, src/llama-quant.cpp), name by name; a test marked
+# `tools` asks llama-quantize itself. One-dimensional tensors and names that do not end in "weight"
+# are left out by is_quantizable.
 NOT_QUANTIZED = re.compile(
     r"_norm\.weight|ffn_gate_inp\.weight|ffn_gate_tid2eid\.weight|altup|laurel|per_layer_model_proj"
-    r"|^(position_embd|token_types)\.weight$|ssm_conv1d|shortconv\.conv\.weight|indexer\.[kq]_proj\.weight"
-    r"|time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)\.weight|attn_rel_b\.weight"
-    r"|\.position_embd|sam\.(pos_embd|neck\.|net_)|\.rel_pos|\.patch_embd|\.patch_merger|a\.rvq\.codebook|mm\.a\.code_embd"
+    r"|^(position_embd|token_types)\.weight$|ssm_conv1d|shortconv\.conv\.weight"
+    r"|indexer\.[kq]_proj\.weight"
+    r"|time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)\.weight"
+    r"|attn_rel_b\.weight|\.position_embd|sam\.(pos_embd|neck\.|net_)|\.rel_pos|\.patch_embd"
+    r"|\.patch_merger|a\.rvq\.codebook|mm\.a\.code_embd"
 )
-"""Matrices that stay as they are, beside everything that is one-dimensional or no ``weight``.
-
-From llama.cpp's ``tensor_allows_quantization`` (src/llama-quant.cpp); a test asks llama-quantize itself.
-"""
+"""Matrices that llama-quantize leaves as they are."""
 
 
 @dataclass(frozen=True)
 class CoveragePolicy:
-    """Tensors that the importance matrix knows too badly, and what is done about them."""
+    """Tensors with insufficient imatrix coverage, and the policy for them."""
 
     tensors: Mapping[str, str]
-    """Why each is in doubt."""
+    """Reason by tensor name."""
     otherwise: Literal["raise", "refuse", "report"]
-    """Store them as ``floor`` at least, refuse to store them as less, or only tell."""
+    """``raise`` stores them as ``floor`` at least, ``refuse`` is an error, ``report`` accepts."""
     floor: str
-    """The type from which on importance is not needed to trust a tensor."""
+    """Smallest ggml type that is good enough without imatrix data."""
 
-    def concerns(self, tensor: TensorSpec, wanted: GGMLType) -> bool:
-        """Whether that type would be below what the tensor can be trusted with."""
+    def applies_to(self, tensor: TensorSpec, ggml_type: GGMLType) -> bool:
+        """Return whether ``ggml_type`` has fewer bits than the tensor needs without coverage."""
         return (
             tensor.name in self.tensors
-            and wanted.bits_per_weight < self.trusted(tensor).bits_per_weight
+            and ggml_type.bits_per_weight < self.find_floor(tensor).bits_per_weight
         )
 
-    def trusted(self, tensor: TensorSpec) -> GGMLType:
-        """The floor, or the next plain type whose blocks fill the tensor's rows."""
+    def find_floor(self, tensor: TensorSpec) -> GGMLType:
+        """Return the floor, or the next larger plain type whose blocks fill the tensor's rows."""
         floor = TYPES[self.floor]
         plain = (TYPES[name] for name in ("Q4_1", "Q5_1", "Q8_0", "BF16"))
         return next(
@@ -58,19 +61,19 @@ class CoveragePolicy:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """What one tensor will be."""
+    """One tensor and the type that it gets."""
 
     tensor: TensorSpec
-    """As it is in the BF16 file."""
+    """The tensor in the BF16 file."""
     type: GGMLType
     rule: int | None
-    """Index of the rule that decided; none for a tensor that keeps its type."""
+    """Index of the rule that decided; None for a tensor that keeps its type."""
     raised_from: GGMLType | None = None
-    """What the rule says, where the tensor is stored as more because the importance matrix knows it too badly."""
+    """The rule's type, where the coverage policy raised it."""
 
     @property
     def bytes(self) -> int:
-        """Size of its data, without padding."""
+        """Bytes of its data, without padding."""
         return self.type.bytes(self.tensor.elements)
 
 
@@ -80,36 +83,36 @@ class Plan:
 
     variant: Variant
     tensors: tuple[PlannedTensor, ...]
-    """In the order of the file."""
+    """In file order."""
 
     @property
     def bytes(self) -> int:
-        """Size of the data section, padding included."""
+        """Bytes of the data section, padding included."""
         return sum(pad(t.bytes) for t in self.tensors)
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all weights of the model."""
+        """Mean over all weights of the model, without padding and head."""
         return 8 * sum(t.bytes for t in self.tensors) / sum(t.tensor.elements for t in self.tensors)
 
     @property
     def is_base(self) -> bool:
-        """Whether it is the converted file itself."""
+        """Whether the plan is the converted file itself."""
         return self.variant.is_base
 
     def types(self) -> dict[str, str]:
-        """Type by tensor, in the order of the file."""
+        """Return the type's name by tensor name, in file order."""
         return {t.tensor.name: t.type.name for t in self.tensors}
 
     def type_bytes(self) -> dict[str, int]:
-        """Bytes by type, the largest first."""
+        """Return the bytes by type, the largest first."""
         total: Counter[str] = Counter()
         for t in self.tensors:
             total[t.type.name] += t.bytes
         return dict(total.most_common())
 
     def json(self) -> dict[str, Any]:
-        """The plan as plain JSON."""
+        """Return the plan as plain JSON values; keys as ``quant plan --json`` prints them."""
         return {
             "name": self.variant.name,
             "bytes": self.bytes,
@@ -130,133 +133,154 @@ def make_plan(
     variant: Variant,
     tensors: Collection[TensorSpec],
     covered: Collection[str] | None = None,
-    doubt: CoveragePolicy | None = None,
+    policy: CoveragePolicy | None = None,
 ) -> Plan:
-    """The types of one variant for a model's tensors.
+    """Return the type of every tensor of a model in one variant.
 
-    ``covered`` are the tensors that the imatrix has data for; before there is one, those that it can have data for.
-    ``doubt`` says which of them it knows too badly, and what becomes of those.
+    Args:
+        variant: The rules.
+        tensors: All tensors of the BF16 file, in any order.
+        covered: Names of the tensors with imatrix data; None means those that can have some.
+        policy: Tensors with insufficient imatrix coverage, and what to do about them.
 
-    Raises InputError with everything that keeps the variant from being built for this model.
+    Raises:
+        InputError: The variant cannot be built for this model; every problem is listed.
+
+    Example:
+        >>> from quant.llama.types import TYPES
+        >>> rules = (Rule(tensors=".*", type="Q8_0", why="Nearly lossless."),)
+        >>> variant = Variant(name="Q8_0", summary="", file_type="Q8_0", rules=rules)
+        >>> make_plan(variant, [TensorSpec("output.weight", (64, 2), TYPES["BF16"])]).types()
+        {'output.weight': 'Q8_0'}
     """
-    raise_problems(find_plan_problems(variant, tensors, covered, doubt))
+    raise_problems(find_plan_problems(variant, tensors, covered, policy))
     if not variant.rules:
         return Plan(variant, tuple(PlannedTensor(t, t.type, None) for t in tensors))
     deciding = match_rules(variant, tensors)
-    return Plan(
-        variant,
-        tuple(_planned(variant, t, deciding.get(t.name), doubt) for t in sort_tensors(tensors)),
+    planned = (
+        _plan_tensor(variant, t, deciding.get(t.name), policy) for t in sort_tensors(tensors)
     )
+    return Plan(variant, tuple(planned))
 
 
 def find_plan_problems(
     variant: Variant,
     tensors: Collection[TensorSpec],
     covered: Collection[str] | None,
-    doubt: CoveragePolicy | None = None,
+    policy: CoveragePolicy | None = None,
 ) -> Iterator[str]:
-    """Every reason why the variant cannot be built for these tensors; nothing means that it can."""
+    """Yield every reason why the variant cannot be built for these tensors; see ``make_plan``."""
     where = f"variant {variant.name}"
     if not variant.rules:
         return
     covered = find_coverable(tensors) if covered is None else covered
     deciding = match_rules(variant, tensors)
-    used, moe = set(deciding.values()), is_moe(tensors)
+    used, kind = set(deciding.values()), "moe" if is_moe(tensors) else "dense"
     for n, rule in enumerate(variant.rules):
-        if n not in used and not rule.optional and rule.only in (None, "moe" if moe else "dense"):
-            yield f"{where}: rules[{n}] ({rule.tensors!r}) decides no tensor of this model; mend it or say `optional = true`"
+        if n not in used and not rule.optional and rule.only in (None, kind):
+            yield (
+                f"{where}: rules[{n}] ({rule.tensors!r}) matches no tensor of this model;"
+                " correct it or set `optional = true`"
+            )
     for t in tensors:
         decided = deciding.get(t.name)
         if decided is not None:
-            yield from _type_problems(
-                f"{where}: rules[{decided}]", t, variant.rules[decided], covered, doubt
-            )
+            rule, where_rule = variant.rules[decided], f"{where}: rules[{decided}]"
+            yield from _find_type_problems(where_rule, t, rule, covered, policy)
         elif is_quantizable(t):
             yield f"{where}: tensor {t.name}: expected a rule that matches it, found none"
 
 
 def is_quantizable(tensor: TensorSpec) -> bool:
-    """Whether llama-quantize would change a tensor's type."""
+    """Return whether llama-quantize would change the tensor's type."""
     matrix = any(n > 1 for n in tensor.shape[1:])
     return matrix and tensor.name.endswith("weight") and not NOT_QUANTIZED.search(tensor.name)
 
 
 def is_moe(tensors: Collection[TensorSpec]) -> bool:
-    """Whether the model has experts."""
+    """Return whether the model is a mixture of experts."""
     return any("_exps." in t.name for t in tensors)
 
 
 def compute_depths(tensors: Collection[TensorSpec]) -> dict[str, float]:
-    """Where in the trunk each tensor's block lies: 0 for the first block, below 1 for the last, 1 and more behind it.
+    """Return the relative depth of every block tensor by name: block number / trunk blocks.
 
-    Blocks with ``nextn`` tensors predict further tokens (MTP); they are no part of the trunk.
+    0 is the first block; the last trunk block is below 1. Blocks with ``nextn`` tensors predict
+    further tokens (MTP). They lie behind the trunk, at 1 and more.
     """
     blocks = {t.name: n for t in tensors if (n := split_block(t.name)[0]) is not None}
-    ahead = {blocks[name] for name in blocks if ".nextn." in name}
-    trunk = max(len(set(blocks.values()) - ahead), 1)
+    mtp = {blocks[name] for name in blocks if ".nextn." in name}
+    trunk = max(len(set(blocks.values()) - mtp), 1)
     return {name: n / trunk for name, n in blocks.items()}
 
 
 def find_coverable(tensors: Collection[TensorSpec]) -> set[str]:
-    """The tensors that an imatrix can have data for: those of the trunk's blocks."""
+    """Return the names of the tensors that an imatrix can have data for: those of the trunk.
+
+    llama-imatrix records matrix products. The embedding is looked up row by row, output.weight is
+    only recorded with --process-output, and MTP blocks do not run in an ordinary forward pass.
+    """
     return {name for name, depth in compute_depths(tensors).items() if depth < 1}
 
 
 def match_rules(variant: Variant, tensors: Collection[TensorSpec]) -> dict[str, int | None]:
-    """For every tensor that can be quantised, the index of the first rule that speaks of it, or none."""
-    at, moe = compute_depths(tensors), is_moe(tensors)
-    return {
-        t.name: next(
-            (
-                n
-                for n, rule in enumerate(variant.rules)
-                if rule.matches(t.name, at.get(t.name), moe)
-            ),
-            None,
-        )
-        for t in tensors
-        if is_quantizable(t)
-    }
+    """Return the index of the first matching rule by tensor name; None where no rule matches.
+
+    Tensors that are not quantized are left out.
+    """
+    depths, moe = compute_depths(tensors), is_moe(tensors)
+
+    def find_rule(name: str) -> int | None:
+        depth = depths.get(name)
+        matching = (n for n, r in enumerate(variant.rules) if r.matches(name, depth, moe))
+        return next(matching, None)
+
+    return {t.name: find_rule(t.name) for t in tensors if is_quantizable(t)}
 
 
 def choose_type(rule: Rule, tensor: TensorSpec) -> GGMLType:
-    """What a rule makes of a tensor: its type, or its type for narrow rows."""
-    wanted = TYPES[rule.type]
-    return wanted if wanted.fits(tensor.shape[0]) or rule.narrow is None else TYPES[rule.narrow]
+    """Return the rule's type, or its fallback type where rows do not fill the type's blocks."""
+    ggml_type = TYPES[rule.type]
+    if ggml_type.fits(tensor.shape[0]) or rule.narrow is None:
+        return ggml_type
+    return TYPES[rule.narrow]
 
 
-def _planned(
-    variant: Variant, tensor: TensorSpec, rule: int | None, doubt: CoveragePolicy | None
+def _plan_tensor(
+    variant: Variant, tensor: TensorSpec, rule: int | None, policy: CoveragePolicy | None
 ) -> PlannedTensor:
     if rule is None:
         return PlannedTensor(tensor, tensor.type, None)
-    wanted = choose_type(variant.rules[rule], tensor)
-    if doubt and doubt.otherwise == "raise" and doubt.concerns(tensor, wanted):
-        return PlannedTensor(tensor, doubt.trusted(tensor), rule, raised_from=wanted)
-    return PlannedTensor(tensor, wanted, rule)
+    ggml_type = choose_type(variant.rules[rule], tensor)
+    if policy and policy.otherwise == "raise" and policy.applies_to(tensor, ggml_type):
+        return PlannedTensor(tensor, policy.find_floor(tensor), rule, raised_from=ggml_type)
+    return PlannedTensor(tensor, ggml_type, rule)
 
 
-def _type_problems(
+def _find_type_problems(
     where: str,
     tensor: TensorSpec,
     rule: Rule,
     covered: Collection[str],
-    doubt: CoveragePolicy | None,
+    policy: CoveragePolicy | None,
 ) -> Iterator[str]:
     ggml_type = choose_type(rule, tensor)
+    where = f"{where}: tensor {tensor.name}"
     if not ggml_type.fits(tensor.shape[0]):
         yield (
-            f"{where}: tensor {tensor.name}: expected a row that is a multiple of {ggml_type.block} for {ggml_type.name},"
-            f" found {tensor.shape[0]}; give the rule a `narrow` type"
+            f"{where}: expected a row that is a multiple of {ggml_type.block} for"
+            f" {ggml_type.name}, found {tensor.shape[0]}; give the rule a `narrow` type"
         )
-    otherwise = doubt.otherwise if doubt and doubt.concerns(tensor, ggml_type) else "report"
-    if doubt and otherwise == "refuse":
+    action = policy.otherwise if policy and policy.applies_to(tensor, ggml_type) else "report"
+    if policy and action == "refuse":
         yield (
-            f"{where}: tensor {tensor.name}: {ggml_type.name} cannot be vouched for: {doubt.tensors[tensor.name]};"
-            f" give it {doubt.floor} or more, or draw more calibration"
+            f"{where}: {ggml_type.name} has insufficient imatrix coverage:"
+            f" {policy.tensors[tensor.name]}; give it {policy.floor} or more,"
+            " or use more calibration text"
         )
-    elif ggml_type.needs_imatrix and tensor.name not in covered and otherwise != "raise":
+    elif ggml_type.needs_imatrix and tensor.name not in covered and action != "raise":
+        # With `raise` the tensor gets the floor instead, which needs no imatrix.
         yield (
-            f"{where}: tensor {tensor.name}: {ggml_type.name} needs imatrix data, found none for this tensor;"
+            f"{where}: {ggml_type.name} needs imatrix data, found none for this tensor;"
             " give it a type that needs none"
         )

@@ -1,9 +1,10 @@
-"""What is known of a model before anything of it was measured: typical errors of types, and class figures of GLM-4.x.
+"""Typical errors and sensitivities, for a model of which nothing was measured.
 
-Both are marked as such wherever they are used. Measured sensitivities of the very model are better in every case.
+Errors of types are typical values; sensitivities are class figures of GLM-4.6. Everything that uses
+them says so. Measured sensitivities of the model itself are better in every case.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from quant.llama.gguf import TensorSpec
 from quant.llama.tensors import tensor_class
@@ -11,15 +12,15 @@ from quant.plan.error_table import CANDIDATES, ErrorTable, TensorError, list_pos
 from quant.plan.plan import compute_depths, find_coverable, is_quantizable
 from quant.plan.sensitivity import Sensitivities
 
-NOTHING = "prior"
-"""Stands for the digest of weights that nobody has."""
+NO_BASE = "prior"
+"""Stands for the sha256 of a BF16 file that nobody has."""
 CREDIT = (
     "Class sensitivities of GLM-4.6 derived from per-tensor KLD data by Thireus, GGUF Tool Suite "
     "(github.com/Thireus/GGUF-Tool-Suite)"
 )
-"""Asked for by the licence of the data."""
+"""Attribution that the license of the data asks for."""
 
-SHARES = {
+RELATIVE_MSE = {
     "IQ1_S": 0.231,
     "IQ1_M": 0.198,
     "IQ2_XXS": 0.115,
@@ -40,12 +41,15 @@ SHARES = {
     "Q6_K": 0.000293,
     "Q8_0": 0.0000283,
 }
-"""Share of the weighted squares that a type loses of rows without outliers: measured on tiny-glm, where nearly all matrices
-agree to a few hundredths. Those of the four oldest types are from their bits."""
-MEASURED_AT = "IQ1_M"
-"""The public figures are for a type of the same 1.75 bits."""
+"""Relative weighted MSE of each type on rows without outliers.
 
-GLM_PER_GIGA = {
+Measured on tiny-glm, where nearly all matrices agree to a few percent. Those of the four oldest
+types (Q4_0 to Q5_1) follow from their bits.
+"""
+REFERENCE_TYPE = "IQ1_M"
+"""The public figures are for a type of the same 1.75 bits per weight."""
+
+GLM_KLD_PER_GIGA = {
     "attn_k": 0.076,
     "attn_v": 0.076,
     "output": 0.084,
@@ -62,49 +66,57 @@ GLM_PER_GIGA = {
     "ffn_up_exps": 0.0008,
     "ffn_down_exps": 0.0009,
 }
-"""Divergence for 10^9 weights at 1.75 bits."""
+"""KLD in nats for 10^9 weights of a class at 1.75 bits per weight."""
+UNKNOWN_CLASS = "attn_q"
+"""A class that nobody measured counts like this one."""
 PEAKS = {"attn_output": (0.31, 0.49, 3.0, 0.55), "ffn_down_exps": (0.45, 0.66, 1.5, 0.87)}
-"""Classes that matter more in a part of the trunk: from, to, times as much there, and elsewhere."""
-UNUSED = 1e-3
-"""How much an MTP block counts, against what its tensors would in the trunk: it only guesses ahead."""
+"""Classes that matter more at some depth: from, to, factor there, factor elsewhere."""
+MTP_FACTOR = 1e-3
+"""Weight of an MTP block against a trunk block: it only drafts tokens."""
 
 
 def make_typical_errors(
     tensors: Sequence[TensorSpec], types: Iterable[str] = CANDIDATES
 ) -> ErrorTable:
-    """Errors as most matrices have them; types that need importance only where there can be data."""
-    covered, wanted = find_coverable(tensors), [n for n in types if n in SHARES]
+    """Return an error table of typical values.
+
+    Types that need an imatrix are left out where none can have data.
+
+    Args:
+        tensors: All tensors of the model.
+        types: Types to choose from; those without a typical value are left out.
+    """
+    coverable, known = find_coverable(tensors), [n for n in types if n in RELATIVE_MSE]
     errors = {
         t.name: {
-            n: TensorError(SHARES[n], 0.0)
-            for n in list_possible_types(t, wanted, covered=t.name in covered)
+            n: TensorError(RELATIVE_MSE[n], 0.0)
+            for n in list_possible_types(t, known, covered=t.name in coverable)
         }
         for t in tensors
         if is_quantizable(t)
     }
-    return ErrorTable(NOTHING, None, errors, dict.fromkeys(errors, 1.0))
+    return ErrorTable(base=NO_BASE, imatrix=None, errors=errors, squares=dict.fromkeys(errors, 1.0))
 
 
 def make_prior_sensitivities(tensors: Sequence[TensorSpec]) -> Sensitivities:
-    """By class and size, after the figures of GLM-4.6."""
-    at, specs = compute_depths(tensors), {t.name: t for t in tensors if is_quantizable(t)}
-    scales = {name: _damage(t, at.get(name)) / SHARES[MEASURED_AT] for name, t in specs.items()}
-    return Sensitivities(
-        NOTHING, "priors by class, not measured on this model", scales, credit=CREDIT
-    )
+    """Return sensitivities by class and size, from the figures of GLM-4.6."""
+    depths = compute_depths(tensors)
+    scales = {
+        t.name: _estimate_kld(t, depths.get(t.name)) / RELATIVE_MSE[REFERENCE_TYPE]
+        for t in tensors
+        if is_quantizable(t)
+    }
+    source = "priors by class, not measured on this model"
+    return Sensitivities(base=NO_BASE, source=source, scales=scales, credit=CREDIT)
 
 
-def _damage(tensor: TensorSpec, depth: float | None) -> float:
-    kind = tensor_class(tensor.name)
-    per_giga = GLM_PER_GIGA.get(kind, _fallback(GLM_PER_GIGA))
+def _estimate_kld(tensor: TensorSpec, depth: float | None) -> float:
+    """Return the KLD in nats that the tensor causes at 1.75 bits per weight."""
+    name = tensor_class(tensor.name)
+    per_giga = GLM_KLD_PER_GIGA.get(name, GLM_KLD_PER_GIGA[UNKNOWN_CLASS])
     if depth is not None and depth >= 1:
-        per_giga *= UNUSED
-    elif kind in PEAKS and depth is not None:
-        begin, end, inside, outside = PEAKS[kind]
+        per_giga *= MTP_FACTOR
+    elif name in PEAKS and depth is not None:
+        begin, end, inside, outside = PEAKS[name]
         per_giga *= inside if begin <= depth < end else outside
     return per_giga * tensor.elements / 1e9
-
-
-def _fallback(known: Mapping[str, float]) -> float:
-    """For a class that nobody measured: as much as attention's queries."""
-    return known["attn_q"]

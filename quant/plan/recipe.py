@@ -1,7 +1,8 @@
-"""Recipes: what a person writes in ``recipes/`` to say which model to release, in which variants, with which template.
+"""The nouns of a recipe: what a person writes in ``recipes/`` about models, variants and templates.
 
-A recipe is TOML. Keys that are not known are refused with their nearest neighbour, and all problems of a file are told
-at once. Relative paths in a recipe are relative to that recipe.
+A recipe is TOML. The field names below are the keys that a person writes, and a release's manifest
+repeats them: a key may be added, none may be renamed. ``quant.plan.load`` reads and checks the
+files. Paths in a recipe are relative to that recipe.
 """
 
 import re
@@ -13,32 +14,44 @@ from quant.core.toml import Strict
 from quant.hub.checkpoint import ModelSource
 
 NAME = re.compile(r"\w[\w.-]*")
-"""Of what becomes part of a file's name: no separator, no dot at its beginning."""
+"""A name that becomes part of a file name: no path separator, no leading dot."""
 FEWEST_CHUNKS = 4
-"""That files may be measured on: with fewer, an interval says nothing."""
+"""Fewest chunks that a file may be evaluated on; with fewer, a confidence interval means
+nothing."""
 SIZE = re.compile(r"[1-9]\d*[MG]")
-"""As llama-gguf-split reads a size: M is 10^6 bytes, G is 10^9."""
+"""A size as llama-gguf-split reads it: M is 10^6 bytes, G is 10^9."""
 
 
 @dataclass(frozen=True)
 class Rule(Strict):
-    """One line of a variant: tensors whose whole name matches are stored as this type."""
+    """One rule of a variant: tensors whose whole name matches are stored as this type."""
 
     tensors: str
-    """A regular expression for the whole name."""
+    """Regular expression, matched against the whole tensor name."""
     type: str
+    """ggml type, such as Q4_K."""
     why: str
+    """Reason, in a sentence; it is published with the release."""
     optional: bool = False
-    """It may match nothing: a rule for a kind of layer that some models lack."""
+    """The rule may match nothing, for instance when it names a kind of layer that some models
+    lack."""
     only: typing.Literal["moe", "dense"] | None = None
-    """For models with experts, or for models without."""
+    """Apply the rule only to mixture-of-experts models, or only to dense ones."""
     depth: tuple[float, float] | None = None
-    """Only blocks from and up to (not at) these shares of the trunk; an MTP block, behind the trunk, is at 1."""
+    """Range of relative depth [from, to): 0 is the first trunk block, 1 is the first MTP block
+    behind the trunk."""
     narrow: str | None = None
-    """The type for rows that do not fill the blocks of ``type``."""
+    """Fallback type, as llama.cpp calls it: for tensors whose row length is no multiple of the
+    block size of ``type``."""
 
     def matches(self, name: str, depth: float | None, moe: bool) -> bool:
-        """Whether the rule speaks of that tensor: its name, where its block lies, and the kind of its model."""
+        """Return whether the rule applies to a tensor.
+
+        Args:
+            name: The tensor's name.
+            depth: Relative depth of its block; None outside the blocks.
+            moe: Whether the model is a mixture of experts.
+        """
         if self.only and self.only != ("moe" if moe else "dense"):
             return False
         if self.depth and (depth is None or not self.depth[0] <= depth < self.depth[1]):
@@ -48,29 +61,31 @@ class Rule(Strict):
 
 @dataclass(frozen=True)
 class Variant(Strict):
-    """recipes/variants/NAME.toml: ordered rules, of which the first that matches decides."""
+    """recipes/variants/NAME.toml: ordered rules; the first that matches a tensor decides."""
 
     name: str
     summary: str
-    """Who should take this file, in a sentence for the model card."""
+    """For whom this file is, in one sentence for the model card."""
     file_type: str
-    """``general.file_type``, which loaders show as the file's quantisation."""
+    """``general.file_type`` (llama.h, enum llama_ftype), which loaders show as the file's
+    quantization."""
     rules: tuple[Rule, ...] = ()
-    """None at all: the converted file itself."""
+    """No rules: the converted file itself."""
     split: bool = True
-    """False: one file whatever its size, because Ollama cannot pull shards."""
+    """False writes one file whatever its size, because Ollama cannot pull shards."""
     answers: float = 1.0
-    """Of the answers that the BF16 file gives rightly, the share that this file must give rightly too."""
+    """Fraction of the smoke test's answers that must be right, of those that the BF16 file gets
+    right."""
 
     @property
     def is_base(self) -> bool:
-        """Whether it is the converted file itself."""
+        """Whether the variant is the converted file itself."""
         return not self.rules
 
 
 @dataclass(frozen=True)
 class Sampling(Strict):
-    """The settings that the model's authors advise."""
+    """Sampling defaults that the model's authors recommend."""
 
     temperature: float
     top_p: float
@@ -81,36 +96,39 @@ class Sampling(Strict):
 
 @dataclass(frozen=True)
 class OllamaRecipe(Strict):
-    """What a release tells Ollama beside the sampling."""
+    """Ollama parameters beside the sampling defaults."""
 
     num_ctx: int
-    """Tokens of context; moderate, because the KV cache is taken from the same memory."""
+    """Context length in tokens; moderate, because the KV cache uses the same memory as the
+    weights."""
     stop: tuple[str, ...]
+    """Stop strings."""
     system: str | None = None
+    """System prompt."""
 
 
 @dataclass(frozen=True)
 class CardRecipe(Strict):
-    """What the model card says and no number tells."""
+    """Facts for the model card that cannot be measured."""
 
     license: str
-    """The hub's word for it; ``other`` with a name and a link."""
+    """License identifier of the Hugging Face hub; ``other`` needs a name and a link."""
     languages: tuple[str, ...]
     base_model: str | None = None
-    """The hub repo that this is a quantisation of; ``none`` for weights that are on no hub."""
+    """Hub repo of the unquantized model; ``none`` for weights that are on no hub."""
     description: str = ""
     license_name: str | None = None
     license_link: str | None = None
-    """The address of its text."""
+    """URL of the license text."""
 
     @property
     def base(self) -> str | None:
-        """The hub repo that this is a quantisation of, if there is one."""
+        """Hub repo of the unquantized model; None if it is on no hub."""
         return None if self.base_model == "none" else self.base_model
 
     @property
     def front_matter(self) -> dict[str, Any]:
-        """What the hub and the GGUF's own metadata are told, by the hub's names."""
+        """License, languages and base model by the hub's keys, for card and GGUF metadata."""
         return {
             "license": self.license,
             "license_name": self.license_name,
@@ -122,51 +140,57 @@ class CardRecipe(Strict):
 
 @dataclass(frozen=True)
 class PublishRecipe(Strict):
-    """Where the releases of a model are published; the files say it too."""
+    """Where the releases of a model are published; GGUF metadata and card repeat it."""
 
     repo: str | None = None
+    """OWNER/NAME on the hub."""
     private: bool = False
+    """Create the repo as a private one."""
     pull_request: bool = False
-    """Propose a release, and let the repo's owners merge it."""
+    """Open a pull request instead of committing to the main branch."""
     quantized_by: str | None = None
-    """Who makes the files; the owner of the repo, when not given."""
+    """Who quantized the files; the owner of ``repo`` when not given."""
 
     @property
-    def by(self) -> str | None:
-        """Who is named as the maker of the files."""
+    def quantizer(self) -> str | None:
+        """Who is named as the quantizer in the files and on the card."""
         return self.quantized_by or (self.repo.partition("/")[0] if self.repo else None)
 
 
 @dataclass(frozen=True)
 class Turn(Strict):
-    """One thing to say to a model, and what its answer must hold."""
+    """One user message of the smoke test, and what the answer must contain."""
 
     say: str
+    """The user message."""
     expect: str
-    """A regular expression that is searched in the answer, upper and lower case alike."""
+    """Regular expression, searched in the answer case-insensitively."""
 
 
 @dataclass(frozen=True)
 class CoverageRule(Strict):
-    """How well every expert has to be known, and what becomes of those that are not."""
+    """Imatrix coverage that every expert needs, and the policy for tensors below it."""
 
     expert_tokens: int = 32
-    """Every expert has to see so many; the mean of fewer squares says little of a column."""
+    """Fewest tokens that every expert must process; a mean over fewer activations says little of a
+    column."""
     budget: int | None = None
-    """Chunks that may be read in all, when a second pass is needed; all of the text when not given."""
+    """Chunks to read in both passes together, when a second pass is needed; None reads all of the
+    text."""
     otherwise: typing.Literal["raise", "refuse", "report"] = "raise"
-    """What the plan does with a tensor that is not known so well: see :class:`quant.plan.plan.CoveragePolicy`."""
+    """Policy for a tensor below it: see :class:`quant.plan.plan.CoveragePolicy`."""
     floor: str = "Q4_K"
-    """The type from which on a tensor is good enough without importance."""
+    """Smallest ggml type that is good enough without imatrix data."""
 
 
 @dataclass(frozen=True)
 class Waiver(Strict):
-    """A scenario of the smoke test that may fail and does not stop the release; the model card says so."""
+    """A smoke-test scenario that may fail without stopping the release; the model card names it."""
 
     scenario: str
-    """The name under which it fails."""
+    """Name of the scenario."""
     why: str
+    """Reason, in a sentence; it is published with the release."""
 
 
 @dataclass(frozen=True)
@@ -174,36 +198,44 @@ class ImatrixRecipe(Strict):
     """How the importance matrix is computed."""
 
     calibration: str = "embedded"
+    """Name of the calibration set."""
     context: int = 512
     """Tokens in a chunk."""
     chunks: int | None = None
-    """At most so many in the first pass; all of the text when not given."""
+    """Maximum number of chunks in the first pass; None reads all of the text."""
     pass_chunks: int = 4
-    """Read together, so that the weights stream through memory once for all of them."""
+    """Chunks in one batch: the weights are read from memory once for all of them."""
     range_chunks: int = 40
-    """One piece of work: what a run that was killed may lose, and what one of several machines takes."""
+    """Chunks in one range: what a killed run may lose, and the share that one of several machines
+    takes."""
     base: typing.Literal["BF16", "Q8_0"] = "BF16"
-    """The file that reads: Q8_0 is half as large, and its activations differ little."""
+    """Type of the file that reads the text; Q8_0 is half as large, and its activations differ
+    little."""
     feedback: bool = False
-    """Gather second moments too, and feed rounding back: nearer files of the same types, not with llama-quantize's bytes.
+    """Enable error compensation (GPTQ): each weight's rounding error is compensated by the weights
+    quantized after it.
 
-    Where the architecture can be read backward, tokens are counted by their gradients.
+    Quality improves at the same types and sizes, but the bytes are not llama-quantize's. Needs
+    Hessians; they are weighted with gradients where the architecture's backward pass is
+    implemented.
     """
     coverage: CoverageRule = field(default_factory=CoverageRule)
 
 
 @dataclass(frozen=True)
 class EvaluationRecipe(Strict):
-    """How files are measured against the BF16 file, on the text that the calibration set holds out."""
+    """How files are compared with the BF16 file, on the text that the calibration set holds out."""
 
     chunks: int = 8
-    """Of each domain at most; with 0 nothing is measured."""
+    """Maximum number of chunks of each domain; 0 skips the evaluation."""
     context: int = 512
-    """Tokens in a chunk, of which the second half is predicted."""
+    """Tokens in a chunk; the second half of them is predicted."""
     top: int = 4096
-    """Words that are kept of what the base says to a token: see :class:`quant.evaluate.compare.EvaluationSettings`."""
+    """Base logits that are kept per token: see
+    :class:`quant.evaluate.compare.EvaluationSettings`."""
     worst: float = 3.0
-    """Nats that a file may be away from the base, in mean KLD and in loss: beyond it, it is broken and no release is made."""
+    """Largest mean KLD, and largest rise in loss, against BF16 in nats; a file above it fails the
+    build."""
 
 
 @dataclass(frozen=True)
@@ -212,57 +244,62 @@ class ModelRecipe(Strict):
 
     name: str
     title: str
-    """Begins the name of every file."""
+    """First part of every file's name."""
     source: ModelSource
     template: str
     """recipes/templates/NAME.toml, or ``none``."""
     variants: tuple[str, ...]
+    """Names of recipes/variants, the BF16 file among them."""
     sampling: Sampling
     ollama: OllamaRecipe
     card: CardRecipe
     smoke: tuple[Turn, ...]
-    """The conversation that every file must hold, turn by turn."""
+    """One conversation, turn by turn, that every file must pass."""
     scenarios: str = "glm"
-    """recipes/scenarios/NAME.toml: what is tried beside it."""
+    """recipes/scenarios/NAME.toml: the smoke-test scenarios beside that conversation."""
     waivers: tuple[Waiver, ...] = ()
     max_shard_size: str = "50G"
+    """Largest shard, as llama-gguf-split reads a size: 50G or 500M."""
     pre_tokenizer: str | None = None
     """llama.cpp's name for the pre-tokenizer, where the converter does not know its hash."""
     imatrix: ImatrixRecipe = field(default_factory=ImatrixRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     publish: PublishRecipe = field(default_factory=PublishRecipe)
     max_answer: int = 1024
-    """Tokens that one answer of the smoke test may take."""
+    """Maximum number of tokens in one answer of the smoke test."""
     context_length: int | None = None
-    """Tokens that the model was made for."""
+    """Context length in tokens that the model was trained for."""
     header_bytes: int = 0
-    """Metadata and vocabulary at the head of a file: what a forecast adds as long as no file is there to be read."""
+    """Bytes of metadata and vocabulary at the head of a file; used by forecasts until a converted
+    file exists."""
     architecture: dict[str, Any] = field(default_factory=dict)
-    """The numbers of config.json that decide the tensors, with which a release is planned before anything is pulled."""
+    """The keys of config.json that decide the tensors; a release is planned from them before
+    anything is downloaded."""
 
     @property
-    def sees(self) -> bool:
-        """Whether it has a vision part, which is a file of its own."""
+    def has_vision(self) -> bool:
+        """Whether the model has a vision part, which becomes a file of its own (mmproj)."""
         return "vision_config" in self.architecture
 
 
 @dataclass(frozen=True)
 class Replacement(Strict):
-    """One exact change of a chat template."""
+    """One exact replacement in a chat template."""
 
     why: str
-    """The failure that it mends."""
+    """The failure that it fixes."""
     find: str
-    """Must occur exactly once."""
+    """Text to replace; it must occur exactly once."""
     replace: str
+    """Text to put there."""
     changes: tuple[str, ...] = ()
-    """Conversations of :mod:`quant.chat.conversations` that it means to render
-    otherwise; of all others not a letter may change."""
+    """Test conversations (:mod:`quant.chat.conversations`) whose rendering is meant to change; all
+    others must not."""
 
 
 @dataclass(frozen=True)
 class TemplatePatch(Strict):
-    """recipes/templates/NAME.toml: what has to change in a family's chat template, and why."""
+    """recipes/templates/NAME.toml: fixes of a family's chat template, each with its reason."""
 
     name: str
     summary: str
@@ -270,5 +307,5 @@ class TemplatePatch(Strict):
 
 
 def parse_size(size: str) -> int:
-    """``50G`` as bytes."""
+    """Return a size such as ``50G`` in bytes."""
     return int(size[:-1]) * {"M": 10**6, "G": 10**9}[size[-1]]

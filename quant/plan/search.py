@@ -1,8 +1,9 @@
-"""Look for a better allocation by building files and measuring them: what sums of single errors cannot tell.
+"""Search for a better allocation by building files and measuring their KLD.
 
-Each round solves the knapsack for several guesses at the scales, has the files measured that are new, and mends the scales
-by all files that were measured. So every candidate keeps to the budgets and the constraints, and a round costs as many
-files as it may. The text is the sensitivities', never the one that results are judged by.
+Each round solves the knapsack for several perturbations of the sensitivities, has the new files
+measured, and refits the sensitivities to all measured files. Every candidate is an exact solution,
+so it keeps the budgets and constraints. The text is the probes' text, never the one that results
+are judged by.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +11,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from quant.plan.budgets import Allocation, AllocationInputs, SizeTarget, allocate_variant
-from quant.plan.sensitivity import Sensitivities, refit_sensitivities
-from quant.plan.solver import Constraints
+from quant.plan.allocate import Allocation, AllocationInputs, allocate_variant
+from quant.plan.budgets import SizeTarget
+from quant.plan.fit import refit_sensitivities
+from quant.plan.sensitivity import Sensitivities
+from quant.plan.units import Constraints
 
 ROUND = 12
-"""Files that are measured before the scales are mended."""
+"""Files that are measured between two refits."""
 WIDTH, NARROWING = 0.4, 0.8
-"""How far the logarithms of scales are moved to find a candidate in the first round, and how much less in each that follows."""
-GUESSES = 8
-"""For each new candidate at most; where as many find nothing new, the search ends."""
+"""Standard deviation of the perturbation of log scales in the first round, and its factor from
+round to round."""
+ATTEMPTS = 8
+"""Perturbations for each new candidate; if none of them gives a new file, the search ends."""
 SEED = 11
 
 Measure = Callable[[Sequence[Mapping[str, str]]], Sequence[float]]
-"""Files by the types of their tensors, built and read: their divergences."""
+"""Build and evaluate files, given by type per tensor; returns their KLDs in nats."""
 
 
 @dataclass(frozen=True)
@@ -32,67 +36,81 @@ class SearchResult:
 
     best: Allocation
     kld: float
-    """Of the best, as measured."""
+    """Measured KLD of the best file in nats."""
     first_kld: float
-    """Of the solution that the search began with."""
+    """Measured KLD of the solution that the search began with."""
     sensitivities: Sensitivities
-    """Mended by all files."""
+    """Refitted to all measured files."""
     measured: tuple[tuple[Mapping[str, str], float], ...]
-    """Every file."""
+    """Types and KLD of every measured file."""
 
 
 def search_allocations(
-    material: AllocationInputs,
+    inputs: AllocationInputs,
     target: SizeTarget,
     name: str,
-    summary: str,
     constraints: Constraints,
     measure: Measure,
     count: int,
-    known: Sequence[tuple[Mapping[str, str], float]] = (),
 ) -> SearchResult:
-    """The best of ``count`` files of at most that size, which are measured; ``known`` were measured before.
+    """Return the best of ``count`` measured files of at most a size.
 
-    Raises InputError as :func:`quant.plan.budgets.allocate_variant`.
+    Args:
+        inputs: What is known of the model.
+        target: The size of the file.
+        name: Name of the variant.
+        constraints: What is allowed beside the size.
+        measure: Builds and evaluates files.
+        count: Files to measure; fewer are measured if no new ones are left.
+
+    Raises:
+        InputError: As ``quant.plan.allocate.allocate_variant``.
     """
     rng = np.random.default_rng(SEED)
-    tried: dict[frozenset[tuple[str, str]], tuple[Allocation, float]] = {}
-    mended, width, first = material.sensitivities, WIDTH, float("nan")
-    while len(tried) < count:
-        room = min(ROUND, count - len(tried))
+    measured: dict[frozenset[tuple[str, str]], tuple[Allocation, float]] = {}
+    refitted, width, first_kld = inputs.sensitivities, WIDTH, float("nan")
+    while len(measured) < count:
+        wanted = min(ROUND, count - len(measured))
         new: dict[frozenset[tuple[str, str]], Allocation] = {}
-        for guess in range(room * GUESSES):
-            scales = mended if guess == 0 else _moved(mended, width, rng)
-            made = allocate_variant(
-                replace(material, sensitivities=scales), target, name, summary, constraints
+        for attempt in range(wanted * ATTEMPTS):
+            # The first candidate of a round is the solution for the refitted sensitivities.
+            scales = refitted if attempt == 0 else _perturb(refitted, width, rng)
+            candidate = allocate_variant(
+                replace(inputs, sensitivities=scales), target, name, constraints
             )
-            key = frozenset(made.solution.types.items())
-            if key not in tried:
-                new.setdefault(key, made)
-            if len(new) == room:
+            key = frozenset(candidate.solution.types.items())
+            if key not in measured:
+                new.setdefault(key, candidate)
+            if len(new) == wanted:
                 break
         if not new:
             break
-        klds = measure([made.solution.types for made in new.values()])
-        first = first if tried else klds[0]
-        tried.update({key: (made, kld) for (key, made), kld in zip(new.items(), klds, strict=True)})
-        whole = [*known, *((made.solution.types, kld) for made, kld in tried.values())]
-        mended = refit_sensitivities(
-            material.sensitivities,
-            whole,
-            material.errors,
-            near=min(kld for _, kld in tried.values()),
+        klds = measure([candidate.solution.types for candidate in new.values()])
+        first_kld = first_kld if measured else klds[0]
+        measured.update({k: (a, kld) for (k, a), kld in zip(new.items(), klds, strict=True)})
+        # Always refit the prior to all files: refitting a refit would count files twice.
+        refitted = refit_sensitivities(
+            inputs.sensitivities,
+            [(a.solution.types, kld) for a, kld in measured.values()],
+            inputs.errors,
+            near=min(kld for _, kld in measured.values()),
         )
         width *= NARROWING
-    best, kld = min(tried.values(), key=lambda pair: pair[1])
-    told = mended.predicted(best.solution.types, material.errors)
-    best = replace(best, measured=kld, solution=replace(best.solution, damage=told, bound=0.0))
-    seen = tuple((made.solution.types, kld) for made, kld in tried.values())
-    return SearchResult(best, kld, first, mended, seen)
-
-
-def _moved(found: Sensitivities, width: float, rng: np.random.Generator) -> Sensitivities:
-    by = np.exp(rng.normal(0, width, len(found.scales)))
-    return replace(
-        found, scales={n: v * float(f) for (n, v), f in zip(found.scales.items(), by, strict=True)}
+    best, kld = min(measured.values(), key=lambda pair: pair[1])
+    predicted = refitted.predict_kld(best.solution.types, inputs.errors)
+    # The solver's bound was for perturbed sensitivities; it says nothing of the measured KLD.
+    solution = replace(best.solution, kld=predicted, bound=0.0)
+    return SearchResult(
+        best=replace(best, measured_kld=kld, solution=solution),
+        kld=kld,
+        first_kld=first_kld,
+        sensitivities=refitted,
+        measured=tuple((a.solution.types, kld) for a, kld in measured.values()),
     )
+
+
+def _perturb(s: Sensitivities, width: float, rng: np.random.Generator) -> Sensitivities:
+    """Return the sensitivities with every scale times a log-normal factor."""
+    factors = np.exp(rng.normal(0, width, len(s.scales)))
+    scales = {n: v * float(f) for (n, v), f in zip(s.scales.items(), factors, strict=True)}
+    return replace(s, scales=scales)

@@ -60,7 +60,7 @@ def render_card(model: ModelRecipe, manifest: Manifest) -> str:
         base_model_relation="quantized" if model.card.base else None,
         library_name="gguf",
         pipeline_tag=find_pipeline_tag(model),
-        quantized_by=model.publish.by,
+        quantized_by=model.publish.quantizer,
         tags=list(TAGS),
     )
     body = _load_template().render(_collect_values(model, manifest))

@@ -9,7 +9,7 @@ TAGS = ("gguf", "imatrix", "conversational")
 
 def find_pipeline_tag(model: ModelRecipe) -> str:
     """Return the hub's name for the model's task."""
-    return "image-text-to-text" if model.sees else "text-generation"
+    return "image-text-to-text" if model.has_vision else "text-generation"
 
 
 def make_file_metadata(model: ModelRecipe) -> FileMetadata:
@@ -24,7 +24,7 @@ def make_file_metadata(model: ModelRecipe) -> FileMetadata:
     repo = model.publish.repo
     optional = {
         "general.description": card.description,
-        "general.quantized_by": model.publish.by,
+        "general.quantized_by": model.publish.quantizer,
         "general.repo_url": f"https://huggingface.co/{repo}" if repo else None,
     }
     metadata = {

@@ -1,4 +1,4 @@
-"""What allocating GLM-4.6's published ladder takes, from its numbers alone: ``python -m tests.benchmarks.allocation``."""
+"""Measure the allocation of GLM-4.6's published ladder: ``python -m tests.benchmarks.allocation``."""
 
 import sys
 from pathlib import Path
@@ -6,17 +6,21 @@ from pathlib import Path
 from tests.benchmarks.measured import machine, measured
 
 WORK = """
-from tests.quant.plan.test_budgets import GLM, PUBLISHED, Constraints, SizeTarget, allocate_variant
+from quant.plan.allocate import allocate_variant
+from quant.plan.budgets import SizeTarget
+from quant.plan.units import Constraints
+from tests.quant.plan.test_allocate import GLM, PUBLISHED
 for name, gigabytes in PUBLISHED.items():
-    allocate_variant(GLM, SizeTarget(int(gigabytes * 1e9)), name, "For tests.", Constraints())
+    allocate_variant(GLM, SizeTarget(int(gigabytes * 1e9)), name, Constraints())
 """
 
 
 def main() -> None:
-    """Measure, and say it in a line."""
+    """Measure time and memory, and print them in a line."""
     m = measured([sys.executable, "-c", WORK], cwd=Path.cwd())
     print(
-        f"{machine()}: nine sizes of GLM-4.6 in {m.wall_s:.1f} s, at most {m.peak_bytes / 1e6:.0f} MB"
+        f"{machine()}: nine sizes of GLM-4.6 in {m.wall_s:.1f} s,"
+        f" at most {m.peak_bytes / 1e6:.0f} MB"
     )
 
 

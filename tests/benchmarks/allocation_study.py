@@ -27,10 +27,11 @@ from quant.llama.gguf import pad, read_header
 from quant.llama.model_file import ModelFile
 from quant.llama.tensors import tensor_class
 from quant.llama.types import TYPES
-from quant.plan import sensitivity
-from quant.plan.budgets import AllocationInputs, SizeTarget, allocate_variant
+from quant.plan import fit, sensitivity
+from quant.plan.allocate import AllocationInputs, allocate_variant
+from quant.plan.budgets import SizeTarget
 from quant.plan.sensitivity import ProbeResult, Sensitivities
-from quant.plan.solver import Constraints
+from quant.plan.units import Constraints
 from quant.quantize.engine.job import EngineSettings
 from tests.benchmarks.study_files import StudyFolder, read_types
 
@@ -130,7 +131,7 @@ def _choose(folder: StudyFolder, settings: probe.ProbeSettings) -> Study:
     probes = probe.list_probes(header.tensors, errors)
     coarse = probe.list_probes(header.tensors, errors, ("Q2_K",))
     results = _measure((*probes, *coarse), settings, "probes")
-    ours = sensitivity.fit_sensitivities(
+    ours = fit.fit_sensitivities(
         results[: len(probes)], errors, "probes of every tensor at four types"
     )
     covered = frozenset(n for n, by_type in errors.errors.items() if "IQ1_S" in by_type)
@@ -176,7 +177,7 @@ def _allocate(method: str, inputs: AllocationInputs, sizes: Mapping[str, int]) -
     constraints = Constraints(gate_up_alike=False)
     return {
         f"{method} {preset}": allocate_variant(
-            inputs, SizeTarget(size), "x", "x", constraints
+            inputs, SizeTarget(size), "x", constraints
         ).solution.types
         for preset, size in sizes.items()
     }
@@ -189,7 +190,7 @@ def _allocate_methods(
     errors, ours = known.errors, known.sensitivities
     by_class: dict[tuple[str, bool], list[str]] = {}
     for name in ours.scales:
-        by_class.setdefault((tensor_class(name), name in ours.plain), []).append(name)
+        by_class.setdefault((tensor_class(name), name in ours.additive), []).append(name)
     elements = {t.name: t.elements for t in known.tensors}
     means = {
         n: elements[n] * sum(ours.scales[m] for m in names) / sum(elements[m] for m in names)
@@ -197,7 +198,7 @@ def _allocate_methods(
         for n in names
     }
     single = {
-        n: ours.predicted({n: "IQ3_S"}, errors) / errors.errors[n]["IQ3_S"].share
+        n: ours.predict_kld({n: "IQ3_S"}, errors) / errors.errors[n]["IQ3_S"].relative_mse
         for n in ours.scales
     }
     methods = {
@@ -222,12 +223,14 @@ def _allocate_simply(
     Each tensor takes the type with the least ``scale * error + price * bytes``. The price is bisected until the file
     fits, so some of the size stays unused where a step of the price changes several tensors.
     """
-    errors = known.errors.only(SIMPLE_TYPES).errors
+    errors = known.errors.select_types(SIMPLE_TYPES).errors
     scales = {
-        n: m.kld / known.errors.errors[n][k].share for m in coarse for n, k in m.probe.types.items()
+        n: m.kld / known.errors.errors[n][k].relative_mse
+        for m in coarse
+        for n, k in m.probe.types.items()
     }
     elements = {t.name: t.elements for t in known.tensors}
-    limit = size - known.fixed_bytes()
+    limit = size - known.compute_fixed_bytes()
 
     def count_bytes(name: str, kind: str) -> int:
         return pad(TYPES[kind].bytes(elements[name]))
@@ -236,7 +239,7 @@ def _allocate_simply(
         return {
             name: min(
                 by_type,
-                key=lambda k: scales[name] * by_type[k].share + price * count_bytes(name, k),
+                key=lambda k: scales[name] * by_type[k].relative_mse + price * count_bytes(name, k),
             )
             for name, by_type in errors.items()
         }
@@ -261,7 +264,7 @@ def _refit(
         settings.base, models, {"text": settings.text}, settings.store, settings.evaluation
     )
     measured = [(types.get(e.file.stem) or read_types(e.file), _mean_kld(e)) for e in evaluations]
-    return sensitivity.refit_sensitivities(known.sensitivities, measured, known.errors)
+    return fit.refit_sensitivities(known.sensitivities, measured, known.errors)
 
 
 def _measure_with_gptq(
@@ -270,7 +273,7 @@ def _measure_with_gptq(
     errors = folder.gptq_errors
     settings = replace(settings, hessians=folder.hessians(gradients=True))
     results = _measure(probe.list_probes(known.tensors, errors), settings, "probes, with GPTQ")
-    fitted = sensitivity.fit_sensitivities(results, errors, "probes, with GPTQ")
+    fitted = fit.fit_sensitivities(results, errors, "probes, with GPTQ")
     return replace(known, errors=errors, sensitivities=fitted)
 
 
@@ -307,8 +310,8 @@ def _report(study: Study, evaluations: Mapping[str, Evaluation]) -> None:
     predicted: dict[str, float] = {}
     for name in order:
         inputs = study.gptq if GPTQ in name else study.known
-        predicted[name] = inputs.sensitivities.predicted(types[name], inputs.errors)
-    refitted = {n: study.refitted.predicted(types[n], study.known.errors) for n in order}
+        predicted[name] = inputs.sensitivities.predict_kld(types[name], inputs.errors)
+    refitted = {n: study.refitted.predict_kld(types[n], study.known.errors) for n in order}
     rank = {
         label: float(spearmanr([kld[n] for n in order], [values[n] for n in order]).statistic)
         for label, values in (("ours", predicted), ("refitted", refitted))
@@ -320,7 +323,7 @@ def _report(study: Study, evaluations: Mapping[str, Evaluation]) -> None:
     document: dict[str, Any] = {
         "power": study.known.sensitivities.power,
         "refitted power": study.refitted.power,
-        "plain": sorted(study.known.sensitivities.plain),
+        "plain": sorted(study.known.sensitivities.additive),
         "spearman": rank,
         "files": {
             name: {

@@ -15,4 +15,3 @@ REVISION = 1
 ARCHITECTURES = ("glm4moe",)
 """Those that can be read backward: GLM-4.5, 4.6 and 4.7."""
 EMBEDDING = "token_embd.weight"
-OUTPUT = "output.weight"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from quant.calibration.gradients import EMBEDDING, OUTPUT
+from quant.calibration.gradients import EMBEDDING
 from quant.calibration.gradients.glm4moe import apply_rms_norm, compute_block, compute_rotation
 from quant.calibration.gradients.shape import ModelShape
 from quant.calibration.hessian_collector import HessianSums, write_hessians
@@ -28,6 +28,7 @@ from quant.core.disk import reserve_file
 from quant.errors import ToolError
 from quant.llama.gguf import read_headers
 from quant.llama.model import LoadedModel, Numbers
+from quant.llama.tensors import OUTPUT
 
 Seen: TypeAlias = tuple[str, int, Numbers, Numbers]
 """A matrix, its expert, the rows that went in, and how much each counts."""

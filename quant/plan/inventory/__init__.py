@@ -1,8 +1,16 @@
-"""A model's tensors from its configuration alone: names, shapes and storage types of the BF16 file, without one weight.
+"""List a model's tensors from config.json alone: names, shapes and types of the BF16 file.
 
-What the converter writes is the truth; tests convert random models with shrunken numbers and compare every entry. The
-numbers are those of config.json; the little that it cannot tell (whether an MTP block has an embedding of its own) is
-asked for by name.
+llama.cpp's converter is the reference: tests convert random models with small dimensions and
+compare every entry. Keys have config.json's names. The one fact that config.json lacks, whether an
+MTP block has an embedding of its own, is the key ``mtp_own_embedding`` of a recipe.
+
+```
+config      read and check keys; helpers for single tensors
+moe, mla    what mixtures of experts, and latent attention, have in common
+glm4, glm4_moe, vision    one architecture each; mla has GLM-4.7-Flash and GLM-5 too
+```
+
+A new architecture is one class, entered in ``ARCHITECTURES`` and in the tests' conversion cases.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +19,7 @@ from typing import Any
 from quant.errors import InputError, raise_problems, suggest_name
 from quant.llama.gguf import TensorSpec
 from quant.plan.inventory import glm4, glm4_moe, mla, vision
-from quant.plan.inventory.config import ArchitectureConfig, read_numbers
+from quant.plan.inventory.config import ArchitectureConfig, parse_config
 
 ARCHITECTURES: dict[str, type[ArchitectureConfig]] = {
     "Glm4MoeForCausalLM": glm4_moe.Glm4Moe,
@@ -20,15 +28,28 @@ ARCHITECTURES: dict[str, type[ArchitectureConfig]] = {
     "Glm4ForCausalLM": glm4.Glm4,
     "Glm4vForConditionalGeneration": glm4.Glm4,
 }
-"""Classes of config.json whose text file is known."""
+"""Supported classes of config.json, and the architecture of their text part."""
 VISION: dict[str, type[ArchitectureConfig]] = {"Glm4vForConditionalGeneration": vision.Glm4v}
-"""Classes that also have a vision file."""
+"""Classes that also have a vision part."""
+COMMON_KEYS = {"architectures", "text_config", "vision_config", "max_position_embeddings"}
+"""Keys of a recipe's ``[architecture]`` beside those of the architecture."""
 
 
 def list_tensors(config: Mapping[str, Any], where: str = "config.json") -> tuple[TensorSpec, ...]:
-    """The tensors of the BF16 file of a model's text part.
+    """Return the tensors of the BF16 file of a model's text part.
 
-    Raises InputError for a class that is not known, or numbers that are missing, of the wrong kind, or impossible.
+    Args:
+        config: config.json, or ``[architecture]`` of a recipe.
+        where: The name of the configuration in errors.
+
+    Raises:
+        InputError: The class is not supported, or keys are missing or wrong.
+
+    Example:
+        >>> from quant.plan.load import load_model
+        >>> tensors = list_tensors(load_model("glm-4.6")[0].architecture)
+        >>> f"{len(tensors):,} tensors, {count_parameters(tensors):,} weights"
+        '1,759 tensors, 356,785,898,816 weights'
     """
     return read_architecture(config, where).tensors()
 
@@ -36,70 +57,73 @@ def list_tensors(config: Mapping[str, Any], where: str = "config.json") -> tuple
 def list_vision_tensors(
     config: Mapping[str, Any], where: str = "config.json"
 ) -> tuple[TensorSpec, ...]:
-    """The tensors of the F16 file of a model's vision part (mmproj); none for a model that only reads."""
+    """Return the tensors of a model's F16 vision file (mmproj); none for a text-only model.
+
+    Raises:
+        InputError: As ``list_tensors``.
+    """
     name = read_class_name(config, where)
     if name not in VISION:
         return ()
     vision_config = config.get("vision_config")
     if not isinstance(vision_config, Mapping):
         raise InputError(
-            f"{where}: vision_config: expected the numbers of the vision part, found {vision_config!r}"
+            f"{where}: vision_config: expected the numbers of the vision part,"
+            f" found {vision_config!r}"
         )
-    return read_numbers(VISION[name], vision_config, f"{where}: vision_config").tensors()
+    return parse_config(VISION[name], vision_config, f"{where}: vision_config").tensors()
 
 
 def read_architecture(config: Mapping[str, Any], where: str = "config.json") -> ArchitectureConfig:
-    """The numbers of a model's text part, checked."""
+    """Return the checked keys of a model's text part; arguments and errors as ``list_tensors``."""
     name = read_class_name(config, where)
     text = config.get("text_config")
-    return read_numbers(
-        ARCHITECTURES[name], {**config, **text} if isinstance(text, Mapping) else config, where
-    )
+    merged = {**config, **text} if isinstance(text, Mapping) else config
+    return parse_config(ARCHITECTURES[name], merged, where)
 
 
 def read_class_name(config: Mapping[str, Any], where: str) -> str:
-    """The model's class; raises InputError with the nearest known one."""
+    """Return the model's class name.
+
+    Raises:
+        InputError: The class is not supported; the nearest name is suggested.
+    """
     listed = config.get("architectures")
-    found = listed[0] if isinstance(listed, list) and listed else listed
-    if found not in list(ARCHITECTURES):
-        raise InputError(
-            f"{where}: architectures: {found!r} is not known: {suggest_name(str(found), ARCHITECTURES)}"
-        )
-    return str(found)
+    name = listed[0] if isinstance(listed, list) and listed else listed
+    if name not in list(ARCHITECTURES):  # a list, because the value may not be hashable
+        suggestion = suggest_name(str(name), ARCHITECTURES)
+        raise InputError(f"{where}: architectures: {name!r} is not known: {suggestion}")
+    return str(name)
 
 
 def count_parameters(tensors: tuple[TensorSpec, ...]) -> int:
-    """Weights in all tensors."""
+    """Return the number of weights in all tensors."""
     return sum(t.elements for t in tensors)
 
 
 def find_architecture_problems(config: Mapping[str, Any], where: str) -> Iterator[str]:
-    """What is wrong with the numbers that a recipe states; unlike config.json's, every key must be one that counts."""
+    """Yield what is wrong with ``[architecture]`` of a recipe.
+
+    Unlike in config.json, a key that decides nothing is an error: it is a misspelling.
+    """
     try:
         name = read_class_name(config, where)
-        known = {
-            f for kind in (ARCHITECTURES[name], VISION.get(name)) if kind for f in kind.names()
-        } | COMMON
-        parts = [
-            config,
-            *(config[key] for key in ("text_config", "vision_config") if key in config),
-        ]
+        known = {*COMMON_KEYS, *ARCHITECTURES[name].keys()}
+        known |= {*VISION[name].keys()} if name in VISION else set()
+        nested = (config[key] for key in ("text_config", "vision_config") if key in config)
+        parts = [config, *nested]
         raise_problems(
-            f"{where}: expected tables of numbers, found {p!r}"
-            for p in parts
-            if not isinstance(p, Mapping)
+            f"{where}: expected tables of numbers, found {part!r}"
+            for part in parts
+            if not isinstance(part, Mapping)
         )
-        flat = [key for part in parts for key in part]
         raise_problems(
             f"{where}: {key}: unknown key; {suggest_name(key, known)}"
-            for key in flat
+            for part in parts
+            for key in part
             if key not in known
         )
         list_tensors(config, where)
         list_vision_tensors(config, where)
     except InputError as e:
         yield from e.problems
-
-
-COMMON = {"architectures", "text_config", "vision_config", "max_position_embeddings"}
-"""Keys of a recipe's numbers beside those that an architecture asks for."""

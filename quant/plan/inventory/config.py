@@ -1,4 +1,4 @@
-"""What every architecture has in common: reading its numbers from a configuration, and writing down a tensor."""
+"""Read an architecture's keys from config.json; helpers for single tensors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -7,106 +7,116 @@ from typing import Any, TypeVar
 
 from quant.errors import raise_problems
 from quant.llama.gguf import TensorSpec
+from quant.llama.tensors import OUTPUT
 from quant.llama.types import TYPES
+from quant.plan.sizes import KVCache
 
 T = TypeVar("T", bound="ArchitectureConfig")
 
 
 @dataclass(frozen=True)
 class ArchitectureConfig(ABC):
-    """The numbers of config.json from which an architecture's tensors follow; fields are called as the keys are."""
+    """The keys of config.json that decide an architecture's tensors; fields are named like keys."""
 
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """Every tensor of the file."""
-        return tuple(self.walk())
+        """Return every tensor of the converted file, in no particular order."""
+        return tuple(self.iter_tensors())
 
     @abstractmethod
-    def walk(self) -> Iterator[TensorSpec]:
-        """Every tensor, in no order that counts."""
+    def iter_tensors(self) -> Iterator[TensorSpec]:
+        """Yield every tensor of the converted file."""
+
+    def kv_cache(self) -> KVCache:
+        """Return the shape of the KV cache; all zeros for a part that has none."""
+        return KVCache(layers=0, kv_heads=0, key_length=0, value_length=0)
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes that the KV cache takes for one token of context, in F16."""
-        return 0
+        """Return the bytes of KV cache that one token of context takes, in F16."""
+        return self.kv_cache().bytes_per_token
 
     def problems(self) -> Iterator[str]:
-        """Why these numbers do not go together."""
+        """Yield the reasons why these values contradict each other."""
         yield from ()
 
     @classmethod
-    def names(cls) -> list[str]:
-        """The keys that are asked for."""
+    def keys(cls) -> list[str]:
+        """Return the keys of config.json that are read."""
         return [f.name for f in fields(cls)]
 
 
-MAY_BE_NONE = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "head_dim"}
-"""Numbers that may be 0; every other one divides or multiplies something."""
-MOST = {
+MAY_BE_ZERO = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "head_dim"}
+"""Keys that may be 0; every other one divides or multiplies something."""
+MAXIMA = {
     "num_hidden_layers": 512,
     "depth": 512,
     "num_nextn_predict_layers": 512,
     "n_routed_experts": 1024,
 }
-"""As many as llama.cpp takes (src/llama-hparams.h), so that a slip of the pen does not become a list without end."""
+"""Largest values: llama.cpp's limits (src/llama-hparams.h). They also bound the tensor list."""
 LARGEST = 2**31 - 1
 
 
-def read_numbers(kind: type[T], config: Mapping[str, Any], where: str) -> T:
-    """The numbers of a configuration; other keys are passed over.
+def parse_config(kind: type[T], config: Mapping[str, Any], where: str) -> T:
+    """Return an architecture's keys from a configuration; other keys are ignored.
 
-    Raises InputError with every key that is missing or is not what it must be.
+    Args:
+        kind: The architecture.
+        config: config.json, or the part of it for text or vision.
+        where: The name of the configuration in errors.
+
+    Raises:
+        InputError: Keys are missing, of the wrong type or out of range; every one is listed.
     """
-    problems, found = [], {}
+    problems, values = [], {}
     for f in fields(kind):
         value = config.get(f.name)
         if value is None:
             if f.default is MISSING:
                 problems.append(f"{where}: {f.name}: missing; {kind.__name__} needs it")
             continue
-        if wanted := _unlike(f.name, f.type, value):
-            problems.append(f"{where}: {f.name}: expected {wanted}, found {value!r}")
+        if expected := _find_mismatch(f.name, f.type, value):
+            problems.append(f"{where}: {f.name}: expected {expected}, found {value!r}")
             continue
-        found[f.name] = tuple(value) if isinstance(value, list) else value
+        values[f.name] = tuple(value) if isinstance(value, list) else value
     raise_problems(problems)
-    made = kind(**found)
-    raise_problems(f"{where}: {problem}" for problem in made.problems())
-    return made
+    parsed = kind(**values)
+    raise_problems(f"{where}: {problem}" for problem in parsed.problems())
+    return parsed
 
 
-def _unlike(name: str, kind: Any, value: Any) -> str | None:
-    """What a value had to be, if it is not that."""
+def _find_mismatch(name: str, kind: Any, value: Any) -> str | None:
+    """Return what was expected instead of ``value``; None if it is valid."""
     if kind is bool:
         return None if isinstance(value, bool) else "true or false"
     if kind is int:
-        least, most = int(name not in MAY_BE_NONE), MOST.get(name, LARGEST)
-        fits = type(value) is int and least <= value <= most
-        return None if fits else f"a whole number from {least} to {most}"
-    return (
-        None
-        if isinstance(value, list) and all(isinstance(v, str) for v in value)
-        else "a list of names"
-    )
+        least, most = int(name not in MAY_BE_ZERO), MAXIMA.get(name, LARGEST)
+        # type(), because True is an int.
+        valid = type(value) is int and least <= value <= most
+        return None if valid else f"a whole number from {least} to {most}"
+    names = isinstance(value, list) and all(isinstance(v, str) for v in value)
+    return None if names else "a list of names"
 
 
 def f32(name: str, *shape: int) -> TensorSpec:
-    """A tensor that stays in F32: norms, biases and routers. Row length first."""
+    """Return a tensor that the converter keeps in F32: norms, biases, routers. Row length first."""
     return TensorSpec(name, shape, TYPES["F32"])
 
 
 def matrix(name: str, *shape: int) -> TensorSpec:
-    """A tensor that has the file's type. Row length first."""
+    """Return a tensor in the file's type, BF16. Row length first."""
     return TensorSpec(name, shape, TYPES["BF16"])
 
 
-def biased(name: str, rows: int, columns: int, bias: bool) -> Iterator[TensorSpec]:
-    """A matrix, and its bias if it has one."""
-    yield matrix(f"{name}.weight", rows, columns)
+def linear(name: str, inputs: int, outputs: int, *, bias: bool) -> Iterator[TensorSpec]:
+    """Yield a weight matrix, and its bias if it has one."""
+    yield matrix(f"{name}.weight", inputs, outputs)
     if bias:
-        yield f32(f"{name}.bias", columns)
+        yield f32(f"{name}.bias", outputs)
 
 
-def ends(hidden: int, vocabulary: int, tied: bool) -> Iterator[TensorSpec]:
-    """The embedding, the last norm, and the output unless the embedding serves as one."""
+def embedding_and_output(hidden: int, vocabulary: int, *, tied: bool) -> Iterator[TensorSpec]:
+    """Yield the embedding, the last norm, and the output matrix unless it is tied."""
     yield matrix("token_embd.weight", hidden, vocabulary)
     yield f32("output_norm.weight", hidden)
     if not tied:
-        yield matrix("output.weight", hidden, vocabulary)
+        yield matrix(OUTPUT, hidden, vocabulary)

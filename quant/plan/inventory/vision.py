@@ -1,4 +1,7 @@
-"""The vision part of GLM-4.6V-Flash: a file of its own (mmproj), projector ``glm4v`` (llama.cpp, conversion/qwen3vl.py)."""
+"""The vision part of GLM-4.6V-Flash: a file of its own (mmproj), projector ``glm4v``.
+
+Source: llama.cpp, conversion/qwen3vl.py.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,29 +13,29 @@ from quant.plan.inventory.config import ArchitectureConfig, f32, matrix
 
 @dataclass(frozen=True)
 class Glm4v(ArchitectureConfig):
-    """A vision transformer, and a merger that makes tokens of its patches. In F16, as mmproj files are published."""
+    """A vision transformer and a merger that turns patches into tokens.
+
+    Matrices are in F16, as mmproj files are published.
+    """
 
     hidden_size: int
     depth: int
     out_hidden_size: int
-    """Width of the transformer's own feed-forward part, and of the tokens that come out."""
+    """Width of the transformer's feed-forward part, and of the tokens that leave the merger."""
     intermediate_size: int
     """Width of the merger."""
     image_size: int = 336
     patch_size: int = 14
     spatial_merge_size: int = 2
 
-    def walk(self) -> Iterator[TensorSpec]:
-        """Every tensor; matrices are in F16."""
-        return (t if t.type.name == "F32" else replace(t, type=TYPES["F16"]) for t in self._walk())
+    def iter_tensors(self) -> Iterator[TensorSpec]:
+        """Yield every tensor; matrices in F16."""
+        for t in self._iter_bf16():
+            yield t if t.type.name == "F32" else replace(t, type=TYPES["F16"])
 
-    def _walk(self) -> Iterator[TensorSpec]:
-        h, out, p, merge = (
-            self.hidden_size,
-            self.out_hidden_size,
-            self.patch_size,
-            self.spatial_merge_size,
-        )
+    def _iter_bf16(self) -> Iterator[TensorSpec]:
+        h, out, p = self.hidden_size, self.out_hidden_size, self.patch_size
+        merge = self.spatial_merge_size
         for b in (f"v.blk.{n}" for n in range(self.depth)):
             yield f32(f"{b}.ln1.weight", h)
             yield f32(f"{b}.ln2.weight", h)

@@ -10,6 +10,7 @@ from typing import Any
 
 from quant.core import files
 from quant.core.disk import find_space_problem
+from quant.core.format import GIB
 from quant.llama.gguf import ALIGNMENT, TensorSpec
 from quant.llama.types import FLOATS, TYPES
 from quant.quantize.engine.layout import FileLayout
@@ -17,7 +18,6 @@ from quant.quantize.engine.output import WrittenFile
 from quant.quantize.engine.reuse import FinishedFile
 from quant.quantize.engine.weights import ColumnImportance, WeightSource
 
-GIB = 2**30
 RESERVE_BYTES = 64 * 2**20
 """Room that is left on the disk beside the planned files."""
 

@@ -1,4 +1,4 @@
-"""`quant plan`: what it prints, with which code it ends, and that it needs no weights, no torch and no network."""
+"""`quant plan`: output, exit codes, and that it needs no weights, no torch and no network."""
 
 import json
 import subprocess
@@ -86,7 +86,7 @@ def test_a_variant_that_is_named_twice_is_planned_once(run: Run) -> None:
     assert len(document["variants"]) == 1
 
 
-def test_context_weighs_in_memory(run: Run) -> None:
+def test_the_context_length_changes_the_memory(run: Run) -> None:
     short, long = (run("glm-4.6", "-v", "Q8_0", "--context", str(n))[1] for n in (1024, 131072))
     assert "GiB at 1,024" in short
     assert "GiB at 131,072" in long
@@ -103,14 +103,14 @@ def test_explain_names_the_rule_that_decides_in_every_variant(run: Run) -> None:
     assert "no rule: it keeps its type" in out
 
 
-def test_explain_shows_the_narrow_type_where_it_is_taken(run: Run) -> None:
+def test_explain_shows_the_fallback_type_where_it_is_used(run: Run) -> None:
     document = json.loads(
         run("glm-5", "--explain", "blk.3.attn_k_b.weight", "-v", "UD-Q2_K_XL", "--json")[1]
     )
     assert list(document) == ["model", "tensor", "variants"]
-    [told] = document["variants"]
-    assert list(told) == ["variant", "rule", "type", "pattern", "why"]
-    assert told["type"] == "Q8_0"
+    [decision] = document["variants"]
+    assert list(decision) == ["variant", "rule", "type", "pattern", "why"]
+    assert decision["type"] == "Q8_0"
 
 
 def test_explain_of_a_tensor_that_keeps_its_type_says_so(run: Run) -> None:
@@ -150,7 +150,7 @@ def test_explain_of_a_tensor_that_keeps_its_type_says_so(run: Run) -> None:
         ),
     ],
 )
-def test_what_is_wrong_with_the_call_is_said_at_once_and_ends_with_2(
+def test_all_problems_of_a_call_are_reported_at_once_with_exit_code_2(
     arguments: list[str], said: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -163,7 +163,7 @@ def test_what_is_wrong_with_the_call_is_said_at_once_and_ends_with_2(
         assert len(line) < 900
 
 
-def test_a_name_that_is_nothing_alike_is_answered_with_one_block_of_names(run: Run) -> None:
+def test_an_unknown_class_of_tensor_is_answered_with_names_of_one_block(run: Run) -> None:
     assert run("glm-4.6", "--explain", "hello")[2].count("blk.") < 40
 
 
@@ -176,13 +176,13 @@ def test_a_name_that_is_nothing_alike_is_answered_with_one_block_of_names(run: R
         ["glm-4.6", "--gguf", "/"],
     ],
 )
-def test_a_call_that_is_no_call_ends_with_2(arguments: list[str], run: Run) -> None:
+def test_a_usage_error_ends_with_2(arguments: list[str], run: Run) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert "Error: " in err
 
 
-def test_all_broken_numbers_of_a_recipe_are_told_at_once(run: Run, tmp_path: Path) -> None:
+def test_all_wrong_values_of_an_architecture_are_reported_at_once(run: Run, tmp_path: Path) -> None:
     path = recipe(
         tmp_path / "broken.toml",
         ("hidden_size = 256\n", ""),
@@ -200,7 +200,7 @@ def test_all_broken_numbers_of_a_recipe_are_told_at_once(run: Run, tmp_path: Pat
     ]
 
 
-def test_a_recipe_without_numbers_asks_for_the_file(run: Run, tmp_path: Path) -> None:
+def test_a_recipe_without_an_architecture_asks_for_the_file(run: Run, tmp_path: Path) -> None:
     text = (RECIPES / "models" / "tiny-glm.toml").read_text()
     start, end = text.index("[architecture]"), text.index("[sampling]")
     path = tmp_path / "bare.toml"
@@ -214,7 +214,7 @@ def test_a_recipe_without_numbers_asks_for_the_file(run: Run, tmp_path: Path) ->
     assert run(path, "--gguf", base(tmp_path / "f.gguf"))[0] == 0
 
 
-def test_a_variant_that_does_not_fit_the_model_is_told_with_every_tensor(
+def test_a_variant_that_does_not_fit_the_model_is_reported_tensor_by_tensor(
     run: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.toml").write_text(
@@ -226,7 +226,7 @@ def test_a_variant_that_does_not_fit_the_model_is_told_with_every_tensor(
     assert "tensor token_embd.weight: IQ1_S needs imatrix data" in err
 
 
-def test_a_shard_that_no_tensor_fits_is_told_before_any_work(run: Run, tmp_path: Path) -> None:
+def test_a_tensor_larger_than_a_shard_is_reported_before_any_work(run: Run, tmp_path: Path) -> None:
     path = recipe(tmp_path / "small.toml", ('max_shard_size = "3M"', 'max_shard_size = "1M"'))
     code, _, err = run(path, "-v", "Q8_0")
     assert code == 2
@@ -252,7 +252,7 @@ def of(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("tensors", "kind", "said"),
     [
-        (TINY, "Q8_0", "expected unquantised weights (BF16), found Q8_0"),
+        (TINY, "Q8_0", "expected unquantized weights (BF16), found Q8_0"),
         (
             list_tensors(of("tiny-glm") | {"num_hidden_layers": 3}),
             None,
@@ -275,9 +275,7 @@ def test_the_file_of_another_model_is_refused(
     assert err.count("\n") == 1
 
 
-def test_a_file_may_have_an_mtp_block_that_the_recipe_does_not_know(
-    run: Run, tmp_path: Path
-) -> None:
+def test_a_file_may_have_an_mtp_block_that_the_recipe_lacks(run: Run, tmp_path: Path) -> None:
     tensors = list_tensors(of("tiny-glm") | {"num_nextn_predict_layers": 1})
     assert (
         run("tiny-glm", "-v", "UD-Q2_K_XL", "--gguf", base(tmp_path / "mtp.gguf", tensors))[0] == 0

@@ -1,4 +1,4 @@
-"""`quant probe` on the tiny model: machines share the probes, and `quant allocate --measured` builds files."""
+"""`quant probe` on tiny-glm: machines share the probes, and `quant allocate --measured` uses them."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ TEXT = "Hello! My name is Eve. What is the capital of France? The capital of Fra
 
 
 @pytest.fixture(scope="module")
-def material(
+def inputs(
     tiny: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, Path]:
     """The tiny model, an error database of two types, and a text."""
@@ -31,12 +31,12 @@ def material(
     return base, folder / "errors.json", folder / "text.txt"
 
 
-def test_parts_that_are_merged_say_what_one_machine_says(
+def test_merged_parts_give_the_sensitivities_of_one_machine(
     run: Run,
-    material: tuple[Path, Path, Path],
+    inputs: tuple[Path, Path, Path],
     tmp_path: Path,
 ) -> None:
-    base, errors, text = material
+    base, errors, text = inputs
     common = (
         "probe",
         base,
@@ -52,7 +52,7 @@ def test_parts_that_are_merged_say_what_one_machine_says(
     )
     assert run(*common, "-o", tmp_path / "all.json")[0] == 0
     assert run(*common, "--part", "1/2", "-o", tmp_path / "one.json")[0] == 0
-    code, _, told = run(*common, "--merge", tmp_path / "one.json", "-o", tmp_path / "merged.json")
+    code, _, err = run(*common, "--merge", tmp_path / "one.json", "-o", tmp_path / "merged.json")
     assert code == 0
     alone, merged = (
         sensitivity.read_sensitivities(tmp_path / f"{n}.json") for n in ("all", "merged")
@@ -60,12 +60,12 @@ def test_parts_that_are_merged_say_what_one_machine_says(
     assert len(merged.probes) == len(alone.probes)
     assert merged.scales == pytest.approx(alone.scales)
     count = len(alone.probes)
-    assert f"0 of {count // 2} probes are to be measured" in told
+    assert f"0 of {count // 2} probes are to be measured" in err
 
-    code, _, told = run(
+    code, _, err = run(
         *common[:-1], "9", "--merge", tmp_path / "one.json", "-o", tmp_path / "x.json"
     )
-    assert (code, "measured otherwise: expected probes on text.txt" in told) == (2, True)
+    assert (code, "measured in another way: expected probes on text.txt" in err) == (2, True)
     size = (
         "allocate",
         base,
@@ -80,31 +80,24 @@ def test_parts_that_are_merged_say_what_one_machine_says(
         "--json",
     )
     kept = ("--sensitivity", tmp_path / "all.json", "-o", tmp_path / "v.toml")
-    code, said, _ = run(*size, *kept, "--measured", "4")
-    [made] = json.loads(said)["variants"]
+    code, text_out, _ = run(*size, *kept, "--measured", "4")
+    [variant] = json.loads(text_out)["variants"]
     assert code == 0
-    assert 0.998 * 7e6 <= made["bytes"] <= 7e6
-    assert 0 < made["kld_measured"] < 0.1
+    assert 0.998 * 7e6 <= variant["bytes"] <= 7e6
+    assert 0 < variant["kld_measured"] < 0.1
     assert "the best of the files that were built" in (tmp_path / "v.toml").read_text()
-    code, _, told = run(*size, "--sensitivity", tmp_path / "one.json", "-o", tmp_path / "v.toml")
-    assert (code, "a part of the probes, to be merged" in told) == (2, True)
+    code, _, err = run(*size, "--sensitivity", tmp_path / "one.json", "-o", tmp_path / "v.toml")
+    assert (code, "a part of the probes, to be merged" in err) == (2, True)
 
 
-def test_what_probes_cost_is_told_and_nothing_done(
+def test_a_forecast_measures_nothing(
     run: Run,
-    material: tuple[Path, Path, Path],
+    inputs: tuple[Path, Path, Path],
     tmp_path: Path,
 ) -> None:
-    base, errors, text = material
-    code, _, told = run(
+    base, errors, text = inputs
+    code, _, err = run(
         "probe", base, "--errors", errors, "--text", text, "--forecast", "-o", tmp_path / "s.json"
     )
-    assert (code, "probes are to be measured" in told) == (0, True)
+    assert (code, "probes are to be measured" in err) == (0, True)
     assert not (tmp_path / "s.json").exists()
-
-
-def test_a_name_has_nothing_to_build(run: Run, tmp_path: Path) -> None:
-    code, _, told = run(
-        "allocate", "glm-4.6", "--size", "100GB", "--measured", "9", "-o", tmp_path / "v.toml"
-    )
-    assert (code, "expected a BF16 GGUF" in told) == (2, True)

@@ -66,8 +66,8 @@ def test_an_error_is_the_relative_weighted_mse(oracle: Oracle, table: ErrorTable
     tensor = oracle.source.header.by_name["blk.0.attn_q.weight"]
     lost, energy = oracle.energies(tensor, "Q4_K")
     error = table.errors[tensor.name]["Q4_K"]
-    assert error.share == pytest.approx(lost / energy, rel=1e-4)
-    assert error.deviation == 0
+    assert error.relative_mse == pytest.approx(lost / energy, rel=1e-4)
+    assert error.standard_error == 0
 
 
 def test_experts_count_as_often_as_they_are_visited(oracle: Oracle, table: ErrorTable) -> None:
@@ -80,12 +80,12 @@ def test_experts_count_as_often_as_they_are_visited(oracle: Oracle, table: Error
     for expert, count in enumerate(np.maximum(visits, 1)):
         of_lost, of_energy = oracle.energies(tensor, "Q2_K", expert)
         lost, energy = lost + of_lost * float(count), energy + of_energy * float(count)
-    assert table.errors[tensor.name]["Q2_K"].share == pytest.approx(lost / energy, rel=1e-4)
+    assert table.errors[tensor.name]["Q2_K"].relative_mse == pytest.approx(lost / energy, rel=1e-4)
 
 
 def test_finer_types_have_smaller_errors(table: ErrorTable) -> None:
     for name, by_type in table.errors.items():
-        errors = [by_type[k].share for k in ("Q2_K", "Q4_K", "Q8_0")]
+        errors = [by_type[k].relative_mse for k in ("Q2_K", "Q4_K", "Q8_0")]
         assert errors == sorted(errors, reverse=True), name
 
 
@@ -103,8 +103,8 @@ def test_a_sample_of_rows_is_as_close_as_its_standard_error_says(
     )
     for name in ("blk.0.attn_output.weight", "token_embd.weight", "blk.0.ffn_down_exps.weight"):
         few, all_ = sample.errors[name]["Q2_K"], table.errors[name]["Q2_K"]
-        assert few.deviation > 0
-        assert abs(few.share - all_.share) < 5 * few.deviation
+        assert few.standard_error > 0
+        assert abs(few.relative_mse - all_.relative_mse) < 5 * few.standard_error
         assert sample.squares[name] == pytest.approx(table.squares[name], rel=0.3)
 
 
@@ -128,5 +128,5 @@ def test_another_file_is_no_database(text: str, tmp_path: Path) -> None:
 
 
 def test_types_can_be_left_out_afterwards(table: ErrorTable) -> None:
-    assert set(table.only(["Q4_K"]).errors["output.weight"]) == {"Q4_K"}
-    assert replace(table.only(TYPES_MEASURED)) == table
+    assert set(table.select_types(["Q4_K"]).errors["output.weight"]) == {"Q4_K"}
+    assert replace(table.select_types(TYPES_MEASURED)) == table

@@ -4,10 +4,11 @@ import pytest
 
 from quant.errors import InputError
 from quant.evaluate.probe import list_probes, select_part
+from quant.plan.fit import fit_sensitivities
 from quant.plan.inventory import list_tensors
 from quant.plan.load import load_model
 from quant.plan.priors import make_typical_errors
-from quant.plan.sensitivity import ProbeResult, Sensitivities, fit_sensitivities
+from quant.plan.sensitivity import ProbeResult, Sensitivities
 
 TINY = list_tensors(load_model("tiny-glm")[0].architecture)
 GLM = list_tensors(load_model("glm-4.6")[0].architecture)
@@ -28,7 +29,7 @@ def test_about_forty_probes_of_a_huge_model_are_enough_to_fit_the_power() -> Non
     assert 35 <= len(probes) <= 45
     assert not any(name.startswith("blk.92.attn") for p in probes for name in p.types)
     truth = Sensitivities(errors.base, "made up", dict.fromkeys(errors.errors, 0.01), power=0.7)
-    klds = [truth.predicted(p.types, errors) for p in probes]
+    klds = [truth.predict_kld(p.types, errors) for p in probes]
     results = [ProbeResult(p, kld, 0.01 * kld) for p, kld in zip(probes, klds, strict=True)]
     fitted = fit_sensitivities(results, errors, "made up")
     assert fitted.power == pytest.approx(0.7, rel=0.02)

@@ -1,4 +1,4 @@
-"""The plan: the first rule that matches decides, what llama-quantize keeps is kept, and all problems come first."""
+"""The plan: the first rule that matches decides, and all problems come first."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def test_the_first_rule_that_matches_decides() -> None:
     assert [t.rule for t in planned.tensors] == [None, 0, 2, 1, *[2] * 10]
 
 
-def test_what_llama_quantize_keeps_keeps_its_type() -> None:
+def test_a_tensor_that_llama_quantize_never_quantizes_keeps_its_type() -> None:
     assert make_plan(variant(REST), MODEL).types()["output_norm.weight"] == "F32"
 
 
@@ -88,18 +88,20 @@ def test_a_plan_is_plain_json() -> None:
     }
 
 
-def test_a_rule_that_decides_nothing_is_a_problem_unless_it_is_optional() -> None:
+def test_a_rule_that_matches_nothing_is_a_problem_unless_it_is_optional() -> None:
     useless = r"blk\.\d+\.nothing"
-    assert list(find_plan_problems(variant(rule(useless, "Q4_K"), REST), MODEL, None)) == [
-        f"variant V: rules[0] ({useless!r}) decides no tensor of this model; mend it or say `optional = true`"
-    ]
+    [problem] = find_plan_problems(variant(rule(useless, "Q4_K"), REST), MODEL, None)
+    assert problem == (
+        f"variant V: rules[0] ({useless!r}) matches no tensor of this model;"
+        " correct it or set `optional = true`"
+    )
     assert (
         list(find_plan_problems(variant(rule(useless, "Q4_K", optional=True), REST), MODEL, None))
         == []
     )
 
 
-def test_a_rule_behind_one_that_takes_all_decides_nothing() -> None:
+def test_a_rule_behind_one_that_matches_everything_is_a_problem() -> None:
     assert (
         len(
             list(
@@ -110,7 +112,7 @@ def test_a_rule_behind_one_that_takes_all_decides_nothing() -> None:
     )
 
 
-def test_a_rule_for_another_kind_of_model_may_decide_nothing() -> None:
+def test_a_rule_for_another_kind_of_model_may_match_nothing() -> None:
     experts = (*MODEL, spec("blk.0.ffn_up_exps.weight", 256, 4, 8))
     for only, of_moe in (("moe", experts), ("dense", MODEL)):
         other = MODEL if of_moe is experts else experts
@@ -120,8 +122,8 @@ def test_a_rule_for_another_kind_of_model_may_decide_nothing() -> None:
 
 
 def test_a_tensor_that_no_rule_matches_is_a_problem() -> None:
-    found = list(find_plan_problems(variant(rule(r"blk\..*", "Q4_K")), MODEL, None))
-    assert found == [
+    problems = list(find_plan_problems(variant(rule(r"blk\..*", "Q4_K")), MODEL, None))
+    assert problems == [
         "variant V: tensor token_embd.weight: expected a rule that matches it, found none"
     ]
 
@@ -146,9 +148,11 @@ def test_a_type_that_needs_an_imatrix_is_refused_where_there_is_no_data() -> Non
     rules = variant(rule(".*", "IQ2_XXS"))
     covered = [t.name for t in MODEL]
     assert list(find_plan_problems(rules, MODEL, covered)) == []
-    said = "IQ2_XXS needs imatrix data, found none for this tensor; give it a type that needs none"
+    problem = (
+        "IQ2_XXS needs imatrix data, found none for this tensor; give it a type that needs none"
+    )
     assert list(find_plan_problems(rules, MODEL, covered[1:])) == [
-        f"variant V: rules[0]: tensor token_embd.weight: {said}"
+        f"variant V: rules[0]: tensor token_embd.weight: {problem}"
     ]
     assert len(list(find_plan_problems(rules, MODEL, []))) == 13
 
@@ -158,21 +162,21 @@ def test_before_there_is_an_imatrix_the_trunk_counts_as_covered() -> None:
     assert find_coverable((*MODEL, *mtp)) == {t.name for t in TRUNK}
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(InputError) as caught:
         make_plan(variant(rule(r"nothing", "Q4_K"), rule(r"blk\..*", "IQ1_S")), MODEL, [])
     assert len(caught.value.problems) == 1 + 1 + 12
 
 
 def test_depth_counts_blocks_of_the_trunk_and_puts_mtp_behind_it() -> None:
-    found = compute_depths(
+    depths = compute_depths(
         (*MODEL, spec("blk.12.nextn.eh_proj.weight"), spec("blk.12.attn_q.weight"))
     )
-    assert found["blk.0.ffn_down.weight"] == 0
-    assert found["blk.6.ffn_down.weight"] == 0.5
-    assert found["blk.11.ffn_down.weight"] < 1
-    assert found["blk.12.attn_q.weight"] == 1
-    assert "token_embd.weight" not in found
+    assert depths["blk.0.ffn_down.weight"] == 0
+    assert depths["blk.6.ffn_down.weight"] == 0.5
+    assert depths["blk.11.ffn_down.weight"] < 1
+    assert depths["blk.12.attn_q.weight"] == 1
+    assert "token_embd.weight" not in depths
 
 
 def test_a_file_with_nothing_but_an_mtp_block_has_depths() -> None:
@@ -185,7 +189,7 @@ def test_rules_for_a_part_of_the_trunk_decide_only_there() -> None:
     assert [types[t.name] for t in TRUNK] == ["Q4_K"] * 6 + ["Q6_K"] * 6
 
 
-def test_a_model_with_experts_is_known_by_them() -> None:
+def test_a_mixture_of_experts_is_recognized_by_its_expert_tensors() -> None:
     assert is_moe((spec("blk.0.ffn_up_exps.weight"),))
     assert not is_moe((spec("blk.0.ffn_up_shexp.weight"), *MODEL))
 
@@ -230,30 +234,30 @@ LLAMA = (
 
 
 def dry_run(path: Path, *options: str) -> dict[str, str]:
-    """The types that llama-quantize would write, by tensor; without --dry-run's nothing it would write nothing."""
+    """The types that llama-quantize would write, by tensor; nothing is written."""
     tool = toolchain.find_toolchain().path("llama-quantize")
-    said = subprocess.run(
+    result = subprocess.run(
         [tool, "--dry-run", *options, path, "Q4_K", "1"], capture_output=True, text=True, check=True
     )
     line = re.compile(
         r"^\[ *\d+/ *\d+\] +(\S+) .*?type = +(\w+)(?:.*-> .*\((\w+)\))?", re.MULTILINE
     )
     return {
-        name: (new or old).lower() for name, old, new in line.findall(said.stdout + said.stderr)
+        name: (new or old).lower() for name, old, new in line.findall(result.stdout + result.stderr)
     }
 
 
 @pytest.mark.tools
-def test_llama_quantize_keeps_what_we_say_that_it_keeps(tmp_path: Path) -> None:
+def test_llama_quantize_keeps_the_tensors_that_we_keep(tmp_path: Path) -> None:
     shaped = [Tensor(f"blk.0.shape_{n}.weight", shape, "BF16") for n, shape in enumerate(SHAPES)]
     path = write(
         tmp_path / "names.gguf", [*(Tensor(n, (256, 2), "BF16") for n in NAMES), *shaped], LLAMA
     )
-    found = dry_run(path)
+    written = dry_run(path)
     tensors = read_header(path).tensors
-    assert set(found) == {t.name for t in tensors}
+    assert set(written) == {t.name for t in tensors}
     assert {t.name for t in tensors if is_quantizable(t)} == {
-        name for name, kind in found.items() if kind != "bf16"
+        name for name, kind in written.items() if kind != "bf16"
     }
 
 
@@ -282,12 +286,12 @@ def test_llama_quantize_plans_what_we_plan(tmp_path: Path) -> None:
     }
 
 
-def doubt(otherwise: str, floor: str = "Q4_K", name: str = TRUNK[3].name) -> CoveragePolicy:
+def policy(otherwise: str, floor: str = "Q4_K", name: str = TRUNK[3].name) -> CoveragePolicy:
     return CoveragePolicy({name: "layer 3: expert 5 saw nothing"}, otherwise, floor)  # type: ignore[arg-type]
 
 
-def test_a_tensor_in_doubt_is_raised_to_the_floor_and_no_other() -> None:
-    planned = make_plan(variant(rule(".*", "Q2_K")), MODEL, doubt=doubt("raise"))
+def test_only_a_tensor_with_insufficient_coverage_is_raised_to_the_floor() -> None:
+    planned = make_plan(variant(rule(".*", "Q2_K")), MODEL, policy=policy("raise"))
     assert {
         t.tensor.name: (t.type.name, t.raised_from and t.raised_from.name) for t in planned.tensors
     }[TRUNK[3].name] == ("Q4_K", "Q2_K")
@@ -297,33 +301,33 @@ def test_a_tensor_in_doubt_is_raised_to_the_floor_and_no_other() -> None:
     }
 
 
-def test_a_tensor_in_doubt_that_is_stored_well_enough_is_left_alone() -> None:
-    assert make_plan(variant(rule(".*", "Q6_K")), MODEL, doubt=doubt("raise")) == make_plan(
+def test_a_tensor_above_the_floor_is_not_raised() -> None:
+    assert make_plan(variant(rule(".*", "Q6_K")), MODEL, policy=policy("raise")) == make_plan(
         variant(rule(".*", "Q6_K")), MODEL
     )
-    assert not list(find_plan_problems(variant(rule(".*", "Q4_K")), MODEL, None, doubt("refuse")))
+    assert not list(find_plan_problems(variant(rule(".*", "Q4_K")), MODEL, None, policy("refuse")))
 
 
 def test_a_floor_whose_blocks_do_not_fill_the_rows_gives_way_to_a_plain_type() -> None:
     odd = spec("blk.0.odd.weight", 96, 4)
-    planned = make_plan(variant(rule(".*", "IQ4_NL")), (odd,), doubt=doubt("raise", name=odd.name))
+    planned = make_plan(
+        variant(rule(".*", "IQ4_NL")), (odd,), policy=policy("raise", name=odd.name)
+    )
     assert planned.types() == {odd.name: "Q4_1"}
 
 
-def test_a_tensor_in_doubt_can_be_refused_with_the_reason() -> None:
-    [told] = find_plan_problems(variant(rule(".*", "Q2_K")), MODEL, None, doubt("refuse"))
-    assert told.startswith(
-        "variant V: rules[0]: tensor blk.3.ffn_down.weight: Q2_K cannot be vouched for: layer 3: expert 5"
+def test_a_tensor_with_insufficient_coverage_can_be_refused_with_the_reason() -> None:
+    [problem] = find_plan_problems(variant(rule(".*", "Q2_K")), MODEL, None, policy("refuse"))
+    assert problem.startswith(
+        "variant V: rules[0]: tensor blk.3.ffn_down.weight: Q2_K has insufficient imatrix coverage: layer 3: expert 5"
     )
-    assert told.endswith("give it Q4_K or more, or draw more calibration")
+    assert problem.endswith("give it Q4_K or more, or use more calibration text")
 
 
-def test_a_type_that_needs_data_is_raised_where_there_is_none_and_refused_when_it_is_only_told() -> (
-    None
-):
+def test_a_type_without_its_imatrix_data_is_raised_or_refused() -> None:
     covered = [t.name for t in TRUNK if t != TRUNK[3]]
     lowest = variant(rule(r"token_embd\.weight", "Q4_K"), rule(".*", "IQ2_XXS"))
-    assert make_plan(lowest, MODEL, covered, doubt("raise")).types()[TRUNK[3].name] == "Q4_K"
+    assert make_plan(lowest, MODEL, covered, policy("raise")).types()[TRUNK[3].name] == "Q4_K"
     assert "needs imatrix data, found none" in "".join(
-        find_plan_problems(lowest, MODEL, covered, doubt("report"))
+        find_plan_problems(lowest, MODEL, covered, policy("report"))
     )

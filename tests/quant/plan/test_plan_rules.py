@@ -1,4 +1,4 @@
-"""Rules that cannot surprise: what a rule's words mean, on models of every kind and on the recipes that are shipped."""
+"""What each field of a rule means, on models of every kind and on the shipped recipes."""
 
 import random
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ MODELS = {name: list_tensors(load_model(name)[0].architecture) for name in list_
 VARIANTS = {name: load_variant(name) for name in list_recipes("variants") if name != "BF16"}
 LOW = sorted(name for name, kind in TYPES.items() if kind.needs_imatrix)
 GATHERED = ("token_embd.weight", "blk.92.nextn.embed_tokens.weight")
-"""Tables that are read row by row, of which no imatrix can know anything."""
+"""Tables that are looked up row by row, for which no imatrix can have data."""
 
 
 def variant(*rules: Rule) -> Variant:
@@ -47,14 +47,14 @@ def test_there_are_low_bit_types() -> None:
 
 @pytest.mark.parametrize("low", LOW)
 @pytest.mark.parametrize("table", GATHERED)
-def test_a_low_bit_type_is_refused_for_a_table_that_is_only_gathered(low: str, table: str) -> None:
-    said = list(
+def test_a_low_bit_type_is_refused_for_a_lookup_table(low: str, table: str) -> None:
+    problems = list(
         find_plan_problems(
             variant(rule(table.replace(".", r"\."), low), REST), MODELS["glm-4.7"], None
         )
     )
-    told = f"{low} needs imatrix data, found none for this tensor; give it a type that needs none"
-    assert said == [f"variant V: rules[0]: tensor {table}: {told}"]
+    reason = f"{low} needs imatrix data, found none for this tensor; give it a type that needs none"
+    assert problems == [f"variant V: rules[0]: tensor {table}: {reason}"]
 
 
 @pytest.mark.parametrize("low", LOW)
@@ -64,17 +64,17 @@ def test_a_low_bit_type_is_refused_for_every_matrix_of_an_mtp_block(model: str, 
     at = compute_depths(tensors)
     ahead = {t.name for t in tensors if is_quantizable(t) and at.get(t.name, 0) >= 1}
     assert ahead
-    said = list(
+    problems = list(
         find_plan_problems(
             variant(rule(".*", low, depth=(1.0, 2.0), narrow="IQ4_NL"), REST), tensors, None
         )
     )
     narrow = {t.name for t in tensors if t.shape[0] % 256}
-    assert {line.split()[4].rstrip(":") for line in said} == ahead - narrow
+    assert {line.split()[4].rstrip(":") for line in problems} == ahead - narrow
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_low_bit_type_is_taken_for_every_block_of_the_trunk(model: str) -> None:
+def test_a_low_bit_type_is_accepted_for_every_block_of_the_trunk(model: str) -> None:
     rules = variant(rule(r"blk\..*", "IQ1_S", depth=(0.0, 1.0), narrow="IQ4_NL"), REST)
     assert list(find_plan_problems(rules, MODELS[model], None)) == []
 
@@ -99,7 +99,7 @@ def test_every_shipped_rule_decides_something_in_some_model(name: str) -> None:
 
 @pytest.mark.parametrize("only", ["moe", "dense"])
 @pytest.mark.parametrize("model", MODELS)
-def test_only_speaks_of_models_of_its_kind(model: str, only: str) -> None:
+def test_only_limits_a_rule_to_one_kind_of_model(model: str, only: str) -> None:
     tensors = MODELS[model]
     of_kind = (only == "moe") == is_moe(tensors)
     decided = match_rules(variant(rule(".*", "Q6_K", only=only), REST), tensors)
@@ -130,29 +130,29 @@ def test_the_halves_of_a_trunk_are_all_of_it() -> None:
             assert {n for n, by in decided.items() if by in (0, 1)} == trunk & decided.keys()
 
 
-def test_narrow_is_for_rows_that_do_not_fill_blocks_and_for_no_others() -> None:
+def test_the_fallback_type_is_for_rows_that_do_not_fill_blocks_alone() -> None:
     tensors = MODELS["glm-5"]
     planned = make_plan(variant(rule(".*", "Q6_K", narrow="Q8_0")), tensors)
     found = {t.tensor.name for t in planned.tensors if t.type.name == "Q8_0"}
     assert found == {t.name for t in tensors if t.name.endswith("attn_k_b.weight")}
 
 
-def test_without_narrow_a_row_that_does_not_fill_blocks_is_told() -> None:
-    said = list(find_plan_problems(variant(rule(".*", "Q6_K")), MODELS["glm-4.6v-flash"], None))
-    assert len(said) == 40
-    assert said[0] == (
+def test_without_a_fallback_type_a_row_that_does_not_fill_blocks_is_a_problem() -> None:
+    problems = list(find_plan_problems(variant(rule(".*", "Q6_K")), MODELS["glm-4.6v-flash"], None))
+    assert len(problems) == 40
+    assert problems[0] == (
         "variant V: rules[0]: tensor blk.0.ffn_down.weight: expected a row that is a multiple of 256 for Q6_K,"
         " found 13696; give the rule a `narrow` type"
     )
 
 
-def test_a_narrow_type_that_does_not_fit_either_is_told() -> None:
+def test_a_fallback_type_that_does_not_fit_either_is_a_problem() -> None:
     odd = (TensorSpec("blk.0.attn_q.weight", (40, 8), TYPES["BF16"]),)
-    [said] = find_plan_problems(variant(rule(".*", "Q6_K", narrow="Q8_0")), odd, None)
-    assert "expected a row that is a multiple of 32 for Q8_0, found 40" in said
+    [problem] = find_plan_problems(variant(rule(".*", "Q6_K", narrow="Q8_0")), odd, None)
+    assert "expected a row that is a multiple of 32 for Q8_0, found 40" in problem
 
 
-def test_what_a_narrow_row_gets_is_what_must_have_data() -> None:
+def test_imatrix_data_is_needed_for_the_type_that_a_row_really_gets() -> None:
     rules = variant(rule(".*", "IQ1_S", narrow="IQ4_NL"))
     for row, refused in ((256, 1), (288, 0)):
         embedding = (TensorSpec("token_embd.weight", (row, 8), TYPES["BF16"]),)
@@ -160,20 +160,20 @@ def test_what_a_narrow_row_gets_is_what_must_have_data() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_rule_that_decides_nothing_is_told_unless_it_may(model: str) -> None:
+def test_a_rule_that_matches_nothing_is_a_problem_unless_it_is_optional(model: str) -> None:
     useless = rule(r"blk\.\d+\.ffn_up_exp\.weight", "Q4_K")  # without its s
-    [said] = find_plan_problems(variant(useless, REST), MODELS[model], None)
-    assert said.startswith("variant V: rules[0] (")
+    [problem] = find_plan_problems(variant(useless, REST), MODELS[model], None)
+    assert problem.startswith("variant V: rules[0] (")
     assert not [
         *find_plan_problems(variant(replace(useless, optional=True), REST), MODELS[model], None)
     ]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_rule_that_is_only_reached_by_what_is_kept_is_told(model: str) -> None:
+def test_a_rule_that_only_matches_unquantized_tensors_is_a_problem(model: str) -> None:
     norms = rule(r".*_norm\.weight", "Q8_0")
-    [said] = find_plan_problems(variant(norms, REST), MODELS[model], None)
-    assert "decides no tensor of this model" in said
+    [problem] = find_plan_problems(variant(norms, REST), MODELS[model], None)
+    assert "matches no tensor of this model" in problem
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -198,16 +198,16 @@ def test_every_weight_is_planned_once(model: str) -> None:
         )
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
-    def said(*rules: Rule) -> Iterator[str]:
+def test_all_problems_of_a_variant_are_reported_at_once() -> None:
+    def problems(*rules: Rule) -> Iterator[str]:
         return find_plan_problems(variant(*rules), MODELS["glm-4.6"], None)
 
     found = list(
-        said(
+        problems(
             rule("nothing", "Q4_K"), rule(r"token_embd\.weight", "IQ1_S"), rule(r"blk\..*", "Q4_K")
         )
     )
     assert len(found) == 3
-    assert "decides no tensor" in found[0]
+    assert "matches no tensor" in found[0]
     assert "needs imatrix data" in found[1]
     assert "tensor output.weight: expected a rule that matches it, found none" in found[2]

@@ -1,4 +1,4 @@
-"""Recipes: what a person may write, and that every mistake is named where it stands."""
+"""Recipes: what a person may write; every mistake is reported with its place."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def test_the_recipe_that_the_broken_ones_are_made_from_is_read(tmp_path: Path) -
     assert variant.rules == (Rule(".*", "Q4_K", "All of it."),)
 
 
-def test_a_date_is_told_as_text(tmp_path: Path) -> None:
+def test_a_date_in_an_error_is_shown_as_text(tmp_path: Path) -> None:
     path = tmp_path / "v.toml"
     path.write_text(
         VARIANT.replace('"For tests."', '"x"').replace("[[rules]]", "split = 2026-01-01\n[[rules]]")
@@ -75,14 +75,16 @@ def test_a_date_is_told_as_text(tmp_path: Path) -> None:
     ("load", "kind"),
     [(load_model, "model"), (load_variant, "variant"), (load_template_patch, "template")],
 )
-def test_an_unknown_name_is_told_with_its_neighbour(load: Callable[[str], Any], kind: str) -> None:
+def test_an_unknown_name_is_refused_with_the_nearest_one(
+    load: Callable[[str], Any], kind: str
+) -> None:
     name = list_recipes(f"{kind}s")[-1]
     with pytest.raises(InputError) as caught:
         load(f"{name}x")
     assert str(caught.value) == f"{kind} '{name}x' is not known: did you mean '{name}'?"
 
 
-def test_a_name_that_resembles_nothing_is_told_with_all() -> None:
+def test_a_name_that_resembles_nothing_is_refused_with_all_names() -> None:
     with pytest.raises(
         InputError,
         match=rf"variant '' is not known: known are {', '.join(list_recipes('variants'))}",
@@ -90,7 +92,7 @@ def test_a_name_that_resembles_nothing_is_told_with_all() -> None:
         load_variant("")
 
 
-def test_a_path_to_no_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"none.toml: cannot be read \(No such file or directory\)"
     ):
@@ -109,20 +111,20 @@ def test_sizes_are_counted_as_llama_gguf_split_does(size: str, expected: int) ->
     assert parse_size(size) == expected
 
 
-def test_a_rule_speaks_of_whole_names() -> None:
+def test_a_rule_matches_whole_names() -> None:
     rule = Rule(r"blk\.1\.ffn_down\.weight", "Q4_K", "x")
-    spoken_of = [
+    matching = [
         n
         for n in ("blk.1.ffn_down.weight", "blk.11.ffn_down.weight", "blk.1.ffn_down.weight_scale")
         if rule.matches(n, None, False)
     ]
-    assert spoken_of == ["blk.1.ffn_down.weight"]
+    assert matching == ["blk.1.ffn_down.weight"]
 
 
 @pytest.mark.parametrize(
     ("at", "expected"), [(None, False), (0.0, True), (0.49, True), (0.5, False), (1.0, False)]
 )
-def test_a_rule_for_a_part_of_the_trunk_speaks_only_of_it(at: float | None, expected: bool) -> None:
+def test_a_rule_for_a_range_of_depth_matches_only_there(at: float | None, expected: bool) -> None:
     assert (
         Rule(".*", "Q4_K", "x", depth=(0.0, 0.5)).matches("blk.0.a.weight", at, False) is expected
     )
@@ -132,11 +134,13 @@ def test_a_rule_for_a_part_of_the_trunk_speaks_only_of_it(at: float | None, expe
     ("only", "moe", "expected"),
     [("moe", True, True), ("moe", False, False), ("dense", True, False), ("dense", False, True)],
 )
-def test_a_rule_for_a_kind_of_model_speaks_only_of_it(only: Any, moe: bool, expected: bool) -> None:
+def test_a_rule_for_a_kind_of_model_matches_only_there(
+    only: Any, moe: bool, expected: bool
+) -> None:
     assert Rule(".*", "Q4_K", "x", only=only).matches("a.weight", None, moe) is expected
 
 
-def test_a_file_of_tensor_types_is_read_as_rules(tmp_path: Path) -> None:
+def test_a_type_file_is_read_as_rules(tmp_path: Path) -> None:
     path = tmp_path / "types.txt"
     path.write_text(
         "# comment\n^output\\.weight$=q6_K\n\nblk\\..*=iq2_xxs # the rest\ntoken=BF16\n"
@@ -150,7 +154,7 @@ def test_a_file_of_tensor_types_is_read_as_rules(tmp_path: Path) -> None:
     assert all(r.optional for r in variant.rules)
 
 
-def test_a_file_of_tensor_types_tells_its_mistakes(tmp_path: Path) -> None:
+def test_all_mistakes_of_a_type_file_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "types.txt"
     path.write_text("a=q4_k\nb=q4_x\n(=q6_k\n")
     with pytest.raises(InputError) as caught:
@@ -162,9 +166,7 @@ def test_a_file_of_tensor_types_tells_its_mistakes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe=q4_k"])
-def test_a_file_of_tensor_types_that_cannot_be_read_is_told(
-    tmp_path: Path, content: bytes | None
-) -> None:
+def test_a_type_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "types.txt"
     if content is not None:
         path.write_bytes(content)
@@ -173,7 +175,7 @@ def test_a_file_of_tensor_types_that_cannot_be_read_is_told(
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_every_key_that_a_recipe_may_have_is_taken_from_the_nouns() -> None:
+def test_the_keys_of_a_recipe_are_the_fields_of_its_nouns() -> None:
     """Unknown keys are compared with these, at every depth."""
     keys = toml._list_keys
     assert keys(recipe.ModelRecipe, ()) == [f.name for f in dataclasses.fields(recipe.ModelRecipe)]
@@ -207,7 +209,7 @@ def test_a_recipe_can_be_published_as_json() -> None:
         ("Qwen-Q9.gguf", None, None),
     ],
 )
-def test_a_files_name_tells_its_model_and_its_variant(
+def test_model_and_variant_are_found_by_a_file_name(
     file: str, model: str | None, variant: str | None
 ) -> None:
     assert (find_model_of_file(file), find_variant_of_file(file)) == (model, variant)

@@ -1,22 +1,25 @@
-"""What a planned variant weighs: in its file to the byte, in shards, and in memory."""
+"""What a planned variant weighs: file to the byte, shards, KV cache and memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quant.llama.gguf import Header, TensorSpec, read_header
 from quant.llama.tensors import tensor_class
 from quant.llama.types import TYPES
-from quant.plan.inventory import list_tensors
+from quant.plan.inventory import list_tensors, read_architecture
 from quant.plan.load import load_model, load_variant
 from quant.plan.plan import Plan, make_plan
 from quant.plan.recipe import Rule, Variant
 from quant.plan.sizes import (
+    KVCache,
     estimate_memory,
     find_oversized,
     forecast_file_bytes,
     forecast_shard_bytes,
+    read_kv_cache,
     summarize_classes,
 )
 from tests.gguf_files import LLAMA, Key, Tensor, key, write
@@ -80,7 +83,7 @@ def test_a_forecast_is_the_length_of_the_file(
     assert forecast_file_bytes(planned(base), base, known) == made.path.stat().st_size
 
 
-def test_without_an_imatrix_one_of_this_projects_is_meant(tmp_path: Path) -> None:
+def test_without_an_imatrix_one_of_this_project_is_assumed(tmp_path: Path) -> None:
     base = file(tmp_path / "base.gguf", BASE, *ALWAYS)
     matrix = read_header(write(tmp_path / "matrix.gguf", [], MATRIX))
     assert forecast_file_bytes(planned(base), base) == forecast_file_bytes(
@@ -88,7 +91,7 @@ def test_without_an_imatrix_one_of_this_projects_is_meant(tmp_path: Path) -> Non
     )
 
 
-def test_the_converted_file_is_what_it_is(tmp_path: Path) -> None:
+def test_the_base_is_as_long_as_its_file(tmp_path: Path) -> None:
     base = file(tmp_path / "base.gguf", BASE)
     assert (
         forecast_file_bytes(make_plan(load_variant("BF16"), base.tensors), base)
@@ -124,7 +127,7 @@ def test_shards_are_cut_before_the_limit_is_passed() -> None:
     assert forecast_shard_bytes(whole, 10**9) == (whole.bytes,)
 
 
-def test_a_tensor_larger_than_a_shard_is_told_if_the_file_would_be_cut() -> None:
+def test_a_tensor_larger_than_a_shard_is_reported_if_the_file_is_cut() -> None:
     tensors = [
         TensorSpec("a.weight", (1000, 1000), TYPES["BF16"]),
         TensorSpec("b.weight", (1000, 10), TYPES["BF16"]),
@@ -158,3 +161,63 @@ def test_classes_and_memory_hold_every_byte(model: str, variant: str) -> None:
         c.bytes for c in summarize_classes(whole) if c.name.endswith("_exps")
     )
     assert (needs.experts > weights / 2) == (model == "glm-4.6")
+
+
+# What the converter writes for the attention of recipes/models/glm-4.6.toml (conversion/glm.py).
+GLM_4_6 = {
+    "general.architecture": "glm4moe",
+    "glm4moe.block_count": 93,
+    "glm4moe.nextn_predict_layers": 1,
+    "glm4moe.embedding_length": 5120,
+    "glm4moe.attention.head_count": 96,
+    "glm4moe.attention.head_count_kv": 8,
+    "glm4moe.attention.key_length": 128,
+    "glm4moe.attention.value_length": 128,
+    "glm4moe.rope.dimension_count": 64,
+}
+# And for recipes/models/glm-4.7-flash.toml (conversion/deepseek.py): latent and rotary part as one head.
+MTP = "deepseek2.nextn_predict_layers"
+GLM_4_7_FLASH = {
+    "general.architecture": "deepseek2",
+    "deepseek2.block_count": 47,
+    "deepseek2.embedding_length": 2048,
+    "deepseek2.attention.head_count": 20,
+    "deepseek2.attention.head_count_kv": 1,
+    "deepseek2.attention.kv_lora_rank": 512,
+    "deepseek2.attention.key_length": 576,
+    "deepseek2.attention.value_length": 512,
+    "deepseek2.rope.dimension_count": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "metadata", "expected"),
+    [
+        ("glm-4.6", GLM_4_6, 92 * 8 * (128 + 128) * 2),
+        ("glm-4.7-flash", GLM_4_7_FLASH, 54_144),
+        ("glm-4.7-flash", GLM_4_7_FLASH | {"deepseek2.block_count": 48, MTP: 1}, 54_144),
+    ],
+)
+def test_recipe_and_file_agree_on_the_kv_cache(
+    model: str, metadata: dict[str, Any], expected: int
+) -> None:
+    architecture = read_architecture(load_model(model)[0].architecture)
+    assert architecture.kv_bytes_per_token() == expected
+    assert read_kv_cache(metadata).bytes_per_token == expected
+
+
+def test_a_file_may_give_its_kv_heads_layer_by_layer() -> None:
+    by_layer = GLM_4_6 | {"glm4moe.attention.head_count_kv": [8] * 93}
+    assert read_kv_cache(by_layer).bytes_per_token == 92 * 8 * (128 + 128) * 2
+
+
+def test_heads_without_a_length_divide_the_hidden_size() -> None:
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": 4,
+        "llama.embedding_length": 256,
+        "llama.attention.head_count": 4,
+    }
+    expected = KVCache(layers=4, kv_heads=4, key_length=64, value_length=64)
+    assert read_kv_cache(metadata) == expected
+    assert read_kv_cache({}).bytes_per_token == 0

@@ -1,4 +1,4 @@
-"""The converter is the truth: random models with odd numbers are converted, and every tensor is the one foretold."""
+"""Random models with odd dimensions are converted; every tensor must be the predicted one."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +111,7 @@ CASES = {
 
 
 @dataclass(frozen=True)
-class Converted:
+class Conversion:
     """What a case's config.json says, and what the converter wrote."""
 
     config: dict[str, Any]
@@ -120,7 +120,7 @@ class Converted:
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Converted]:
+def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Conversion]:
     """Every case."""
     root = tmp_path_factory.mktemp("converted")
     jobs = []
@@ -130,7 +130,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Converted]:
         jobs += [(part, folder, root / f"{n}-{part}.gguf") for part in parts]
     convert(jobs, root)
     return {
-        name: Converted(
+        name: Conversion(
             read_config(root / str(n)) | {"mtp_own_embedding": case.prediction == "own"},
             read_header(root / f"{n}-text.gguf"),
             read_header(path) if (path := root / f"{n}-vision.gguf").exists() else None,
@@ -148,26 +148,26 @@ def write_case(case: Case, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_converter_writes_the_tensors_that_config_json_foretells(
-    name: str, converted: dict[str, Converted]
+def test_the_converter_writes_the_tensors_predicted_from_config_json(
+    name: str, converted: dict[str, Conversion]
 ) -> None:
-    found = converted[name]
-    assert entries(list_tensors(found.config)) == entries(found.text.tensors)
+    case = converted[name]
+    assert entries(list_tensors(case.config)) == entries(case.text.tensors)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("glm4v")])
-def test_the_converter_writes_the_vision_part_that_config_json_foretells(
-    name: str, converted: dict[str, Converted]
+def test_the_converter_writes_the_vision_part_predicted_from_config_json(
+    name: str, converted: dict[str, Conversion]
 ) -> None:
-    found = converted[name]
-    assert found.vision
-    assert entries(list_vision_tensors(found.config)) == entries(found.vision.tensors)
-    assert found.vision.metadata["general.type"] == "mmproj"
-    assert found.vision.metadata["clip.projector_type"] == "glm4v"
+    case = converted[name]
+    assert case.vision
+    assert entries(list_vision_tensors(case.config)) == entries(case.vision.tensors)
+    assert case.vision.metadata["general.type"] == "mmproj"
+    assert case.vision.metadata["clip.projector_type"] == "glm4v"
 
 
-def test_models_that_only_read_have_no_vision_part(converted: dict[str, Converted]) -> None:
-    without = [name for name, found in converted.items() if not found.vision]
+def test_text_only_models_have_no_vision_part(converted: dict[str, Conversion]) -> None:
+    without = [name for name, case in converted.items() if not case.vision]
     assert len(without) == len(CASES) - 2
     assert not any(list_vision_tensors(converted[name].config) for name in without)
 

@@ -1,4 +1,4 @@
-"""Totals of the real models, as published lists of tensors and sizes of files have them; and the counts in general."""
+"""Totals of real models, as published; and counts for random dimensions."""
 
 from dataclasses import replace
 from typing import Any
@@ -174,7 +174,7 @@ ANY = st.one_of(DENSE, MOE, LITE, SPARSE)
 
 
 def feed_forward(n: Glm4Moe | Glm4MoeLite | GlmMoeDsa) -> tuple[int, int]:
-    """Tensors and weights of the ends, the feed-forward networks and the MTP blocks' joints; blocks are counted singly."""
+    """Return the number of tensors and weights without the attention."""
     h, v, e, ahead = n.hidden_size, n.vocab_size, n.n_routed_experts, n.num_nextn_predict_layers
     m, s = n.moe_intermediate_size, n.moe_intermediate_size * n.n_shared_experts
     ends = 3 - n.tie_word_embeddings
@@ -300,13 +300,13 @@ BROKEN = [  # what is wrong with GLM-4.6's numbers          what is said of it
 
 
 @pytest.mark.parametrize(("changes", "said"), BROKEN)
-def test_numbers_that_cannot_be_are_told_by_their_key(changes: dict[str, Any], said: str) -> None:
+def test_an_impossible_value_is_reported_with_its_key(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError) as caught:
         list_tensors(config("glm-4.6") | changes, "config.json")
     assert caught.value.problems == (f"config.json: {said}",)
 
 
-def test_all_numbers_that_cannot_be_are_told_at_once() -> None:
+def test_all_impossible_values_are_reported_at_once() -> None:
     with pytest.raises(InputError) as caught:
         list_tensors(
             config("glm-4.6") | {"hidden_size": None, "vocab_size": -1, "use_qk_norm": "yes"}
@@ -324,7 +324,7 @@ def test_indexer_types_are_one_a_layer_and_known() -> None:
 
 
 @pytest.mark.parametrize("found", [None, [], ["Glm4MoeForCausalML"], [7], 7, [[]]])
-def test_an_unknown_class_is_told_with_the_nearest_one(found: Any) -> None:
+def test_an_unknown_class_is_refused_with_the_nearest_one(found: Any) -> None:
     with pytest.raises(
         InputError, match=r"architectures: .*(did you mean 'Glm4MoeForCausalLM'|known are)"
     ):
@@ -332,12 +332,12 @@ def test_an_unknown_class_is_told_with_the_nearest_one(found: Any) -> None:
 
 
 @pytest.mark.parametrize("part", [None, 7, [], "none"])
-def test_a_vision_part_that_is_no_table_is_told(part: Any) -> None:
+def test_a_vision_part_that_is_no_table_is_refused(part: Any) -> None:
     with pytest.raises(InputError, match="vision_config: expected the numbers of the vision part"):
         list_vision_tensors(config("glm-4.6v-flash") | {"vision_config": part})
 
 
-def test_a_recipe_may_only_state_numbers_that_count() -> None:
+def test_a_recipe_may_only_have_keys_that_decide_something() -> None:
     architecture = config("glm-4.6v-flash")
     text = architecture["text_config"] | {"hidden_sise": 1}
     outer, inner = find_architecture_problems(
@@ -348,12 +348,12 @@ def test_a_recipe_may_only_state_numbers_that_count() -> None:
 
 
 @pytest.mark.parametrize("part", [7, [], "none"])
-def test_a_recipe_whose_parts_are_no_tables_is_told(part: Any) -> None:
+def test_a_recipe_whose_parts_are_no_tables_is_refused(part: Any) -> None:
     for key in ("text_config", "vision_config"):
         assert [*find_architecture_problems(config("glm-4.6v-flash") | {key: part}, "m.toml")]
 
 
-def test_the_cache_of_a_token_is_keys_and_values_or_the_latent() -> None:
+def test_the_kv_cache_holds_keys_and_values_or_the_latent() -> None:
     assert read_architecture(config("glm-4.6")).kv_bytes_per_token() == 92 * 8 * 128 * 2 * 2
     assert read_architecture(config("glm-4.7-flash")).kv_bytes_per_token() == 47 * (512 + 64) * 2
     assert read_architecture(config("glm-4.6v-flash")).kv_bytes_per_token() == 40 * 2 * 128 * 2 * 2
