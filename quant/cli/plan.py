@@ -229,8 +229,8 @@ def _show_variants(
                 split if memory.experts else "-",
             )
         )
-    columns = ("variant", ">bytes", ">size", ">bits/weight", ">files")
-    columns += (f">GiB at {context:,}", ">GiB: rest + experts")
+    memory_columns = (f">GiB at {context:,}", ">GiB: rest + experts")
+    columns = ("variant", ">bytes", ">size", ">bits/weight", ">files", *memory_columns)
     tables.print_table(columns, rows, title=f"{recipe.title}, shards of {recipe.max_shard_size}")
 
 

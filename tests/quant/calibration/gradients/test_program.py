@@ -8,13 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quant.calibration.gradients import EMBEDDING, OUTPUT
+from quant.calibration.gradients import EMBEDDING
 from quant.calibration.gradients.glm4moe import apply_rms_norm
 from quant.calibration.gradients.program import ModelPass, ModelWeights
 from quant.calibration.hessian_collector import HessianSums
 from quant.calibration.hessians import HessianSettings, collect_hessians
 from quant.core import child, memory
 from quant.errors import InputError, ToolError
+from quant.llama.tensors import OUTPUT
 from quant.llama.toolchain import find_toolchain
 from tests.quant.quantize.engine.models import replace_weight, write_base
 
