@@ -11,7 +11,6 @@ from quant.llama.gguf import TensorSpec
 TOKEN_EMBEDDING = "token_embd.weight"
 OUTPUT = "output.weight"
 """The output matrix. A model with tied embeddings has none, and multiplies by the embedding."""
-OUTPUT = "output.weight"
 EMBEDDINGS = (TOKEN_EMBEDDING, "per_layer_token_embd.weight")
 """Tables of embeddings: tensor_name_match_token_embd in llama.cpp's src/llama-quant.cpp.
 

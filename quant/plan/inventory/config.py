@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from quant.errors import raise_problems
 from quant.llama.gguf import TensorSpec
-from quant.llama.tensors import OUTPUT
+from quant.llama.tensors import OUTPUT, TOKEN_EMBEDDING
 from quant.llama.types import TYPES
 from quant.plan.sizes import KVCache
 
@@ -116,7 +116,7 @@ def linear(name: str, inputs: int, outputs: int, *, bias: bool) -> Iterator[Tens
 
 def embedding_and_output(hidden: int, vocabulary: int, *, tied: bool) -> Iterator[TensorSpec]:
     """Yield the embedding, the last norm, and the output matrix unless it is tied."""
-    yield matrix("token_embd.weight", hidden, vocabulary)
+    yield matrix(TOKEN_EMBEDDING, hidden, vocabulary)
     yield f32("output_norm.weight", hidden)
     if not tied:
         yield matrix(OUTPUT, hidden, vocabulary)
