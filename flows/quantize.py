@@ -133,7 +133,7 @@ def run_stage(stage: str, subject: str, work: Callable[[], T], approve: bool = F
         try:
             result = work()
         except SmokeTestError as e:
-            publish_artifact(stage, subject, e.verdict)
+            publish_artifact(stage, subject, e.result)
             raise
         publish_artifact(stage, subject, result)
         return result

@@ -16,10 +16,9 @@ from typing import Protocol, TypeVar
 from quant.calibration.hessians import HessianResult, compute_hessians
 from quant.calibration.imatrix import ImportanceMatrix, compute_imatrix
 from quant.calibration.text import CalibrationText, build_calibration_text
-from quant.chat.check import TemplateUnderTest, require_template
-from quant.chat.engines import SpecialTokens
+from quant.chat.check import load_checkpoint_template, require_template
 from quant.chat.scenarios import Scenarios, load_scenarios
-from quant.chat.smoke import smoke_test
+from quant.chat.smoke import SmokeTestRequest, smoke_test
 from quant.chat.template import ChatTemplate, patch_template
 from quant.chat.verdict import SmokeResult
 from quant.core import files
@@ -242,17 +241,17 @@ class _Stages:
         reference = next((v.file for v in variants if v.plan.is_base), base)
         results: list[SmokeResult] = []
         for v in variants:
-            work = partial(
-                smoke_test,
-                v.file,
-                v.plan.variant.answers,
-                reference,
-                job.model,
-                job.tools,
-                job.store,
-                vision,
-                scenarios,
+            request = SmokeTestRequest(
+                file=v.file,
+                required_answers=v.plan.variant.answers,
+                reference=reference,
+                model=job.model,
+                tools=job.tools,
+                store=job.store,
+                vision=vision,
+                scenarios=scenarios,
             )
+            work = partial(smoke_test, request)
             results.append(self.run("smoke", v.name, work))
             if job.destination and job.uploads_early:
                 upload = partial(upload_variant, place_files(v), v.receipts, job.destination)
@@ -335,13 +334,10 @@ def check_patched_template(
 
     Raises CheckError for conversations that come out wrong and are not waived.
     """
-    template, original = patched_template(patch, checkpoint), checkpoint.chat_template
-    if template is None or original is None:
+    template = patched_template(patch, checkpoint)
+    if template is None:
         return None
-    text, path = original
-    under_test = TemplateUnderTest(
-        path, template.text, path, SpecialTokens(), text if template.by else None, template.by
-    )
+    under_test = load_checkpoint_template(checkpoint, template)
     return replace(template, waived=require_template(under_test, waivers, store))
 
 

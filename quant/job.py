@@ -135,7 +135,8 @@ def prepare_job(request: BuildRequest) -> ReleaseJob:
         ('tiny-glm', ['UD-TQ1_0'])
     """
     model, recipe, lock = load_pinned_model(request.model, request.revision)
-    waivers = collect_waivers(model, merge_scenarios(model, sees=model.has_vision), request.waive)
+    scenarios = merge_scenarios(model, has_vision=model.has_vision)
+    waivers = collect_waivers(model.waivers, scenarios, request.waive)
     model = replace(model, waivers=tuple(Waiver(*w) for w in waivers.items()))
     if not request.evaluate:
         model = replace(model, evaluation=replace(model.evaluation, chunks=0))

@@ -1,6 +1,13 @@
-"""Hold a chat template against the battery, in every engine that will meet it: `quant template check`.
+"""Check a chat template with the test conversations, in every engine that meets it.
 
-A build does the same before it converts anything, without the server: a template that is wrong costs seconds, not hours.
+``quant template check`` runs all engines. A build checks the template before it converts anything,
+without the server: a wrong template costs seconds there, not hours.
+
+What is compared, and with what:
+
+- every rendering of this project's Jinja with the rules of :mod:`quant.chat.rules`;
+- the renderings of transformers, llama-server and Ollama with those of Jinja, byte for byte;
+- the patched template with the original: what no replacement lists in ``changes`` is the same.
 """
 
 import sysconfig
@@ -12,63 +19,69 @@ from pathlib import Path
 from typing import Any
 
 from quant.chat import go_template
-from quant.chat.conversations import BATTERY, Conversation
-from quant.chat.engines import SpecialTokens, hopeless, render_by_server, render_in_sandbox
+from quant.chat.conversations import Conversation, build_conversations
+from quant.chat.engines import find_fatal_error, render_by_server, render_in_sandbox
+from quant.chat.families import (
+    ModelFamily,
+    SpecialTokens,
+    find_family,
+    find_file_family,
+    read_checkpoint_tokens,
+    read_file_tokens,
+)
 from quant.chat.gguf_patch import read_template
+from quant.chat.renderings import Renderings, list_requests
 from quant.chat.rules import (
-    Renderings,
     TemplateFault,
     find_changes,
     find_disagreements,
-    list_requests,
-    render_alike,
+    find_faults,
+    group_faults,
 )
-from quant.chat.rules import find_faults as faults
-from quant.chat.template import patch_template as patch
-from quant.core.format import hash_text, hash_texts, to_canonical_json
+from quant.chat.template import ChatTemplate, patch_template
+from quant.core.format import hash_json, hash_text
 from quant.core.store import Store
 from quant.errors import CheckError, InputError
 from quant.hub.checkpoint import Checkpoint
-from quant.llama.gguf import Header, read_headers
+from quant.llama.gguf import read_headers
 from quant.llama.toolchain import Toolchain
 from quant.plan.load import load_model, load_template_patch
 from quant.plan.recipe import ModelRecipe, TemplatePatch
 
 COLLECTION = Path(sysconfig.get_paths()["purelib"]) / "templates"
-"""llama.cpp's, which is installed with its tools."""
-COLLECTED = {
-    "glm-4.6": "GLM-4.6.jinja",
-    "tiny-glm": "GLM-4.6.jinja",
-    "glm-4.7": "GLM-4.7-Flash.jinja",
-    "glm-4.7-flash": "GLM-4.7-Flash.jinja",
-}
-"""Which of them stands in for a model whose checkpoint is not here: its own, or its nearest sister's."""
-RULES = 1
-"""Counts up when the rules of :mod:`quant.chat.rules` change; what was found by others is then found anew."""
+"""llama.cpp's template collection, which is installed with its tools."""
+RULES = 2
+"""Increase it when :mod:`quant.chat.rules` changes: stored results are then computed again."""
 
 
 @dataclass(frozen=True)
 class TemplateUnderTest:
-    """A chat template to look at."""
+    """A chat template to check."""
 
     name: str
     text: str
-    where: str
-    """The file that it was found in."""
+    source: str
+    """The file that it is from."""
     tokens: SpecialTokens
+    family: ModelFamily
     original: str | None = None
-    """Before the patch, if one was made here."""
+    """The text before the patch, if it was patched here."""
     patch: TemplatePatch | None = None
+
+    @property
+    def conversations(self) -> tuple[Conversation, ...]:
+        """The test conversations of its family."""
+        return build_conversations(self.family)
 
 
 @dataclass(frozen=True)
 class TemplateReport:
-    """What the battery found."""
+    """The result of a check."""
 
-    taken: TemplateUnderTest
+    template: TemplateUnderTest
     conversations: int
     engines: Mapping[str, int]
-    """How many texts each engine made."""
+    """Number of texts that each engine rendered."""
     faults: tuple[TemplateFault, ...]
 
     @property
@@ -77,145 +90,210 @@ class TemplateReport:
         return not self.faults
 
     def json(self) -> dict[str, Any]:
-        """The report as plain JSON."""
-        taken = self.taken
-        template = {
-            "found_in": taken.where,
-            "patch": taken.patch.name if taken.patch else None,
-            "sha256": hash_text(taken.text),
-        }
+        """Return the report as plain JSON."""
+        template = self.template
         return {
-            "name": taken.name,
+            "name": template.name,
             "passed": self.passed,
-            "template": template,
+            "template": {
+                "found_in": template.source,
+                "patch": template.patch.name if template.patch else None,
+                "sha256": hash_text(template.text),
+            },
             "conversations": self.conversations,
             "engines": dict(self.engines),
             "faults": [asdict(f) for f in self.faults],
         }
 
 
-def load_template(named: str, patch_name: str | None = None) -> TemplateUnderTest:
-    """The template of a GGUF, as it stands there, or of a model, as a release would carry it.
+def load_template(model_or_gguf: str, patch_name: str | None = None) -> TemplateUnderTest:
+    """Return the template of a GGUF as it is, or of a model as its release has it.
 
-    ``patch_name`` is a patch to make instead, or ``none``. Raises InputError when there is no template to be found.
+    Args:
+        model_or_gguf: A path that ends in ``.gguf``, or a model recipe by name or path.
+        patch_name: A patch to apply instead of the recipe's, or ``none``.
+
+    Raises:
+        InputError: There is no template, or the patch does not fit it.
     """
-    if named.endswith(".gguf"):
-        header = read_headers(Path(named))[0]
-        return _patched(
-            Path(named).name, read_template(header), named, patch_name or "none", _tokens(header)
+    if model_or_gguf.endswith(".gguf"):
+        header = read_headers(Path(model_or_gguf))[0]
+        template = TemplateUnderTest(
+            name=Path(model_or_gguf).name,
+            text=read_template(header),
+            source=model_or_gguf,
+            tokens=read_file_tokens(header),
+            family=find_file_family(header),
         )
-    model, path = load_model(named)
-    text, where = _of_model(model, path)
-    return _patched(model.name, text, where, patch_name or model.template, SpecialTokens())
+        return _patch(template, patch_name or "none")
+    model, path = load_model(model_or_gguf)
+    return _patch(_find_model_template(model, path), patch_name or model.template)
+
+
+def load_checkpoint_template(checkpoint: Checkpoint, template: ChatTemplate) -> TemplateUnderTest:
+    """Return a checkpoint's template as ``template`` has it, patched or not, to be checked.
+
+    Raises:
+        InputError: The checkpoint has no template.
+    """
+    if checkpoint.chat_template is None:
+        raise InputError(f"{checkpoint.folder}: expected a chat template, found none")
+    original, source = checkpoint.chat_template
+    family, tokens = _identify(original, checkpoint.folder)
+    return TemplateUnderTest(
+        name=source,
+        text=template.text,
+        source=source,
+        tokens=tokens,
+        family=family,
+        original=original if template.by else None,
+        patch=template.by,
+    )
 
 
 def check_template(
-    taken: TemplateUnderTest, tools: Toolchain | None, battery: Sequence[Conversation] = BATTERY
+    template: TemplateUnderTest,
+    tools: Toolchain | None,
+    conversations: Sequence[Conversation] | None = None,
 ) -> TemplateReport:
-    """Every rule that the template breaks, in every engine; without tools the server is left out.
+    """Return every rule that a template breaks, in every engine.
 
-    Raises InputError, in one line, for a template that renders nothing at all or reaches a limit.
+    Args:
+        template: The template.
+        tools: llama.cpp's tools; None leaves llama-server out.
+        conversations: Test conversations; None takes those of the template's family.
+
+    Raises:
+        InputError: The template renders nothing at all, or reaches a limit. The error is one line.
     """
-    wanted = list_requests(battery)
-    ours = render_in_sandbox(taken.text, wanted, "jinja", taken.tokens)
-    if problem := hopeless(ours):
-        raise InputError(f"{taken.where}: {problem}")
-    others = dict(_others(taken, tools, battery))
-    found = [*faults(battery, ours, taken.text)]
+    if conversations is None:
+        conversations = template.conversations
+    requests = list_requests(conversations)
+    ours = render_in_sandbox(template.text, requests, "jinja", template.tokens)
+    if problem := find_fatal_error(ours):
+        raise InputError(f"{template.source}: {problem}")
+    others = dict(_render_elsewhere(template, tools, conversations))
+    faults = [*find_faults(conversations, ours, template.family)]
     for engine, theirs in others.items():
-        found += find_disagreements(engine, theirs, ours, battery)
-    if taken.original is not None and taken.patch:
-        original = render_in_sandbox(taken.original, wanted, "jinja", taken.tokens)
-        meant = [name for r in taken.patch.replacements for name in r.changes]
-        found += find_changes(original, ours, battery, meant)
-    counts = {engine: len(made) for engine, made in {"jinja": ours, **others}.items()}
-    return TemplateReport(taken, len(battery), counts, tuple(found))
+        faults += find_disagreements(engine, theirs, ours, conversations)
+    if template.original is not None and template.patch:
+        original = render_in_sandbox(template.original, requests, "jinja", template.tokens)
+        intended = [name for r in template.patch.replacements for name in r.changes]
+        faults += find_changes(original, ours, conversations, intended)
+    counts = {engine: len(rendered) for engine, rendered in {"jinja": ours, **others}.items()}
+    return TemplateReport(template, len(conversations), counts, tuple(faults))
 
 
 def require_template(
-    taken: TemplateUnderTest, waivers: Mapping[str, str], store: Store
+    template: TemplateUnderTest, waivers: Mapping[str, str], store: Store
 ) -> tuple[str, ...]:
-    """The conversations that a template gets wrong and that are waived by name; raises CheckFailed with all others.
+    """Check a template in the engines that need no model. The result is kept in the store.
 
-    In the engines that need no model. What they found is kept: the same template is rendered once.
+    Args:
+        template: The template.
+        waivers: Names of conversations that may fail, and why.
+        store: Keeps the faults under everything that they depend on.
+
+    Returns:
+        The conversations that fail and are waived.
+
+    Raises:
+        CheckError: Other conversations fail.
+        InputError: As :func:`check_template`.
     """
-    go = go_template.load_go_template(taken.patch.name) if taken.patch else None
+    patch = template.patch
+    go = go_template.load_go_template(patch.name) if patch else None
     inputs = {
         "rules": RULES,
-        "template": hash_text(taken.text),
-        "original": hash_text(taken.original) if taken.original is not None else None,
-        "patch": asdict(taken.patch) if taken.patch else None,
+        "template": hash_text(template.text),
+        "original": hash_text(template.original) if template.original is not None else None,
+        "patch": asdict(patch) if patch else None,
         "ollama": go if find_spec("gotpl") else None,
-        "battery": hash_texts([to_canonical_json(asdict(c)) for c in BATTERY]),
+        "tokens": asdict(template.tokens),
+        "family": asdict(template.family),
+        "conversations": hash_json([asdict(c) for c in template.conversations]),
         "packages": {name: version(name) for name in ("jinja2", "transformers")},
     }
-    done = store.run_once(
+    stored = store.run_once(
         "template",
         inputs,
-        lambda partial: {"faults": [asdict(f) for f in check_template(taken, None).faults]},
+        lambda partial: {"faults": [asdict(f) for f in check_template(template, None).faults]},
     )
-    found = [TemplateFault(**f) for f in done.facts["faults"]]
-    if stopping := [f for f in found if f.conversation not in waivers]:
-        raise CheckError(*_problems(stopping, taken))
-    return tuple(dict.fromkeys(f.conversation for f in found))
+    faults = [TemplateFault(**f) for f in stored.facts["faults"]]
+    if failures := [f for f in faults if f.conversation not in waivers]:
+        raise CheckError(*_format_problems(failures, template))
+    return tuple(dict.fromkeys(f.conversation for f in faults))
 
 
-def _problems(found: Sequence[TemplateFault], taken: TemplateUnderTest) -> Iterator[str]:
-    """A line for each rule that a conversation breaks, with the difference below the first that has one."""
-    shown = next((f.diff for f in found if f.diff), "")
-    for fault, _ in render_alike(found):
-        place = (
-            f"{taken.where}: conversation {fault.conversation!r} ({fault.engine}), {fault.where}"
-        )
-        line = f"{place}: {fault.rule}: {fault.detail}"
-        if shown and fault.diff == shown:
-            line, shown = "\n".join([line, *(f"    {d}" for d in shown.splitlines())]), ""
+def _format_problems(faults: Sequence[TemplateFault], template: TemplateUnderTest) -> Iterator[str]:
+    """A line for each rule that a conversation breaks; below the first that has one, its diff."""
+    diff = next((f.diff for f in faults if f.diff), "")
+    for fault, _ in group_faults(faults):
+        conversation = f"conversation {fault.conversation!r} ({fault.engine}), {fault.where}"
+        line = f"{template.source}: {conversation}: {fault.rule}: {fault.detail}"
+        if diff and fault.diff == diff:
+            line, diff = "\n".join([line, *(f"    {d}" for d in diff.splitlines())]), ""
         yield line
-    by = f"patched by {taken.patch.name}" if taken.patch else "as it is"
-    names = len({f.conversation for f in found})
+    state = f"patched by {template.patch.name}" if template.patch else "without a patch"
+    total, failed = len(template.conversations), len({f.conversation for f in faults})
     yield (
-        f"{taken.where}, {by}: expected {len(BATTERY)} conversations to come out right, found {names} that do not: mend it"
-        " with a patch (recipes/templates), or waive a conversation by its name"
+        f"{template.source}, {state}: expected {total} conversations to pass, found {failed} that"
+        " fail: fix the template with a patch (recipes/templates), or waive a conversation by name"
     )
 
 
-def _others(
-    taken: TemplateUnderTest, tools: Toolchain | None, battery: Sequence[Conversation]
+def _render_elsewhere(
+    template: TemplateUnderTest, tools: Toolchain | None, conversations: Sequence[Conversation]
 ) -> Iterator[tuple[str, Renderings]]:
-    wanted = list_requests(battery)
-    yield "transformers", render_in_sandbox(taken.text, wanted, "transformers", taken.tokens)
+    """The other engines, each with what it rendered."""
+    requests, tokens = list_requests(conversations), template.tokens
+    yield "transformers", render_in_sandbox(template.text, requests, "transformers", tokens)
     if tools:
-        yield "llama-server", render_by_server(taken.text, wanted, tools, taken.tokens)
-    go = go_template.load_go_template(taken.patch.name) if taken.patch else None
+        yield (
+            "llama-server",
+            render_by_server(template.text, requests, tools, template.family, tokens),
+        )
+    go = go_template.load_go_template(template.patch.name) if template.patch else None
     if go and find_spec("gotpl"):
-        yield "ollama", go_template.render_go(go, wanted)
+        yield "ollama", go_template.render_go(go, requests)
 
 
-def _of_model(model: ModelRecipe, path: Path) -> tuple[str, str]:
-    """The model's own template if its checkpoint is a folder that is here, else the one in llama.cpp's collection."""
-    if model.source.folder and (
-        own := Checkpoint(path.parent / model.source.folder, {}, ()).chat_template
-    ):
-        return own
-    file = COLLECTION / COLLECTED.get(model.name, "-")
+def _find_model_template(model: ModelRecipe, path: Path) -> TemplateUnderTest:
+    """The template of the model's checkpoint if it is a folder that is here.
+
+    Otherwise the file of llama.cpp's collection that its family names for it.
+    """
+    folder = path.parent / model.source.folder if model.source.folder else None
+    own = Checkpoint(folder, {}, ()).chat_template if folder else None
+    if folder and own:
+        family, tokens = _identify(own[0], folder)
+        return TemplateUnderTest(model.name, *own, tokens, family)
+    family = find_family(None, model.architecture.get("architectures", ()))
+    file = COLLECTION / family.collected_templates.get(model.name, "-")
     if not file.is_file():
         raise InputError(f"{path}: its chat template is not here; name a GGUF of the model instead")
-    return file.read_text(encoding="utf-8"), str(file)
+    text = file.read_text(encoding="utf-8")
+    return TemplateUnderTest(model.name, text, str(file), family.special_tokens, family)
 
 
-def _patched(
-    name: str, text: str, where: str, patch_name: str, tokens: SpecialTokens
-) -> TemplateUnderTest:
+def _identify(template: str, checkpoint: Path) -> tuple[ModelFamily, SpecialTokens]:
+    """The family of a checkpoint's template, and the tokens that the template may refer to."""
+    # Found twice: a family names tokens that the checkpoint lacks, and a probed one is made of
+    # them.
+    tokens = read_checkpoint_tokens(checkpoint, find_family(template))
+    return find_family(template, tokens=tokens), tokens
+
+
+def _patch(template: TemplateUnderTest, patch_name: str) -> TemplateUnderTest:
     if patch_name == "none":
-        return TemplateUnderTest(name, text, where, tokens)
-    by = load_template_patch(patch_name)
-    return TemplateUnderTest(name, patch(text, by, where).text, where, tokens, text, by)
-
-
-def _tokens(header: Header) -> SpecialTokens:
-    """The tokens that the file's template may call by name."""
-    words = header.metadata.get("tokenizer.ggml.tokens") or []
-    ids = [header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")]
-    return SpecialTokens(
-        *(words[n] if isinstance(n, int) and 0 <= n < len(words) else "" for n in ids)
+        return template
+    patch = load_template_patch(patch_name)
+    return TemplateUnderTest(
+        name=template.name,
+        text=patch_template(template.text, patch, template.source).text,
+        source=template.source,
+        tokens=template.tokens,
+        family=template.family,
+        original=template.text,
+        patch=patch,
     )

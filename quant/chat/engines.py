@@ -1,19 +1,21 @@
-"""Render conversations with a template in each engine that will meet it: Jinja in a limited child, and llama-server.
+"""Render conversations in each engine that a template meets: Jinja in a sandbox, and llama-server.
 
-The server runs on a model of some kilobytes that is made for it, which holds the template and knows nothing else: what a
-server makes of a conversation depends on the template and not on the weights.
+A prompt has to be the same in all of them: llama-server has a Jinja of its own (common/jinja; minja
+before), Python programs use transformers, and Ollama a Go template (:mod:`quant.chat.go_template`).
 """
 
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quant.chat.rules import Rendering, Renderings, RenderRequest
+from quant.chat.families import ModelFamily, SpecialTokens
+from quant.chat.renderings import Rendering, Renderings, RenderRequest
 from quant.chat.sandbox import RESULTS, SandboxLimits
+from quant.chat.stub_model import write_stub_model
 from quant.core import child
 from quant.errors import ToolError
 from quant.llama.chat_client import ChatClient, ServerError
@@ -22,93 +24,77 @@ from quant.llama.toolchain import Toolchain
 
 START_SECONDS = 120
 AT_LIMIT = ", at its limit of time or memory"
-NOT_TRIED = "chat template: not tried, because one before reached a limit"
-SMALL = ("-c", "64", "-np", "1", "-t", "1", "--no-webui")
-NEEDED = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR")
-"""Of the environment; a template's process sees no token."""
-SPECIAL = (
-    "<|endoftext|>",
-    "[gMASK]",
-    "<sop>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|observation|>",
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<arg_key>",
-    "</arg_key>",
-    "<arg_value>",
-    "</arg_value>",
-    "/nothink",
-)
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """What a template may call by name."""
-
-    bos_token: str = "[gMASK]"
-    eos_token: str = "<|endoftext|>"
+NOT_TRIED = "chat template: not tried, because an earlier one reached a limit"
+SERVER_ARGUMENTS = ("-c", "64", "-np", "1", "-t", "1", "--no-webui")
+KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR")
+"""Environment variables of the sandbox. A template's process sees no token."""
 
 
 def render_in_sandbox(
     template: str,
-    asks: Sequence[RenderRequest],
+    requests: Sequence[RenderRequest],
     engine: str = "jinja",
     tokens: SpecialTokens | None = None,
     limits: SandboxLimits | None = None,
 ) -> Renderings:
-    """What Jinja makes of the asks, in a process with limits; ``engine`` is one of :data:`quant.chat.sandbox.ENGINES`.
+    """Return what Jinja makes of the requests, in a child process with limits.
 
-    An ask that fails, or reaches a limit, has an error; so have those behind a limit, which were not tried.
+    A limit ends the process, so the requests after the one that reached it are not tried.
+
+    Args:
+        template: The chat template; it is not trusted.
+        requests: The texts to render.
+        engine: ``jinja`` (this project's) or ``transformers``.
+        tokens: bos and eos that the template may refer to.
+        limits: Limits of the process.
+
+    Returns:
+        A rendering for each request. One that failed, or was not tried, has an error.
     """
-    names = vars(tokens or SpecialTokens())
-    jobs = [
-        {
-            "name": a.name,
-            "messages": as_a_server_does(a.messages),
-            "tools": a.conversation.tools,
-            "variables": names | a.variables,
-        }
-        for a in asks
-    ]
+    names = asdict(tokens or SpecialTokens())
     job = {
         "engine": engine,
         "template": template,
-        "asks": jobs,
+        "requests": [
+            {
+                "name": request.name,
+                "messages": decode_arguments(request.messages),
+                "tools": request.conversation.tools,
+                "variables": names | request.variables,
+            }
+            for request in requests
+        ],
         "limits": asdict(limits or SandboxLimits()),
     }
     with tempfile.TemporaryDirectory(prefix="quant-render-") as name:
-        folder = Path(name)
-        ended = ""
+        folder, ending = Path(name), ""
         try:
             child.run_child(
                 "quant.chat.sandbox", job, folder=folder, name="the renderer", env=_environment()
             )
         except ToolError as e:
-            ended = e.problems[0].split("; its last words")[0]
-        return _results(asks, _lines(folder / RESULTS), ended)
+            ending = e.problems[0].split("; its last words")[0]
+        return _complete(requests, _read_renderings(folder / RESULTS), ending)
 
 
-def hopeless(made: Renderings) -> str | None:
-    """The one error to tell when nothing can be rendered, or a limit was reached; none when there is something to judge."""
-    errors = [r.error for r in made.values() if r.text is None]
-    if len(errors) == len(made) or any(e.startswith(NOT_TRIED) for e in errors):
-        return (
-            next((e for e in reversed(errors) if not e.startswith(NOT_TRIED)), errors[0])
-            if errors
-            else None
-        )
-    return None
+def find_fatal_error(renderings: Renderings) -> str | None:
+    """Return the one error to report if nothing was rendered or a limit was reached, else None."""
+    errors = [r.error for r in renderings.values() if r.text is None]
+    reached_limit = any(e.startswith(NOT_TRIED) for e in errors)
+    if not errors or (len(errors) < len(renderings) and not reached_limit):
+        return None
+    return next((e for e in reversed(errors) if not e.startswith(NOT_TRIED)), errors[0])
 
 
-def as_a_server_does(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with a call's arguments as an object: clients send them as text, and every server decodes them first."""
+def decode_arguments(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with the arguments of calls as objects.
+
+    Clients send them as JSON text, as OpenAI's API wants it; templates iterate over an object.
+    llama-server (``func_args_not_string`` in common/chat.cpp), vLLM and SGLang decode the text
+    before they render, so both engines here do too.
+    """
     return [
-        {**m, "tool_calls": [_decoded(call) for call in calls]}
+        {**m, "tool_calls": [_decode_call(call) for call in calls]}
         if isinstance(calls := m.get("tool_calls"), list)
         else dict(m)
         for m in messages
@@ -117,70 +103,31 @@ def as_a_server_does(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, An
 
 def render_by_server(
     template: str,
-    asks: Sequence[RenderRequest],
+    requests: Sequence[RenderRequest],
     tools: Toolchain,
-    tokens: SpecialTokens | None = None,
+    family: ModelFamily,
+    tokens: SpecialTokens,
 ) -> Renderings:
-    """What llama-server sends to the model for each prompt; pasts it does not render. Raises ToolError.
+    """Return the prompts that llama-server sends to the model. It renders no pasts.
 
-    Thinking on is its default: it passes that to every template, so one of the two is enough. It also tells newer
-    templates to keep past reasoning, unless it is started otherwise, as here; a client can still ask for it.
+    Raises:
+        ToolError: The server cannot be started, or cannot read the template.
     """
-    prompts = [ask for ask in asks if ask.kind == "prompt" and ask.mode != "on"]
+    # llama-server passes enable_thinking=true to every template by default: "on" is the default.
+    prompts = [r for r in requests if r.kind == "prompt" and r.mode != "on"]
     with tempfile.TemporaryDirectory(prefix="quant-serve-") as name:
         folder = Path(name)
-        write_mute_model(folder / "mute.gguf", template, tokens or SpecialTokens())
-        arguments = ("-m", folder / "mute.gguf", "--jinja", "--no-reasoning-preserve", *SMALL)
+        model = folder / "stub.gguf"
+        write_stub_model(model, template, tokens, family.control_tokens)
+        # Without this option it tells templates like GLM-4.7's to keep past reasoning, which
+        # no other engine does by default. A client can still ask for it.
+        arguments = ("-m", model, "--jinja", "--no-reasoning-preserve", *SERVER_ARGUMENTS)
         settings = ServerSettings(arguments, log=folder / "log", load_seconds=START_SECONDS)
         with serve_model(tools, settings) as server:
-            return {ask.name: _served(server.client, ask) for ask in prompts}
+            return {request.name: _render_prompt(server.client, request) for request in prompts}
 
 
-def write_mute_model(path: Path, template: str, tokens: SpecialTokens) -> None:
-    """A model of one layer and no sense, with a byte vocabulary, the tokens of GLM, and this template."""
-    import numpy as np
-    from gguf import GGUFWriter, TokenType
-
-    words = _byte_letters()
-    specials = [
-        t
-        for t in dict.fromkeys((*SPECIAL, tokens.bos_token, tokens.eos_token))
-        if t and t not in words
-    ]
-    vocabulary, width = [*words, *specials], 32
-    writer = GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(width)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(width)
-    writer.add_head_count(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("glm4")
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([TokenType.NORMAL] * len(words) + [TokenType.CONTROL] * len(specials))
-    writer.add_token_merges([f"{words[0]} {words[1]}"])
-    if tokens.bos_token:
-        writer.add_bos_token_id(vocabulary.index(tokens.bos_token))
-    if tokens.eos_token:
-        writer.add_eos_token_id(vocabulary.index(tokens.eos_token))
-    writer.add_chat_template(template)
-    square = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-    shapes = {
-        "token_embd": (len(vocabulary), width),
-        "output_norm": (width,),
-        "blk.0.attn_norm": (width,),
-    }
-    shapes |= {"blk.0.ffn_norm": (width,)} | {f"blk.0.{name}": (width, width) for name in square}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", np.zeros(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _decoded(call: Any) -> Any:
+def _decode_call(call: Any) -> Any:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(
         arguments := function.get("arguments"), str
@@ -189,11 +136,11 @@ def _decoded(call: Any) -> Any:
     try:
         return {**call, "function": {**function, "arguments": json.loads(arguments)}}
     except ValueError:
-        return call  # a server refuses it; here the template may say what it thinks of it
+        return call  # llama-server refuses the request (HTTP 500); here the template decides
 
 
 def _environment() -> dict[str, str]:
-    kept = {key: os.environ[key] for key in NEEDED if key in os.environ}
+    kept = {key: os.environ[key] for key in KEPT_VARIABLES if key in os.environ}
     return kept | {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -201,44 +148,37 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _lines(path: Path) -> dict[str, Rendering]:
-    """What the child wrote; a line that it could not end is not there."""
-    found = {}
-    for line in path.read_text().split("\n")[:-1] if path.exists() else ():
-        said = json.loads(line)
-        found[said["name"]] = Rendering(said.get("text"), said.get("error", ""))
-    return found
+def _read_renderings(path: Path) -> dict[str, Rendering]:
+    """What the child wrote. A line without its end is dropped: the child was killed in it."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else ()
+    entries = [json.loads(line) for line in lines]
+    return {e["name"]: Rendering(e.get("text"), e.get("error", "")) for e in entries}
 
 
-def _results(
-    asks: Sequence[RenderRequest], found: Mapping[str, Rendering], ended: str
+def _complete(
+    requests: Sequence[RenderRequest], rendered: Mapping[str, Rendering], ending: str
 ) -> Renderings:
-    """What was rendered, and for the rest why it was not."""
-    first_missing = next((a.name for a in asks if a.name not in found), "")
-    last = list(found.values())[-1] if found else Rendering(None)
-    results = {}
-    for ask in asks:
-        if ask.name in found:
-            results[ask.name] = found[ask.name]
-        elif ended and ask.name == first_missing:
-            results[ask.name] = Rendering(
-                None, f"chat template: {ended}{AT_LIMIT if 'ended by' in ended else ''}"
-            )
-        else:
-            results[ask.name] = Rendering(None, f"{NOT_TRIED} ({ended or last.error})")
-    return results
+    """The renderings, and for every request that has none the reason why.
+
+    ``ending`` is how the child ended if it failed. Then the first request without a rendering is
+    the one that it died of.
+    """
+    missing = [r.name for r in requests if r.name not in rendered]
+    last = list(rendered.values())[-1] if rendered else Rendering(None)
+    errors = dict.fromkeys(missing, f"{NOT_TRIED} ({ending or last.error})")
+    if ending and missing:
+        errors[missing[0]] = f"chat template: {ending}{AT_LIMIT if 'ended by' in ending else ''}"
+    return {
+        r.name: rendered.get(r.name) or Rendering(None, errors.get(r.name, "")) for r in requests
+    }
 
 
-def _served(talk: ChatClient, ask: RenderRequest) -> Rendering:
-    variables = {k: v for k, v in ask.variables.items() if k != "add_generation_prompt"}
+def _render_prompt(client: ChatClient, request: RenderRequest) -> Rendering:
+    # The server adds the generation prompt itself.
+    variables = {k: v for k, v in request.variables.items() if k != "add_generation_prompt"}
     try:
-        return Rendering(talk.render_messages(ask.messages, ask.conversation.tools, variables))
+        return Rendering(
+            client.render_messages(request.messages, request.conversation.tools, variables)
+        )
     except ServerError as e:
         return Rendering(None, f"llama-server: {e}")
-
-
-def _byte_letters() -> list[str]:
-    """The 256 letters with which byte-level vocabularies write bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [n for n in range(256) if n not in printable]
-    return [chr(n) for n in printable] + [chr(256 + n) for n in range(len(others))]

@@ -1,7 +1,7 @@
-"""Give an existing GGUF another chat template: a new file, in which every other byte of metadata and every tensor is as it was.
+"""Replace the chat template of an existing GGUF; every other byte of metadata and tensors stays.
 
-The metadata is not decoded and written again, which could change what this project does not know: the one record is cut
-out of the raw head and another set in, and the data section is copied behind it.
+The metadata is not decoded and encoded again, which could change keys that this project does not
+know. The one record is replaced in the raw header, and the data section is copied after it.
 """
 
 import shutil
@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quant.chat.template import ChatTemplate
-from quant.chat.template import patch_template as patch
+from quant.chat.template import ChatTemplate, patch_template
 from quant.core import files
 from quant.errors import CheckError, InputError, convert_disk_errors, raise_problems
 from quant.llama.gguf import (
@@ -32,137 +31,148 @@ KEY = "tokenizer.chat_template"
 
 @dataclass(frozen=True)
 class PatchedFile:
-    """A GGUF with its template patched."""
+    """A GGUF whose template was patched."""
 
     path: Path
     patch: str
     """The name of the patch."""
     template: ChatTemplate
     tensors: int
-    """How many were compared."""
+    """Number of tensors that were compared."""
     shards: int
-    """Files of the whole model; only the first is written."""
+    """Number of files of the whole model; only the first is written."""
 
 
 def patch_file(first: Path, out: Path, name: str | None = None) -> PatchedFile:
-    """Write at ``out`` a GGUF (of a split model the first shard) with its template patched; no name: the patch that fits.
+    """Write a GGUF with its template patched.
 
-    Raises InputError for a file without a template, a patch that does not fit, a shard that is missing, a place that is
-    taken; CheckFailed when what was written is not the file with another template.
+    Args:
+        first: The GGUF, or the first shard of a split one.
+        out: The file to write: the whole GGUF, or its first shard.
+        name: A template patch by name or path; None takes the one that fits.
+
+    Raises:
+        InputError: The file has no template, no patch fits, a shard is missing, or ``out`` exists.
+        CheckError: The written file differs from the original in more than the template.
     """
     headers = read_headers(first)
     header = headers[0]
-    raise_problems(_problems(header, len(headers), out))
-    by = (
-        load_template_patch(name)
-        if name
-        else find_fitting_patches(read_template(header), str(first))
-    )
-    made = patch(read_template(header), by, f"{first}: {KEY}")
+    raise_problems(_find_problems(header, len(headers), out))
+    text = read_template(header)
+    patch = load_template_patch(name) if name else find_fitting_patches(text, str(first))
+    template = patch_template(text, patch, f"{first}: {KEY}")
     with convert_disk_errors(out), files.temp_folder(out) as folder:
         partial = folder / out.name
-        write_with_template(header, made.text, partial)
-        if wrong := list(differences(header, read_header(partial), made.text)):
-            raise CheckError(*wrong)
+        write_with_template(header, template.text, partial)
+        if problems := list(find_file_differences(header, read_header(partial), template.text)):
+            raise CheckError(*problems)
         files.replace_atomically(partial, out)
-    return PatchedFile(out, by.name, made, len(header.tensors), len(headers))
+    return PatchedFile(out, patch.name, template, len(header.tensors), len(headers))
 
 
 def read_template(header: Header) -> str:
-    """The chat template that a file holds. Raises InputError when it holds none."""
+    """Return the chat template of a file. Raises InputError if it has none."""
     text = header.metadata.get(KEY)
     if not isinstance(text, str) or not text:
-        raise InputError(f"{header.path}: {KEY}: missing; this file holds no chat template")
+        raise InputError(f"{header.path}: {KEY}: missing; this file has no chat template")
     return text
 
 
-def find_fitting_patches(text: str, where: str) -> TemplatePatch:
-    """The one patch of the project whose replacements all fit, or all stand already. Raises InputError."""
-    names, fits = list_recipes("templates"), []
-    for by in map(load_template_patch, names):
+def find_fitting_patches(text: str, source: str) -> TemplatePatch:
+    """Return the one patch of this project whose replacements all fit, or are all applied.
+
+    Raises:
+        InputError: None fits, or more than one.
+    """
+    names, fitting = list_recipes("templates"), []
+    for patch in map(load_template_patch, names):
         try:
-            patch(text, by, where)
-            fits.append(by)
+            patch_template(text, patch, source)
+            fitting.append(patch)
         except InputError:
             continue
-    if len(fits) != 1:
-        found = " and ".join(by.name for by in fits) or "none"
+    if len(fitting) != 1:
+        actual = " and ".join(patch.name for patch in fitting) or "none"
         raise InputError(
-            f"{where}: expected one patch that fits its chat template, found {found}; name one with --patch to see"
-            f" where it does not fit: {', '.join(names)}"
+            f"{source}: expected one patch that fits its chat template, found {actual}; name one"
+            f" with --patch to see where it does not fit: {', '.join(names)}"
         )
-    return fits[0]
+    return fitting[0]
 
 
 def write_with_template(header: Header, text: str, out: Path) -> None:
-    """Write the file again with another template in place of its own; nothing else is interpreted."""
+    """Write a GGUF again with another template; nothing else is interpreted."""
     alignment = int(header.metadata.get("general.alignment", ALIGNMENT))
     with header.path.open("rb") as source, out.open("wb") as f:
-        head = replace_template(
-            source.read(header.head_bytes), read_template(header), text, str(header.path)
-        )
+        head = source.read(header.head_bytes)
+        head = replace_template(head, read_template(header), text, str(header.path))
+        # Tensor offsets count from the data section, which begins at a multiple of the alignment.
         f.write(head.ljust(pad(len(head), alignment), b"\0"))
         source.seek(header.data_start)
         shutil.copyfileobj(source, f, CHUNK_BYTES)
 
 
-def replace_template(head: bytes, old: str, new: str, where: str) -> bytes:
-    """The raw head of a GGUF with one template in place of another.
+def replace_template(head: bytes, old: str, new: str, source: str) -> bytes:
+    """Return the raw header of a GGUF with one template instead of another.
 
-    Raises InputError when the record's bytes do not stand there once: a text could hold what looks like a record.
+    Raises:
+        InputError: The record's bytes do not occur exactly once: a text of the metadata may contain
+            bytes that look like a record.
     """
-    record = _record(old)
-    if (found := head.count(record)) != 1:
+    record = _encode_record(old)
+    if (count := head.count(record)) != 1:
         raise InputError(
-            f"{where}: {KEY}: expected its record once in the head, found it {found} times"
+            f"{source}: {KEY}: expected its record once in the header, found it {count} times"
         )
-    return head.replace(record, _record(new))
+    return head.replace(record, _encode_record(new))
 
 
-def differences(before: Header, after: Header, text: str) -> Iterator[str]:
-    """Whatever is not as it was, apart from the template: a key, the order of keys, a tensor's place or bytes."""
+def find_file_differences(before: Header, after: Header, text: str) -> Iterator[str]:
+    """Yield what differs beside the template: keys, their order, tensors, their bytes."""
     expected = before.metadata | {KEY: text}
     if list(after.metadata) != list(expected):
         yield f"{after.path}: keys: expected those of {before.path} in their order, found others"
     for key in expected.keys() & after.metadata.keys():
-        if repr(after.metadata[key]) != repr(
-            expected[key]
-        ):  # as text, because one NaN is not equal to another
-            yield f"{after.path}: {key}: expected what {before.path} says, found something else"
+        # Compared as text, because one NaN is not equal to another.
+        if repr(after.metadata[key]) != repr(expected[key]):
+            yield f"{after.path}: {key}: expected the value of {before.path}, found another"
     if after.tensors != before.tensors:
-        yield f"{after.path}: tensors: expected those of {before.path} in their places, found others"
+        yield f"{after.path}: tensors: expected those of {before.path}, in place, found others"
         return
-    found = after.hash_tensors()
+    digests = after.hash_tensors()
     for name, sha in before.hash_tensors().items():
-        if found[name] != sha:
-            yield f"{after.path}: tensor {name}: expected sha256 {sha}, found {found[name]}"
+        if digests[name] != sha:
+            yield f"{after.path}: tensor {name}: expected sha256 {sha}, found {digests[name]}"
 
 
-def describe_patch(done: PatchedFile) -> Sequence[str]:
-    """The work in lines for the person who asked: why so much was written, and what is still to be done."""
-    digests = f"{done.template.original_sha256[:12]} -> {done.template.sha256[:12]}"
-    lines = [
-        f"{done.path}: {KEY} patched by {done.patch}, sha256 {digests}; {done.tensors} tensors, each as it was"
-    ]
-    if done.template.sha256 == done.template.original_sha256:
+def describe_patch(patched: PatchedFile) -> Sequence[str]:
+    """Return lines for the user: what was written, and what remains to be done."""
+    digests = f"{patched.template.original_sha256[:12]} -> {patched.template.sha256[:12]}"
+    tensors = f"{patched.tensors} tensors unchanged"
+    lines = [f"{patched.path}: {KEY} patched by {patched.patch}, sha256 {digests}; {tensors}"]
+    if patched.template.sha256 == patched.template.original_sha256:
         lines.append("the template had been patched before: this is a copy")
-    if done.shards > 1:
-        if done.tensors:
-            lines.append(
-                "the first shard was written whole: it holds tensors too, and they lie behind the template"
-            )
-        others = f"the other {done.shards - 1} of {done.shards} shards"
+    if patched.shards > 1:
+        if patched.tensors:
+            lines.append("the first shard was written whole: its tensors follow the template")
+        others = f"the other {patched.shards - 1} of {patched.shards} shards"
         lines.append(f"{others} stay as they are; llama.cpp finds them beside the first, by name")
     return lines
 
 
-def _problems(header: Header, shards: int, out: Path) -> Iterator[str]:
+def _find_problems(header: Header, shards: int, out: Path) -> Iterator[str]:
     if number := header.metadata.get("split.no"):
-        yield f"{header.path}: split.no: expected the first shard, which holds the template, found number {number + 1}"
+        yield (
+            f"{header.path}: split.no: expected the first shard, which has the template,"
+            f" found number {number + 1}"
+        )
     if shards > 1 and not _is_first_of(out, shards):
-        yield f"{out}: expected a name that ends with -00001-of-{shards:05d}.gguf, because the other shards are found by it"
+        yield (
+            f"{out}: expected a name that ends with -00001-of-{shards:05d}.gguf, because"
+            " llama.cpp finds the other shards by it"
+        )
     if out.exists() or out.is_symlink():
-        yield f"{out}: exists already; name another file or take it away"
+        yield f"{out}: exists already; name another file or remove it"
 
 
 def _is_first_of(path: Path, shards: int) -> bool:
@@ -170,11 +180,11 @@ def _is_first_of(path: Path, shards: int) -> bool:
     return path.suffix == ".gguf" and match is not None and int(match[2]) == shards
 
 
-def _record(text: str) -> bytes:
-    """The template's key and value as they lie in a GGUF."""
-    return _string(KEY) + struct.pack("<I", STRING) + _string(text)
+def _encode_record(text: str) -> bytes:
+    """The template's key, type and value in the bytes of a GGUF (docs/gguf.md in ggml)."""
+    return _encode_string(KEY) + struct.pack("<I", STRING) + _encode_string(text)
 
 
-def _string(text: str) -> bytes:
+def _encode_string(text: str) -> bytes:
     raw = text.encode()
     return struct.pack("<Q", len(raw)) + raw

@@ -1,92 +1,99 @@
-"""A verdict for people and for machines: a transcript in Markdown, and JUnit's XML, which every CI can show. Pure."""
+"""The result of a smoke test for people and CI: a transcript in Markdown, and JUnit XML. Pure."""
 
 from xml.etree import ElementTree
 
-from quant.chat.verdict import Exchange, SmokeResult, conversations
+from quant.chat.verdict import CheckResult, Exchange, SmokeResult, group_by_scenario
 
 TRANSCRIPT, JUNIT, JSON, LOG = "transcript.md", "junit.xml", "verdict.json", "server.log"
 """The files that a smoke test leaves."""
 FAILED = "failed.md"
-"""The transcript again, of a file that knows too little."""
-UNFIT = dict.fromkeys(
+"""The transcript of a file whose answers are not good enough, beside the one that is stored."""
+NOT_IN_XML = dict.fromkeys(
     (*range(9), 11, 12, *range(14, 32), 0xFFFE, 0xFFFF), "\N{REPLACEMENT CHARACTER}"
 )
-"""Characters that XML cannot hold; models say them when they are broken."""
+"""Characters that XML 1.0 forbids (section 2.2). Broken models write them."""
 
 
-def format_transcript(verdict: SmokeResult) -> str:
-    """Everything that was found and said."""
-    lines = [f"# {verdict.file}: {'passed' if verdict.passed else 'FAILED'}", ""]
-    for s in verdict.scenarios:
-        state = "passed" if s.passed else f"waived ({s.waived})" if s.waived else "FAILED"
-        lines.append(
-            f"- {s.name} ({s.kind}): {state}"
-            + ("" if s.passed and s.detail == "ok" else f": {s.detail}")
-        )
-    for s in verdict.scenarios:
-        if not s.passed and (s.prompt or s.answer):
-            lines += ["", f"## Failed: {s.name} ({s.kind})"]
-            lines += ["", "The prompt:", *_block(s.prompt)] if s.prompt else []
-            lines += ["", "The answer:", *_block(s.answer)] if s.answer else []
-    for name, exchanges in conversations(verdict.transcript).items():
+def format_transcript(result: SmokeResult) -> str:
+    """Return the checks, the failures with prompt and answer, and every exchange, as Markdown."""
+    lines = [f"# {result.file}: {'passed' if result.passed else 'FAILED'}", ""]
+    for check in result.scenarios:
+        detail = "" if check.passed and check.detail == "ok" else f": {check.detail}"
+        lines.append(f"- {check.name} ({check.kind}): {_state(check)}{detail}")
+    for check in result.scenarios:
+        if not check.passed and (check.prompt or check.answer):
+            lines += ["", f"## Failed: {check.name} ({check.kind})"]
+            lines += ["", "The prompt:", *_fence(check.prompt)] if check.prompt else []
+            lines += ["", "The answer:", *_fence(check.answer)] if check.answer else []
+    for name, exchanges in group_by_scenario(result.transcript).items():
         lines += ["", f"## {name}"]
         for exchange in exchanges:
-            lines += ["", *_said(exchange)]
-    if not verdict.passed and verdict.log:
-        lines += ["", "## The server's last words", *_block(verdict.log)]
+            lines += ["", *_format_exchange(exchange)]
+    if not result.passed and result.server_log:
+        lines += ["", "## End of the server's log", *_fence(result.server_log)]
     return "\n".join(lines) + "\n"
 
 
-def format_junit(verdict: SmokeResult, seconds: float = 0.0) -> str:
-    """The outcomes as a test suite."""
-    failed = [s for s in verdict.scenarios if not s.passed and not s.waived]
-    waived = [s for s in verdict.scenarios if not s.passed and s.waived]
+def format_junit(result: SmokeResult, seconds: float = 0.0) -> str:
+    """Return the checks as a JUnit test suite; waived failures are skipped tests.
+
+    Args:
+        result: The result.
+        seconds: Duration of the whole test.
+    """
+    failed = [s for s in result.scenarios if not s.passed and not s.waived]
+    waived = [s for s in result.scenarios if not s.passed and s.waived]
     suite = ElementTree.Element(
         "testsuite",
-        name=f"smoke {verdict.file}",
-        tests=str(len(verdict.scenarios)),
+        name=f"smoke {result.file}",
+        tests=str(len(result.scenarios)),
         failures=str(len(failed)),
         skipped=str(len(waived)),
         errors="0",
         time=f"{seconds:.3f}",
     )
-    said = conversations(verdict.transcript)
-    for s in verdict.scenarios:
+    exchanges = group_by_scenario(result.transcript)
+    for s in result.scenarios:
         case = ElementTree.SubElement(suite, "testcase", classname=f"smoke.{s.kind}", name=s.name)
         if s in waived:
-            ElementTree.SubElement(case, "skipped", message=_fit(f"waived: {s.waived}: {s.detail}"))
+            message = _to_xml_text(f"waived: {s.waived}: {s.detail}")
+            ElementTree.SubElement(case, "skipped", message=message)
         elif s in failed:
-            failure = ElementTree.SubElement(case, "failure", message=_fit(s.detail))
-            failure.text = _fit(
-                f"prompt:\n{s.prompt}\n\nanswer:\n{s.answer}\n\nserver:\n{verdict.log}\n"
+            failure = ElementTree.SubElement(case, "failure", message=_to_xml_text(s.detail))
+            failure.text = _to_xml_text(
+                f"prompt:\n{s.prompt}\n\nanswer:\n{s.answer}\n\nserver:\n{result.server_log}\n"
             )
-        if s.kind == "protocol" and s.name in said:
+        if s.kind == "protocol" and s.name in exchanges:
             out = ElementTree.SubElement(case, "system-out")
-            out.text = _fit("\n\n".join("\n".join(_said(e)) for e in said[s.name]))
+            texts = ("\n".join(_format_exchange(e)) for e in exchanges[s.name])
+            out.text = _to_xml_text("\n\n".join(texts))
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _said(exchange: Exchange) -> list[str]:
-    about = f"{exchange.finish_reason}; {exchange.prompt_tokens} tokens read, {exchange.cached_tokens} of them from the cache"
-    lines = [f"**{_line(exchange.question)}**{' (thinking)' if exchange.thinking else ''}"]
+def _state(check: CheckResult) -> str:
+    if check.passed:
+        return "passed"
+    return f"waived ({check.waived})" if check.waived else "FAILED"
+
+
+def _format_exchange(exchange: Exchange) -> list[str]:
+    question = " ".join(exchange.question.split())
+    lines = [f"**{question}**{' (thinking)' if exchange.thinking else ''}"]
     lines += [f"> {line}" for line in exchange.reasoning.splitlines()]
-    lines += ["", *_block(exchange.answer)] if exchange.answer else []
+    lines += ["", *_fence(exchange.answer)] if exchange.answer else []
     lines += ["", *(f"calls `{call}`" for call in exchange.calls)] if exchange.calls else []
-    return [*lines, "", f"({about})"]
+    tokens = f"{exchange.prompt_tokens} prompt tokens, {exchange.cached_tokens} of them cached"
+    return [*lines, "", f"({exchange.finish_reason}; {tokens})"]
 
 
-def _block(text: str) -> list[str]:
-    """Text as it stands, also when it holds fences of its own."""
+def _fence(text: str) -> list[str]:
+    """Text in a fence that is longer than any fence in it."""
     fence = "```"
     while fence in text:
         fence += "`"
     return [fence, *text.splitlines(), fence]
 
 
-def _line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _fit(text: str) -> str:
-    return text.translate(UNFIT)
+def _to_xml_text(text: str) -> str:
+    return text.translate(NOT_IN_XML)

@@ -1,76 +1,61 @@
-"""What must hold of every chat template: rules over the texts that it makes of the battery's conversations.
+"""Rules for chat templates: what must hold of the texts that a template makes.
 
-Pure: texts in, faults out. Who renders is another module's business.
+Pure: texts in, faults out. Each rule stands for a client or an engine that broke on a real
+template.
 
-A conversation is asked for at every place where the model speaks: that is a *prompt*. Where a client stands between two
-questions it is asked for without the words that begin an answer: that is the *past*.
+renders
+    Every conversation that a client may send gets a prompt. ``arguments: null`` crashed GLM-4.6's.
+refuses
+    Malformed tool calls are refused in the template's own words, not with ``'str' has no 'items'``.
+one start
+    The start of a prompt occurs once. With BOS twice llama.cpp warns, and models answer worse.
+no None
+    ``content: null``, which OpenAI's API returns beside tool calls, must not become the word None,
+    as Jinja in transformers, vLLM and SGLang writes it.
+tool results
+    A result as typed parts is neither empty (llama.cpp) nor a Python literal (transformers).
+nothing lost
+    Every text of the conversation is in the prompt.
+old reasoning
+    Reasoning of earlier turns is dropped and that of a running tool loop kept, as in training.
+prompts grow
+    Each prompt begins the next. Otherwise the server's KV cache is lost at every turn.
+past stays
+    The past begins the next prompt. llama.cpp's ``common_chat_format_single`` (common/chat.cpp)
+    sends ``next.substr(past.size())``: it aborts, or cuts the question, if the template rewrites
+    the past. This was the bug of the first GLM-4.6 GGUFs: the first turn works, the second breaks.
+generation prompt
+    A prompt ends with the tokens that begin an answer. Otherwise the model continues the question.
+thinking switch
+    Reasoning can be switched, and the default is the one of the family.
+
+A rule that needs a fact which the family does not state is not applied.
 """
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
 
 from quant.chat.conversations import Conversation, Message
+from quant.chat.families import ModelFamily, ReasoningFormat
+from quant.chat.renderings import (
+    MODES,
+    Rendering,
+    Renderings,
+    RenderRequest,
+    collect_reasoning,
+    conversation_requests,
+    has_loop_reasoning,
+    last_question,
+    list_requests,
+)
 
-MODES: Mapping[str, Mapping[str, Any]] = {
-    "default": {},
-    "on": {"enable_thinking": True},
-    "off": {"enable_thinking": False},
-}
-START, OPEN, CLOSE = "[gMASK]<sop>", "<think>", "</think>"
 DIFF_LINES = 30
-
-
-@dataclass(frozen=True)
-class RenderRequest:
-    """One text to render."""
-
-    conversation: Conversation
-    mode: str
-    kind: Literal["prompt", "past"]
-    upto: int
-    """How many of its messages."""
-    thinking: bool | None
-
-    @property
-    def name(self) -> str:
-        """What a fault calls it."""
-        return f"{self.conversation.name}, {self.where}"
-
-    @property
-    def where(self) -> str:
-        """Which of its conversation's texts it is."""
-        return f"thinking {self.mode}, {self.kind} {self.upto}"
-
-    @property
-    def messages(self) -> list[Message]:
-        """What is rendered."""
-        return list(self.conversation.messages[: self.upto])
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """What the template gets beside messages and tools."""
-        thinking = {} if self.thinking is None else {"enable_thinking": self.thinking}
-        return {
-            **dict(self.conversation.variables),
-            **thinking,
-            "add_generation_prompt": self.kind == "prompt",
-        }
-
-
-@dataclass(frozen=True)
-class Rendering:
-    """What an engine made of an ask: a text, or the words with which it refused."""
-
-    text: str | None
-    error: str = ""
-
-
-Renderings = Mapping[str, Rendering]
-"""An engine's, by the names of the asks."""
+CONTEXT_CHARACTERS = 40
+_NONE = re.compile(r"\bNone\b")
+_TYPED_PART = re.compile(r"""['"]type['"]: ['"]text['"]""")
 
 
 @dataclass(frozen=True)
@@ -85,327 +70,254 @@ class TemplateFault:
     engine: str = "jinja"
 
 
-def list_requests(battery: Iterable[Conversation]) -> tuple[RenderRequest, ...]:
-    """Every text that the rules look at."""
-    return tuple(ask for conversation in battery for ask in _asks(conversation))
-
-
 def find_faults(
-    battery: Sequence[Conversation], made: Renderings, template: str
+    conversations: Sequence[Conversation], renderings: Renderings, family: ModelFamily
 ) -> Iterator[TemplateFault]:
-    """Every rule that the renderings of one template break."""
-    glm = "<|observation|>" in template
-    for ask in list_requests(battery):
-        rendered = made[ask.name]
-        if ask.conversation.refused:
-            yield from _not_refused(ask, rendered)
-        elif rendered.text is None:
-            yield TemplateFault("renders", ask.conversation.name, ask.where, rendered.error)
-        elif ask.kind == "prompt":
-            yield from _text_faults(ask, rendered.text, glm)
-    for conversation in battery:
+    """Yield every rule that the renderings of one template break.
+
+    Args:
+        conversations: The test conversations of the family.
+        renderings: What the engine returned for ``list_requests(conversations)``.
+        family: Facts of the model's family.
+    """
+    for request in list_requests(conversations):
+        rendering = renderings[request.name]
+        if request.conversation.refused:
+            yield from _refusal_faults(request, rendering)
+        elif rendering.text is None:
+            yield _fault("renders", request, rendering.error)
+        elif request.kind == "prompt":
+            yield from _text_faults(request, rendering.text, family)
+    for conversation in conversations:
         if not conversation.refused:
-            yield from _growth_faults(conversation, made)
-            yield from _switch_faults(conversation, made, template)
+            yield from _growth_faults(conversation, renderings)
+            yield from _switch_faults(conversation, renderings, family.reasoning)
 
 
 def find_disagreements(
-    engine: str, theirs: Renderings, ours: Renderings, battery: Sequence[Conversation]
+    engine: str, theirs: Renderings, ours: Renderings, conversations: Sequence[Conversation]
 ) -> Iterator[TemplateFault]:
-    """Where another engine makes another text of the same template; only what it rendered is compared."""
-    for ask in list_requests(battery):
-        if ask.name not in theirs:
+    """Yield where another engine makes another text of the same template.
+
+    Only what it rendered is compared. The texts are compared whole, byte for byte: one blank more
+    or less is another token for the model.
+    """
+    for request in list_requests(conversations):
+        if request.name not in theirs:
             continue
-        their, our = theirs[ask.name], ours[ask.name]
-        if ask.conversation.refused:
-            yield from _not_refused(ask, their, engine)
+        their, our = theirs[request.name], ours[request.name]
+        if request.conversation.refused:
+            yield from _refusal_faults(request, their, engine)
         elif their.text is None:
-            yield TemplateFault(
-                "engines agree",
-                ask.conversation.name,
-                ask.where,
-                f"refused: {their.error}",
-                engine=engine,
-            )
+            yield _fault("engines agree", request, f"refused: {their.error}", engine=engine)
         elif our.text is not None and their.text != our.text:
-            yield TemplateFault(
-                "engines agree",
-                ask.conversation.name,
-                ask.where,
-                "another text",
-                format_diff(our.text, their.text, "jinja", engine),
-                engine,
-            )
+            diff = format_diff(our.text, their.text, "jinja", engine)
+            yield _fault("engines agree", request, "different text", diff, engine)
 
 
 def find_changes(
-    original: Renderings, patched: Renderings, battery: Sequence[Conversation], meant: Iterable[str]
+    original: Renderings,
+    patched: Renderings,
+    conversations: Sequence[Conversation],
+    intended: Iterable[str],
 ) -> Iterator[TemplateFault]:
-    """Where a patch changes what no replacement of it says that it changes."""
-    allowed = set(meant)
-    for ask in list_requests(battery):
-        before, after = original[ask.name], patched[ask.name]
-        if before != after and ask.conversation.name not in allowed:
-            shown = format_diff(
-                before.text or before.error, after.text or after.error, "original", "patched"
-            )
-            yield TemplateFault(
-                "as the original",
-                ask.conversation.name,
-                ask.where,
-                "no replacement says that it changes this",
-                shown,
-            )
+    """Yield where a patch changes a conversation that no replacement lists in ``changes``."""
+    allowed = set(intended)
+    for request in list_requests(conversations):
+        before, after = original[request.name], patched[request.name]
+        if before != after and request.conversation.name not in allowed:
+            texts = before.text or before.error, after.text or after.error
+            diff = format_diff(*texts, "original", "patched")
+            detail = "changed, but no replacement lists it in `changes`"
+            yield _fault("as the original", request, detail, diff)
 
 
-def render_alike(found: Iterable[TemplateFault]) -> list[tuple[TemplateFault, int]]:
-    """One fault for each rule that a conversation breaks in an engine, and how many texts more break it likewise."""
-    known: dict[tuple[str, str, str], list[TemplateFault]] = {}
-    for fault in found:
-        known.setdefault((fault.rule, fault.engine, fault.conversation), []).append(fault)
-    return [(first, len(more)) for first, *more in known.values()]
+def group_faults(faults: Iterable[TemplateFault]) -> list[tuple[TemplateFault, int]]:
+    """Return the first fault of each rule, engine and conversation, and the number of others."""
+    groups: dict[tuple[str, str, str], list[TemplateFault]] = {}
+    for fault in faults:
+        groups.setdefault((fault.rule, fault.engine, fault.conversation), []).append(fault)
+    return [(first, len(others)) for first, *others in groups.values()]
 
 
 def format_diff(before: str, after: str, name_before: str, name_after: str) -> str:
-    """Two texts line by line, cut when it is long."""
+    """Return a unified diff of two texts, cut after :data:`DIFF_LINES` lines."""
     lines = list(
         difflib.unified_diff(
             before.split("\n"), after.split("\n"), name_before, name_after, lineterm="", n=1
         )
     )
-    more = [f"... {len(lines) - DIFF_LINES} lines more"] if len(lines) > DIFF_LINES else []
+    more = [f"... {len(lines) - DIFF_LINES} more lines"] if len(lines) > DIFF_LINES else []
     return "\n".join([*lines[:DIFF_LINES], *more])
 
 
-def _asks(conversation: Conversation) -> Iterator[RenderRequest]:
-    for mode in ("toggled", "toggled otherwise") if conversation.toggled else MODES:
-        for n, upto in enumerate(_prompts(conversation)):
-            yield RenderRequest(conversation, mode, "prompt", upto, _thinking(mode, n))
-        if not conversation.toggled:
-            for upto in _pasts(conversation):
-                yield RenderRequest(conversation, mode, "past", upto, _thinking(mode, 0))
+def _fault(
+    rule: str, request: RenderRequest, detail: str, diff: str = "", engine: str = "jinja"
+) -> TemplateFault:
+    return TemplateFault(rule, request.conversation.name, request.where, detail, diff, engine)
 
 
-def _thinking(mode: str, n: int) -> bool | None:
-    if mode.startswith("toggled"):
-        return n % 2 == (mode != "toggled")
-    return MODES[mode].get("enable_thinking")
-
-
-def _prompts(conversation: Conversation) -> list[int]:
-    """Before each answer, and at the end; of what must be refused only the end."""
-    messages = conversation.messages
-    before = [n for n, m in enumerate(messages) if n and m["role"] == "assistant"]
-    return [len(messages)] if conversation.refused else [*before, len(messages)]
-
-
-def _pasts(conversation: Conversation) -> list[int]:
-    """Behind each answer that a question follows, and at the end."""
-    messages = conversation.messages
-    between = [
-        n
-        for n in range(1, len(messages))
-        if messages[n]["role"] == "user" and _is_settled(messages[:n])
-    ]
-    return [] if conversation.refused else [*between, len(messages)]
-
-
-def _is_settled(messages: Sequence[Message]) -> bool:
-    """Whether the last word is an answer that looks the same once a question follows.
-
-    Not so where a template keeps the reasoning until then by design: what is given apart, and all of a tool loop.
-    """
-    last = messages[-1]
-    return (
-        last["role"] == "assistant"
-        and not last.get("reasoning_content")
-        and not _thinks_in_loop(messages)
-    )
-
-
-def _thinks_in_loop(messages: Sequence[Message]) -> bool:
-    return any(
-        m.get("tool_calls") and collect_reasoning(m)
-        for m in messages[_last_question(messages) + 1 :]
-    )
-
-
-def _last_question(messages: Sequence[Message]) -> int:
-    return max((n for n, m in enumerate(messages) if m["role"] == "user"), default=-1)
-
-
-def collect_reasoning(message: Message) -> str:
-    """What the model thought before an answer, wherever the client keeps it."""
-    if message["role"] != "assistant":
-        return ""
-    if isinstance(apart := message.get("reasoning_content"), str):
-        return apart.strip()
-    content = message.get("content")
-    if not isinstance(content, str) or CLOSE not in content:
-        return ""
-    return content.split(CLOSE)[0].split(OPEN)[-1].strip()
-
-
-def _texts(message: Message) -> list[str]:
-    """What was said in a message, without what was thought."""
-    content = message.get("content")
-    found = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
-    if message["role"] == "assistant":
-        found = [text.split(CLOSE)[-1] for text in found]
-    return [text.strip() for text in found]
-
-
-def _not_refused(
-    ask: RenderRequest, rendered: Rendering, engine: str = "jinja"
+def _refusal_faults(
+    request: RenderRequest, rendering: Rendering, engine: str = "jinja"
 ) -> Iterator[TemplateFault]:
-    wanted = ask.conversation.refused
-    if rendered.text is not None or wanted not in rendered.error:
-        found = "a text" if rendered.text is not None else repr(rendered.error)
-        detail = f"expected the error {wanted!r}, found {found}"
-        yield TemplateFault("refuses", ask.conversation.name, ask.where, detail, engine=engine)
+    expected = request.conversation.refused
+    if rendering.text is not None or expected not in rendering.error:
+        actual = "a text" if rendering.text is not None else repr(rendering.error)
+        detail = f"expected the error {expected!r}, found {actual}"
+        yield _fault("refuses", request, detail, engine=engine)
 
 
-def _text_faults(ask: RenderRequest, text: str, glm: bool) -> Iterator[TemplateFault]:
+def _text_faults(request: RenderRequest, text: str, family: ModelFamily) -> Iterator[TemplateFault]:
     for rule, details in (
-        ("one start", _start_faults(ask, text) if glm else ()),
+        ("one start", _start_faults(request, text, family.prompt_start)),
         ("no None", _none_faults(text)),
-        ("tool results", _result_faults(ask, text)),
-        ("nothing lost", _lost(ask, text)),
-        ("old reasoning", _reasoning_faults(ask, text)),
+        ("tool results", _result_faults(request, text, family)),
+        ("nothing lost", _missing_texts(request, text)),
+        ("old reasoning", _reasoning_faults(request, text, family.reasoning)),
     ):
-        yield from (
-            TemplateFault(rule, ask.conversation.name, ask.where, detail) for detail in details
-        )
+        yield from (_fault(rule, request, detail) for detail in details)
 
 
-def _start_faults(ask: RenderRequest, text: str) -> Iterator[str]:
-    own = sum(t.count(START) for m in ask.messages for t in _texts(m))
-    if not text.startswith(START) or text.count(START) != 1 + own:
-        yield f"expected {START} once, at the beginning, found it {text.count(START) - own} times"
+def _start_faults(request: RenderRequest, text: str, start: str) -> Iterator[str]:
+    # A user may quote the tokens; what he wrote does not count.
+    quoted = sum(t.count(start) for m in request.messages for t in _spoken_texts(request, m))
+    if start and (not text.startswith(start) or text.count(start) != 1 + quoted):
+        yield f"expected {start} once, at the start, found it {text.count(start) - quoted} times"
 
 
 def _none_faults(text: str) -> Iterator[str]:
-    if match := re.search(r"\bNone\b", text):
-        yield f"the word None, which nobody said: {text[max(0, match.start() - 40) : match.end() + 40]!r}"
+    # The test conversations never say None, so the template made it.
+    if match := _NONE.search(text):
+        start, end = max(0, match.start() - CONTEXT_CHARACTERS), match.end() + CONTEXT_CHARACTERS
+        yield f"the word None, which no message contains: {text[start:end]!r}"
 
 
-def _result_faults(ask: RenderRequest, text: str) -> Iterator[str]:
-    empty = sum(m["role"] == "tool" and not any(_texts(m)) for m in ask.messages)
-    if len(re.findall(r"<tool_response>\s*</tool_response>", text)) > empty:
-        yield "a tool's result came out empty"
-    if re.search(r"""['"]type['"]: ['"]text['"]""", text):
-        yield "a typed part came out as source text"
+def _result_faults(request: RenderRequest, text: str, family: ModelFamily) -> Iterator[str]:
+    calls = family.tool_calls
+    if calls and calls.result_open:
+        empty = sum(
+            m["role"] == "tool" and not any(_spoken_texts(request, m)) for m in request.messages
+        )
+        pattern = rf"{re.escape(calls.result_open)}\s*{re.escape(calls.result_close)}"
+        if len(re.findall(pattern, text)) > empty:
+            yield "a tool's result is empty in the prompt"
+    if _TYPED_PART.search(text):
+        yield "a typed part is in the prompt as a Python or JSON literal"
 
 
-def _lost(ask: RenderRequest, text: str) -> Iterator[str]:
+def _missing_texts(request: RenderRequest, text: str) -> Iterator[str]:
     yield from (
-        f"what was said is missing: {said!r}"
-        for m in ask.messages
-        for said in _texts(m)
-        if said not in text
+        f"missing from the prompt: {spoken!r}"
+        for message in request.messages
+        for spoken in _spoken_texts(request, message)
+        if spoken not in text
     )
 
 
-def _reasoning_faults(ask: RenderRequest, text: str) -> Iterator[str]:
-    question = _last_question(ask.messages)
-    for n, message in enumerate(ask.messages):
-        if not (thought := collect_reasoning(message)):
+def _spoken_texts(request: RenderRequest, message: Message) -> list[str]:
+    """The texts of a message without its reasoning, stripped: templates may strip blanks."""
+    content = message.get("content")
+    texts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
+    reasoning = request.conversation.reasoning
+    if message["role"] == "assistant" and reasoning:
+        texts = [text.split(reasoning.close)[-1] for text in texts]
+    return [text.strip() for text in texts]
+
+
+def _reasoning_faults(
+    request: RenderRequest, text: str, reasoning: ReasoningFormat | None
+) -> Iterator[str]:
+    if not reasoning or not reasoning.drops_past:
+        return
+    question = last_question(request.messages)
+    for n, message in enumerate(request.messages):
+        if not (thought := collect_reasoning(message, reasoning)):
             continue
-        if n < question and not _kept_by_wish(ask) and thought in text:
-            yield f"reasoning of an answer before the last question came back: {thought!r}"
+        if n < question and not _keeps_reasoning(request) and thought in text:
+            yield f"reasoning of an answer before the last question is in the prompt: {thought!r}"
         if n > question and message.get("tool_calls") and thought not in text:
             yield f"reasoning inside a tool loop is missing: {thought!r}"
 
 
-def _kept_by_wish(ask: RenderRequest) -> bool:
-    """Whether the client asks for past reasoning: newer templates of the family keep it then, older ones do not know."""
-    return ("clear_thinking", False) in ask.conversation.variables
+def _keeps_reasoning(request: RenderRequest) -> bool:
+    """Whether the client asks for past reasoning. GLM-4.7 keeps it then; GLM-4.6 cannot."""
+    reasoning = request.conversation.reasoning
+    return bool(reasoning and (reasoning.keep_variable, False) in request.conversation.variables)
 
 
-def _growth_faults(conversation: Conversation, made: Renderings) -> Iterator[TemplateFault]:
-    """Every prompt begins the next, and what a client has so far begins what it sends next."""
-    mine = [
-        ask
-        for ask in _asks(conversation)
-        if not conversation.toggled and made[ask.name].text is not None
+def _growth_faults(conversation: Conversation, renderings: Renderings) -> Iterator[TemplateFault]:
+    """Each prompt begins the next one, and a past begins the prompt that follows it."""
+    if conversation.toggled:
+        return
+    requests = [
+        r for r in conversation_requests(conversation) if renderings[r.name].text is not None
     ]
     for mode in MODES:
-        prompts = {a.upto: a for a in mine if a.mode == mode and a.kind == "prompt"}
-        pasts = {a.upto: a for a in mine if a.mode == mode and a.kind == "past"}
+        prompts = {r.upto: r for r in requests if r.mode == mode and r.kind == "prompt"}
+        pasts = {r.upto: r for r in requests if r.mode == mode and r.kind == "past"}
         for (_, before), (_, after) in pairwise(sorted(prompts.items())):
-            if not (_drops_reasoning(before, after) or _thought_unasked(before, after)):
-                yield from _begins("prompts grow", before, after, made)
+            if not (_ends_tool_loop(before, after) or _has_unasked_reasoning(before, after)):
+                yield from _prefix_faults("prompts grow", before, after, renderings)
         for upto, past in pasts.items():
             if upto + 1 in prompts and upto not in prompts:
-                yield from _begins("past stays", past, prompts[upto + 1], made)
+                yield from _prefix_faults("past stays", past, prompts[upto + 1], renderings)
             if upto in prompts:
-                yield from _generation_faults(past, prompts[upto], made)
+                yield from _generation_faults(past, prompts[upto], renderings)
 
 
-def _drops_reasoning(before: RenderRequest, after: RenderRequest) -> bool:
-    """Whether a question ends a tool loop: its reasoning goes then, by design."""
-    asked = any(m["role"] == "user" for m in after.messages[before.upto :])
-    return asked and _thinks_in_loop(after.messages[: _last_question(after.messages)])
+def _ends_tool_loop(before: RenderRequest, after: RenderRequest) -> bool:
+    """Whether a question ends a tool loop with reasoning, which templates drop then by design."""
+    has_question = any(m["role"] == "user" for m in after.messages[before.upto :])
+    loop = after.messages[: last_question(after.messages)]
+    return has_question and has_loop_reasoning(loop, after.conversation.reasoning)
 
 
-def _thought_unasked(before: RenderRequest, after: RenderRequest) -> bool:
-    """Whether the model thought although it was told not to: then the prompt had closed what stands open in the next."""
-    kept = [m for m in after.messages[before.upto :] if m.get("tool_calls") or _kept_by_wish(after)]
-    return before.thinking is False and any(map(collect_reasoning, kept))
+def _has_unasked_reasoning(before: RenderRequest, after: RenderRequest) -> bool:
+    """Whether an answer has reasoning although it was off: the prompt had closed it already."""
+    kept = [
+        m for m in after.messages[before.upto :] if m.get("tool_calls") or _keeps_reasoning(after)
+    ]
+    reasoning = after.conversation.reasoning
+    return before.thinking is False and any(collect_reasoning(m, reasoning) for m in kept)
 
 
-def _begins(
-    rule: str, before: RenderRequest, after: RenderRequest, made: Renderings
+def _prefix_faults(
+    rule: str, before: RenderRequest, after: RenderRequest, renderings: Renderings
 ) -> Iterator[TemplateFault]:
-    # A generation prompt that opens the reasoning (GLM-4.7) is closed once the answer stands in the past, by design.
-    beginning = str(made[before.name].text).removesuffix(OPEN)
-    whole = str(made[after.name].text)
-    if not whole.startswith(beginning):
-        shown = format_diff(beginning, whole[: len(beginning)], before.name, after.name)
-        yield TemplateFault(
-            rule,
-            after.conversation.name,
-            after.where,
-            f"it does not begin with {before.kind} {before.upto}",
-            shown,
-        )
+    # A generation prompt that opens the reasoning (GLM-4.7) is closed once the answer is in the
+    # past, by design.
+    reasoning = after.conversation.reasoning
+    prefix = str(renderings[before.name].text).removesuffix(reasoning.open if reasoning else "")
+    whole = str(renderings[after.name].text)
+    if not whole.startswith(prefix):
+        diff = format_diff(prefix, whole[: len(prefix)], before.name, after.name)
+        yield _fault(rule, after, f"does not begin with {before.kind} {before.upto}", diff)
 
 
 def _generation_faults(
-    past: RenderRequest, prompt: RenderRequest, made: Renderings
+    past: RenderRequest, prompt: RenderRequest, renderings: Renderings
 ) -> Iterator[TemplateFault]:
-    before, whole = str(made[past.name].text), str(made[prompt.name].text)
+    before, whole = str(renderings[past.name].text), str(renderings[prompt.name].text)
     if not whole.startswith(before) or whole == before:
-        yield TemplateFault(
-            "generation prompt",
-            prompt.conversation.name,
-            prompt.where,
-            "nothing behind the conversation asks the model for its answer",
-        )
+        yield _fault("generation prompt", prompt, "the rendered prompt has no generation prompt")
 
 
 def _switch_faults(
-    conversation: Conversation, made: Renderings, template: str
+    conversation: Conversation, renderings: Renderings, reasoning: ReasoningFormat | None
 ) -> Iterator[TemplateFault]:
-    if conversation.toggled or not ("<|observation|>" in template or "enable_thinking" in template):
+    if conversation.toggled or not reasoning or not reasoning.switch:
         return
     last = {
-        a.mode: made[a.name].text
-        for a in _asks(conversation)
-        if a.kind == "prompt" and a.upto == len(conversation.messages)
+        r.mode: renderings[r.name].text
+        for r in conversation_requests(conversation)
+        if r.kind == "prompt" and r.upto == len(conversation.messages)
     }
     if None in last.values():
         return
+    where, name = "thinking", conversation.name
     if last["on"] == last["off"]:
-        yield TemplateFault(
-            "thinking switch", conversation.name, "thinking", "on and off make the same prompt"
-        )
-    if last["default"] != last["on"]:
-        shown = format_diff(str(last["default"]), str(last["on"]), "default", "on")
-        yield TemplateFault(
-            "thinking switch",
-            conversation.name,
-            "thinking",
-            "on and the default make different prompts",
-            shown,
-        )
+        yield TemplateFault("thinking switch", name, where, "on and off render the same prompt")
+    if reasoning.on_by_default and last["default"] != last["on"]:
+        diff = format_diff(str(last["default"]), str(last["on"]), "default", "on")
+        detail = "on and the default render different prompts"
+        yield TemplateFault("thinking switch", name, where, detail, diff)

@@ -1,22 +1,25 @@
-"""Talk to a file over several turns through llama-server: pass, or no release.
+"""The smoke test: serve a file by llama-server, run conversations, judge the answers.
 
-The server is a real one on a loopback port, and what is said to it is said by OpenAI's own client. At temperature 0, so
-that a verdict can be repeated. What a file said is kept in the store; the verdict is worked out from it anew each time,
-so a variant is held against the BF16 file without asking that one again.
+The server is a real one on a loopback port, and OpenAI's own client talks to it. Everything is
+asked at temperature 0, so that a result can be repeated. The record of a file is kept in the store;
+the result is computed from it each time, so a variant is compared with BF16 without asking BF16
+again.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from quant.chat import report
-from quant.chat.conversations import BATTERY
+from quant.chat.conversations import CONVERSATIONS
+from quant.chat.families import ModelFamily, find_file_family
+from quant.chat.file_checks import FILE_CHECKS, check_file
 from quant.chat.runner import SmokeRunner
 from quant.chat.scenarios import Scenarios, merge_scenarios
 from quant.chat.verdict import ANSWERS, SmokeResult, SmokeRun, judge_run, parse_run
 from quant.core import files, process
-from quant.core.format import hash_text
 from quant.core.store import Store
 from quant.errors import (
     CheckError,
@@ -25,334 +28,248 @@ from quant.errors import (
     raise_problems,
     suggest_name,
 )
-from quant.llama.chat_client import ChatClient, Message
 from quant.llama.gguf import Header
 from quant.llama.model_file import ModelFile
 from quant.llama.server import ServerSettings, serve_model
 from quant.llama.toolchain import Toolchain
-from quant.plan.recipe import ModelRecipe
+from quant.plan.recipe import ModelRecipe, Waiver
 from quant.plan.sizes import kv_cache_bytes
 
 START_SECONDS = 60
 LOAD_BYTES_PER_SECOND = 50 * 10**6
-"""A server that has not loaded at this pace after START_SECONDS is given up: a slow network disk reads faster."""
+"""A server that loads slower after START_SECONDS is given up: a slow network disk is faster."""
 SECONDS_PER_TOKEN = 5
-"""An answer that comes slower than this is given up: a large model on processors alone is ten times faster."""
-CHECKS = 1
-"""Counts up when what is checked changes in a way that the scenarios do not show; kept work is then done again."""
-ENDS = ("eos", "eot", "eom")
-"""The file's keys for the tokens that end an answer: tokenizer.ggml.eos_token_id and so on."""
-WINDOW_BYTES = 2**16
-SMALL_BYTES = 10**8
-"""Of a smaller file one thread is enough: more wait longer for each other than they work, above all on a busy machine."""
-FILE_CHECKS = (
-    "template",
-    "generation prompt",
-    "special tokens",
-    "end of turn",
-    "tool format",
-    "weights",
-    "raw history, thinking on",
-    "raw history, thinking off",
-)
-"""What is looked at before the conversations."""
+"""An answer that comes slower is given up: a large model on a CPU alone is ten times faster."""
+CHECKS = 2
+"""Increase it when the checks change and the scenarios do not: stored records are made again."""
+ONE_THREAD_BYTES = 10**8
+"""A smaller file is served by one thread: more wait longer for each other than they compute."""
 WAIVED = "waived for this run"
 
 
 class SmokeTestError(CheckError):
-    """A file did not pass; the verdict is kept for who wants to show it."""
+    """A file failed its smoke test; ``result`` has the details."""
 
-    def __init__(self, verdict: SmokeResult, transcript: Path) -> None:
-        super().__init__(*verdict.faults, f"{verdict.file}: what was said: {transcript}")
-        self.verdict = verdict
+    def __init__(self, result: SmokeResult, transcript: Path) -> None:
+        super().__init__(*result.faults, f"{result.file}: transcript: {transcript}")
+        self.result = result
+
+
+@dataclass(frozen=True)
+class SmokeTestRequest:
+    """The smoke test of one variant of a release."""
+
+    file: ModelFile
+    required_answers: float
+    """The fraction of the reference's correct answers that must be correct."""
+    reference: ModelFile
+    """The BF16 file; it may be ``file`` itself."""
+    model: ModelRecipe
+    tools: Toolchain
+    store: Store
+    vision: ModelFile | None = None
+    """Vision projector (mmproj)."""
+    scenarios: Scenarios | None = None
+    """None loads the set that the model recipe names."""
+
+    @property
+    def waivers(self) -> dict[str, str]:
+        """Names of checks that may fail, and why."""
+        return {w.scenario: w.why for w in self.model.waivers}
+
+    def settings(self, file: ModelFile) -> "SmokeSettings":
+        """Return how a file is served for this test."""
+        return SmokeSettings(
+            file=file,
+            scenarios=merge_scenarios(
+                self.model, has_vision=self.vision is not None, scenarios=self.scenarios
+            ),
+            max_answer=self.model.max_answer,
+            end_tokens=self.model.ollama.stop,
+            vision=self.vision.path if self.vision else None,
+        )
 
 
 @dataclass(frozen=True)
 class SmokeSettings:
-    """How a file is served for a smoke test."""
+    """How a file is served and what it is asked."""
 
     file: ModelFile
-    tried: Scenarios
+    scenarios: Scenarios
     max_answer: int
-    ends: tuple[str, ...]
-    """Tokens that must end an answer."""
+    """Maximum number of tokens of an answer."""
+    end_tokens: tuple[str, ...]
+    """Tokens that must end an answer. Empty: the file's eos token will do."""
     vision: Path | None = None
-    """The part that sees (mmproj)."""
+    """Vision projector (mmproj)."""
     override_tensors: tuple[str, ...] = ()
-    """As llama-server's -ot: where some tensors are kept."""
+    """REGEX=BUFFER for llama-server's -ot: on which device tensors are kept."""
     port: int | None = None
+    """A loopback port. None takes a free one."""
+
+    @cached_property
+    def family(self) -> ModelFamily:
+        """The family of the file's chat template."""
+        return find_file_family(self.file.header)
 
     @property
     def context(self) -> int:
-        """Tokens that the longest conversation can take."""
-        turns = (
+        """Number of tokens that the longest conversation can take.
+
+        A turn takes one answer, and two more if it calls tools: the call that had to be required,
+        and the answer to its result.
+        """
+        lengths = (
             s.fill_tokens + self.max_answer * (1 + sum(1 + bool(t.calls) for t in s.turns))
-            for s in self.tried.scenarios
+            for s in self.scenarios.scenarios
         )
-        return max(turns)
+        return max(lengths)
 
     @property
-    def server(self) -> tuple[str, ...]:
-        """The server's arguments that can change what is said."""
-        moved = (part for pattern in self.override_tensors for part in ("-ot", pattern))
-        return (
-            "--jinja",
-            "-c",
-            str(self.context),
-            "-np",
-            "1",
-            "--seed",
-            "1",
-            "--no-prefill-assistant",
-            *moved,
-        )
+    def server_arguments(self) -> tuple[str, ...]:
+        """llama-server's arguments that can change an answer.
+
+        One slot, so that a cached prompt is never lost to another one. Without prefill an assistant
+        message at the end is history, not the beginning of an answer.
+        """
+        fixed = f"--jinja -c {self.context} -np 1 --seed 1 --no-prefill-assistant".split()
+        overrides = (part for pattern in self.override_tensors for part in ("-ot", pattern))
+        return (*fixed, *overrides)
 
 
-def smoke_test(
-    file: ModelFile,
-    answers: float,
-    original: ModelFile,
-    model: ModelRecipe,
-    tools: Toolchain,
-    store: Store,
-    vision: ModelFile | None = None,
-    scenarios: Scenarios | None = None,
-) -> SmokeResult:
-    """The verdict on one variant of a release; raises SmokeFailed when it may not be published."""
-    tried = merge_scenarios(model, sees=vision is not None, found=scenarios)
-    waivers = {w.scenario: w.why for w in model.waivers}
-    heard, folder = _kept(file, model, tools, store, vision, waivers, tried)
-    reference = None
-    if original.receipts != file.receipts:
-        reference, _ = _kept(original, model, tools, store, vision, waivers, tried)
-    verdict = judge_run(heard, answers, reference, waivers)
-    if not verdict.passed:
-        files.write_text(folder / report.FAILED, report.format_transcript(verdict))
-        raise SmokeTestError(verdict, folder / report.FAILED)
-    return verdict
+def smoke_test(request: SmokeTestRequest) -> SmokeResult:
+    """Run the smoke test of one variant, and of the reference if that was not run before.
 
+    Returns:
+        The result of a variant that passed.
 
-def _kept(
-    file: ModelFile,
-    model: ModelRecipe,
-    tools: Toolchain,
-    store: Store,
-    vision: ModelFile | None,
-    waivers: Mapping[str, str],
-    tried: Scenarios,
-) -> tuple[SmokeRun, Path]:
-    """What a file says, asked now or found, and the folder with its transcript.
-
-    Raises SmokeFailed when the protocol does not hold: that is not kept, because it may have been the machine.
+    Raises:
+        SmokeTestError: A check failed that is not waived.
+        InputError: As :func:`run_smoke_test`.
+        ToolError: As :func:`run_smoke_test`.
     """
-    served = SmokeSettings(
-        file,
-        tried,
-        model.max_answer,
-        model.ollama.stop,
-        vision.path if vision else None,
-    )
-    inputs = {
-        "checks": CHECKS,
-        "files": [asdict(r) for r in file.receipts],
-        "vision": vision.digest if vision else None,
-        "scenarios": asdict(served.tried),
-        "max_answer": model.max_answer,
-        "ends": model.ollama.stop,
-        "llama.cpp": str(tools.version),
-    }
-
-    def ask(partial: Path) -> dict[str, Any]:
-        heard = run_smoke_test(served, tools, partial)
-        verdict = replace(
-            judge_run(heard, 0, None, waivers), log=process.read_log_tail(partial / report.LOG)
-        )
-        files.write_text(partial / report.TRANSCRIPT, report.format_transcript(verdict))
-        if not verdict.passed:
-            raise SmokeTestError(verdict, partial / report.TRANSCRIPT)
-        return heard.json()
-
-    done = store.run_once("smoke", inputs, ask)
-    return parse_run(done.facts), done.folder
+    run, folder = _run_stored(request, request.file)
+    reference = None
+    if request.reference.receipts != request.file.receipts:
+        reference, _ = _run_stored(request, request.reference)
+    result = judge_run(run, request.required_answers, reference, request.waivers)
+    if not result.passed:
+        files.write_text(folder / report.FAILED, report.format_transcript(result))
+        raise SmokeTestError(result, folder / report.FAILED)
+    return result
 
 
 def run_smoke_test(
-    served: SmokeSettings, tools: Toolchain, folder: Path, start_seconds: float = START_SECONDS
+    settings: SmokeSettings, tools: Toolchain, folder: Path, start_seconds: float = START_SECONDS
 ) -> SmokeRun:
-    """Serve a GGUF (its first shard) and hold every conversation with it; the server's log goes to ``folder``.
+    """Serve a file, run all checks and conversations, and return the record.
 
-    Raises ToolError when the server does not come up or dies, InputError for a shard that is missing or a port in use.
+    Args:
+        settings: The file and what it is asked.
+        tools: llama.cpp's tools.
+        folder: Where the server's log is written.
+        start_seconds: Time for the server to start, beside the time to read the file.
+
+    Raises:
+        InputError: A shard is missing, the file is a later shard, or the port is taken.
+        ToolError: The server does not start, or dies.
     """
-    headers = served.file.headers
+    headers = settings.file.headers
     if number := headers[0].metadata.get("split.no"):
         raise InputError(
-            f"{served.file.path}: expected the first shard, which finds the others, found number {number + 1}"
+            f"{settings.file.path}: expected the first shard, by which the others are found,"
+            f" found number {number + 1}"
         )
     size = sum(h.path.stat().st_size for h in headers)
-    arguments: list[str | Path] = ["-m", served.file.path, *served.server, "--no-webui"]
-    arguments += ["--mmproj", served.vision] if served.vision else []
-    arguments += ["-t", "1"] if size < SMALL_BYTES else []
-    settings = ServerSettings(
+    arguments: list[str | Path] = ["-m", settings.file.path, *settings.server_arguments]
+    arguments += ["--no-webui"]
+    arguments += ["--mmproj", settings.vision] if settings.vision else []
+    arguments += ["-t", "1"] if size < ONE_THREAD_BYTES else []
+    server_settings = ServerSettings(
         arguments=tuple(arguments),
         log=folder / report.LOG,
-        port=served.port,
+        port=settings.port,
         load_seconds=start_seconds + size / LOAD_BYTES_PER_SECOND,
-        answer_seconds=start_seconds + SECONDS_PER_TOKEN * served.max_answer,
-        max_answer=served.max_answer,
-        memory_needed=_describe_memory(size, headers[0], served.context),
+        answer_seconds=start_seconds + SECONDS_PER_TOKEN * settings.max_answer,
+        max_answer=settings.max_answer,
+        memory_needed=_describe_memory(size, headers[0], settings.context),
     )
-    with convert_disk_errors(folder), serve_model(tools, settings) as server:
-        holding = SmokeRunner(server.client, served.tried, server.explain_failed_request)
-        _hold_the_file(holding, headers, served)
-        holding.all()
+    with convert_disk_errors(folder), serve_model(tools, server_settings) as server:
+        runner = SmokeRunner(
+            client=server.client,
+            scenarios=settings.scenarios,
+            family=settings.family,
+            explain_failure=server.explain_failed_request,
+        )
+        check_file(runner, headers, settings.end_tokens)
+        runner.run_all()
     return SmokeRun(
-        served.file.path.name,
-        served.server,
-        tuple(holding.outcomes),
-        tuple(holding.answers),
-        tuple(holding.transcript),
-    )
-
-
-def _hold_the_file(holding: SmokeRunner, headers: Sequence[Header], served: SmokeSettings) -> None:
-    """What can be said of a file before anything is said to it."""
-    talk, tokens = holding.talk, served.tried.tokens
-    holding.note(
-        "template", _template_faults(talk, headers[0].metadata.get("tokenizer.chat_template"))
-    )
-    holding.note("generation prompt", _generation_faults(talk))
-    holding.note("special tokens", _split_tokens(talk, tokens.single))
-    holding.note("end of turn", _end_faults(headers[0], served.ends))
-    holding.note("tool format", _format_faults(holding, tokens.call))
-    holding.note("weights", (fault for header in headers for fault in find_zero_tensors(header)))
-    for thinking in (True, False):
-        holding.note(
-            f"raw history, thinking {'on' if thinking else 'off'}", _raw_history(holding, thinking)
-        )
-
-
-def _template_faults(talk: ChatClient, template: Any) -> Iterator[str]:
-    """The server tells the template that it uses; another one would be llama.cpp's own guess."""
-    served = str(talk.read_properties().get("chat_template"))
-    if template is None:
-        yield "the file holds no chat template"
-    elif served.strip() != str(template).strip():
-        yield (
-            f"the server uses another template than the file's (sha256 {hash_text(served)[:12]},"
-            f" not {hash_text(str(template))[:12]})"
-        )
-
-
-def _generation_faults(talk: ChatClient) -> Iterator[str]:
-    said: list[Message] = [{"role": "user", "content": "Hello."}]
-    prompt, past = talk.render_prompt(said, True), talk.render_history(said, True)
-    if prompt == past or not prompt.startswith(past):
-        yield f"nothing behind the question asks the model for its answer: the prompt ends with {prompt[-40:]!r}"
-
-
-def _split_tokens(talk: ChatClient, singles: Sequence[str]) -> Iterator[str]:
-    for token in singles:
-        if (count := talk.count_tokens(token)) != 1:
-            yield f"{token}: expected one token of the vocabulary, found {count} pieces"
-
-
-def _end_faults(header: Header, ends: Sequence[str]) -> Iterator[str]:
-    """A file that does not say where an answer ends lets the model talk on for both sides."""
-    words = header.metadata.get("tokenizer.ggml.tokens") or []
-    found = {}
-    for kind in ENDS:
-        number = header.metadata.get(key := f"tokenizer.ggml.{kind}_token_id")
-        if isinstance(number, int) and 0 <= number < len(words):
-            found[key] = words[number]
-    if (key := "tokenizer.ggml.eos_token_id") not in found:
-        yield f"{key}: missing, or no token of the vocabulary; expected one of {', '.join(ends)}"
-    elif found[key] not in ends:
-        yield f"{key}: expected one of {', '.join(ends)}, found {found[key]}"
-    if missing := [end for end in ends if end not in found.values()]:
-        yield f"expected {', '.join(missing)} to end an answer too, found {', '.join(found.values()) or 'none'}"
-
-
-def _format_faults(holding: SmokeRunner, marks: Sequence[str]) -> Iterator[str]:
-    """A template of another family writes calls in a way that the model was not taught."""
-    if not marks or not holding.tried.tools:
-        return
-    tool = holding.tried.tools[0]
-    call = {
-        "id": "1",
-        "type": "function",
-        "function": {"name": tool.name, "arguments": '{"key": "value"}'},
-    }
-    said: list[Message] = [
-        {"role": "user", "content": "Hello."},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "1", "content": "a result"},
-    ]
-    holding.prompt = holding.talk.render_prompt(said, True, [tool.declared])
-    written = holding.prompt.partition("Hello.")[2]
-    if missing := [mark for mark in (*marks, tool.name, "a result") if mark not in written]:
-        yield f"expected a call and its result to be written with {', '.join(missing)}, found {written[:200]!r}"
-
-
-def _raw_history(holding: SmokeRunner, thinking: bool) -> Iterator[str]:
-    """A client that leaves ``<think>…</think>`` inside ``content``: past reasoning must not come back, nor cut the prompt."""
-    said: list[Message] = [
-        {"role": "user", "content": "Hello."},
-        {"role": "assistant", "content": "<think>They greet me at some length.</think>\nHello!"},
-    ]
-    past = holding.talk.render_history(said, thinking)
-    holding.prompt = prompt = holding.talk.render_prompt(
-        [*said, {"role": "user", "content": "And again."}], thinking
-    )
-    if "at some length" in prompt:
-        yield "reasoning of an earlier turn is in the prompt of the next"
-    if not prompt.startswith(past):
-        yield "the conversation so far is not a prefix of the next prompt: programs that send the difference break here"
-
-
-def find_zero_tensors(header: Header) -> Iterator[str]:
-    """Every weight of a file that is nothing but zeros: no trained model has one, so something was lost on the way.
-
-    Looks at the beginning, the middle and the end of each tensor, and reads all of it only where those are zero.
-    """
-    with header.path.open("rb") as f:
-
-        def zero(start: int, length: int) -> bool:
-            f.seek(header.data_start + start)
-            return not any(f.read(length))
-
-        for t in header.tensors:
-            if not t.name.endswith(".weight") or not t.bytes:
-                continue
-            last = max(0, t.bytes - WINDOW_BYTES)
-            if all(
-                zero(t.offset + at, min(WINDOW_BYTES, t.bytes - at)) for at in (0, last // 2, last)
-            ) and all(
-                zero(t.offset + at, min(WINDOW_BYTES, t.bytes - at))
-                for at in range(0, t.bytes, WINDOW_BYTES)
-            ):
-                yield f"tensor {t.name}: expected weights, found {t.bytes} bytes of zero"
-
-
-def _describe_memory(size: int, header: Header, context: int) -> str:
-    """What a server needs memory for: the weights, and the cache of that many tokens."""
-    cache = kv_cache_bytes(header, context)
-    return (
-        f"weights of {size / 1e9:.2f} GB and a cache of {cache / 1e9:.2f} GB for {context} tokens"
+        file=settings.file.path.name,
+        server_arguments=settings.server_arguments,
+        checks=tuple(runner.checks),
+        answers=tuple(runner.answers),
+        transcript=tuple(runner.transcript),
     )
 
 
 def collect_waivers(
-    model: ModelRecipe, tried: Scenarios, named: Sequence[str] = ()
+    waivers: Sequence[Waiver], scenarios: Scenarios, names: Sequence[str] = ()
 ) -> dict[str, str]:
-    """The failures that do not count, and why: the recipe's, and those that were named for this run.
+    """Return the names of the checks that may fail, and why.
 
-    Raises InputError for a name under which nothing can fail: a misspelt waiver would be none.
+    Args:
+        waivers: The recipe's.
+        scenarios: The scenarios that are run.
+        names: Waived for this run.
+
+    Raises:
+        InputError: No check has the name of a waiver. A misspelled waiver would waive nothing.
     """
-    found = {w.scenario: w.why for w in model.waivers} | dict.fromkeys(named, WAIVED)
-    names = [*FILE_CHECKS, *(s.name for s in tried.scenarios), ANSWERS, *(c.name for c in BATTERY)]
+    merged = {w.scenario: w.why for w in waivers} | dict.fromkeys(names, WAIVED)
+    conversations = (c.name for c in CONVERSATIONS)
+    known = [*FILE_CHECKS, *(s.name for s in scenarios.scenarios), ANSWERS, *conversations]
     raise_problems(
-        f"waiver {n!r}: no scenario of that name: {suggest_name(n, names)}"
-        for n in found
-        if n not in names
+        f"waiver {name!r}: no scenario of that name: {suggest_name(name, known)}"
+        for name in merged
+        if name not in known
     )
-    return found
+    return merged
+
+
+def _run_stored(request: SmokeTestRequest, file: ModelFile) -> tuple[SmokeRun, Path]:
+    """The record of a file, made now or before, and the folder with its transcript.
+
+    A record whose protocol checks fail is not kept: it may have been the machine.
+    """
+    settings, waivers = request.settings(file), request.waivers
+    inputs = {
+        "checks": CHECKS,
+        "files": [asdict(r) for r in file.receipts],
+        "vision": request.vision.digest if request.vision else None,
+        "scenarios": asdict(settings.scenarios),
+        "family": asdict(settings.family),
+        "max_answer": settings.max_answer,
+        "ends": settings.end_tokens,
+        "llama.cpp": str(request.tools.version),
+    }
+
+    def run(partial: Path) -> dict[str, Any]:
+        record = run_smoke_test(settings, request.tools, partial)
+        # No answers are required here: the record serves variants with different requirements.
+        result = judge_run(record, 0, None, waivers)
+        result = replace(result, server_log=process.read_log_tail(partial / report.LOG))
+        files.write_text(partial / report.TRANSCRIPT, report.format_transcript(result))
+        if not result.passed:
+            raise SmokeTestError(result, partial / report.TRANSCRIPT)
+        return record.json()
+
+    stored = request.store.run_once("smoke", inputs, run)
+    return parse_run(stored.facts), stored.folder
+
+
+def _describe_memory(size: int, header: Header, context: int) -> str:
+    """What a server needs memory for: the weights, and the KV cache of that many tokens."""
+    cache = kv_cache_bytes(header, context)
+    return (
+        f"weights of {size / 1e9:.2f} GB and a cache of {cache / 1e9:.2f} GB for {context} tokens"
+    )

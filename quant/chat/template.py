@@ -1,7 +1,7 @@
-"""Patch a chat template by exact replacements, and render conversations with one.
+"""Patch a chat template by exact replacements, and render conversations with a template.
 
-Pure: text in, text out. Every anchor of a patch must occur exactly once, so a template that its authors have changed
-stops the work instead of being patched half.
+Pure: text in, text out. Every anchor of a patch must occur exactly once. If the authors change
+their template, the patch stops the work instead of being half applied.
 """
 
 import json
@@ -21,6 +21,9 @@ from quant.core.format import hash_text
 from quant.errors import InputError, raise_problems
 from quant.plan.recipe import TemplatePatch
 
+_OFFSET = re.compile(r" at (\d+)$")
+_QUOTED_WORD = re.compile(r"(?:unknown tag|filter named|test named|^unexpected) '(.+?)'")
+
 
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -29,41 +32,51 @@ class ChatTemplate:
     text: str
     original_sha256: str
     by: TemplatePatch | None = None
-    """The patch that was made, if one was."""
+    """The patch that was applied, if any."""
     waived: tuple[str, ...] = ()
-    """Conversations of the battery that come out wrong, and may."""
+    """Test conversations that fail, and may."""
 
     @property
     def sha256(self) -> str:
-        """Of the text, in UTF-8, as it stands."""
+        """The sha256 of the text in UTF-8."""
         return hash_text(self.text)
 
 
-def patch_template(text: str, by: TemplatePatch | None, where: str) -> ChatTemplate:
-    """The template with every replacement made; ``where`` names it in errors.
+def patch_template(text: str, patch: TemplatePatch | None, source: str) -> ChatTemplate:
+    """Return the template with every replacement applied.
 
-    A replacement that stands already (its result occurs once, its anchor does not) is left alone, so patching twice
-    is patching once. Raises InputError with every anchor that does not occur exactly once.
+    A replacement that has been applied before (its result occurs once, its anchor does not) is
+    skipped, so patching twice is patching once.
+
+    Args:
+        text: The template.
+        patch: The replacements; None leaves the text as it is.
+        source: The template's name in errors.
+
+    Raises:
+        InputError: Anchors do not occur exactly once. Each is named with its nearest match.
     """
     problems, patched = [], text
-    for n, change in enumerate(by.replacements if by else ()):
-        # TOML's literal strings begin with a newline that it drops and end with one that it keeps: both are lines.
-        found, done = patched.count(change.find), patched.count(change.replace)
-        if done == 1 and found == change.replace.count(change.find):
+    for n, change in enumerate(patch.replacements if patch else ()):
+        # An anchor is whole lines: TOML's literal strings drop the newline that they begin with
+        # and keep the one that they end with.
+        count, results = patched.count(change.find), patched.count(change.replace)
+        # A result may contain its own anchor ("b" -> "(b)"); those occurrences are no anchors.
+        if results == 1 and count == change.replace.count(change.find):
             continue
-        if found != 1:
+        if count != 1:
             first_line = change.find.strip().splitlines()[0]
+            searched = text if text.count(change.find) != 1 else patched
             problems.append(
-                f"{where}: replacement {n + 1} of {by.name if by else ''}: expected its anchor once, found it"
-                f" {found} times: {first_line}; the template was changed upstream, so compare it and mend the patch\n"
-                + show_nearest_matches(
-                    text if text.count(change.find) != 1 else patched, change.find
-                )
+                f"{source}: replacement {n + 1} of {patch.name if patch else ''}: expected its"
+                f" anchor once, found it {count} times: {first_line}; the template was changed"
+                " upstream, so compare it and update the patch\n"
+                + show_nearest_matches(searched, change.find)
             )
             continue
         patched = patched.replace(change.find, change.replace)
     raise_problems(problems)
-    return ChatTemplate(patched, hash_text(text), by)
+    return ChatTemplate(patched, hash_text(text), patch)
 
 
 def render_template(
@@ -74,28 +87,28 @@ def render_template(
     add_generation_prompt: bool = False,
     **variables: Any,
 ) -> str:
-    """What the model reads for a conversation, by the rules of transformers' ``apply_chat_template``.
+    """Return the prompt of a conversation, by the rules of transformers' ``apply_chat_template``.
 
-    Raises InputError when the template refuses the conversation.
+    Raises:
+        InputError: The template refuses the conversation, or fails.
     """
     try:
-        return _compiled(template).render(
+        return _compile(template).render(
             messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
         )
-    except (
-        Exception
-    ) as e:  # a template is a program of strangers: it can fail in every way that Python knows
-        said = str(e) or type(e).__name__
+    except Exception as e:  # a template can fail in every way that Python has
+        reason = str(e) or type(e).__name__
         raise InputError(
-            f"chat template: cannot render the conversation: {said}{_at(e, template)}"
+            f"chat template: cannot render the conversation: {reason}{_describe_place(e, template)}"
         ) from e
 
 
-def _at(error: Exception, template: str) -> str:
-    """The line of the template at which it failed, if Jinja knows it; of what cannot be parsed the column too."""
+def _describe_place(error: Exception, template: str) -> str:
+    """The line of the template at which it failed; for syntax errors the column too."""
     if isinstance(error, TemplateSyntaxError):
-        column = _column(error, template)
+        column = _find_column(error, template)
         return f" (line {error.lineno}{f', column {column}' if column else ''})"
+    # Jinja compiles a template to Python whose frames have the template's line numbers.
     lines = [
         f.lineno
         for f in traceback.extract_tb(error.__traceback__)
@@ -104,23 +117,22 @@ def _at(error: Exception, template: str) -> str:
     return f" (line {lines[-1]})" if lines else ""
 
 
-def _column(error: TemplateSyntaxError, template: str) -> int | None:
-    """Where on its line the word stands that the parser stumbled over: Jinja tells the line only."""
-    if match := re.search(
-        r" at (\d+)$", str(error.message)
-    ):  # its reader of words counts letters from the beginning
+def _find_column(error: TemplateSyntaxError, template: str) -> int | None:
+    """The column of a syntax error. Jinja gives the line only, so it is derived from the message.
+
+    Jinja's lexer names the offset from the beginning; its parser names the word, or nothing.
+    """
+    if match := _OFFSET.search(str(error.message)):
         return int(match[1]) - template.rfind("\n", 0, int(match[1]))
-    named = re.search(
-        r"(?:unknown tag|filter named|test named|^unexpected) '(.+?)'", str(error.message)
-    )
-    word = named[1] if named else _stumbled(template, error.lineno)
+    quoted = _QUOTED_WORD.search(str(error.message))
+    word = quoted[1] if quoted else _find_unparsed_word(template, error.lineno)
     lines = template.splitlines()
     line = lines[error.lineno - 1] if 0 < error.lineno <= len(lines) else ""
     return line.index(word) + 1 if word and word in line else None
 
 
-def _stumbled(template: str, line: int) -> str:
-    """The word at which parsing ends, if it stands in that line."""
+def _find_unparsed_word(template: str, line: int) -> str:
+    """The word at which parsing ends, if it is in that line."""
     try:
         parser = Parser(_environment(), template)
         parser.parse()
@@ -131,13 +143,18 @@ def _stumbled(template: str, line: int) -> str:
 
 
 @lru_cache(maxsize=8)
-def _compiled(template: str) -> Template:
+def _compile(template: str) -> Template:
     return _environment().from_string(template)
 
 
 @lru_cache(maxsize=1)
 def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up: blocks trimmed, sandboxed, `tojson` without HTML escapes."""
+    """Jinja as transformers sets it up (``_compile_jinja_template`` in chat_template_utils.py).
+
+    Blocks are trimmed, ``tojson`` escapes neither HTML nor Unicode, and a template may call
+    ``raise_exception``. transformers' ``strftime_now`` is left out: a prompt with today's date is
+    not reproducible.
+    """
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -147,9 +164,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _Generation(Extension):
-    """``{% generation %}``, with which a template marks the assistant's words for training: rendered as they stand."""
+    """``{% generation %}``, which marks the assistant's text for training: rendered as it is."""
 
-    tags = {"generation"}  # noqa: RUF012 - Jinja's own way to say it
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares the attribute as a plain set
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

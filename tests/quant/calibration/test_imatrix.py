@@ -180,7 +180,7 @@ def test_a_run_killed_between_ranges_continues_and_ends_in_the_bytes_of_one_that
 def test_the_share_that_is_done_is_told_within_ranges_and_after_each(
     tiny: ModelFile, text: CalibrationText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "POLL_SECONDS", 0.002)
+    monkeypatch.setattr(process, "LOOK_SECONDS", 0.002)
     shares: list[float] = []
     with progress.listen_to_progress(shares.append):
         made(tiny, text, tmp_path, replace(SETTINGS, pass_chunks=1))

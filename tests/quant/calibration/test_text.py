@@ -16,7 +16,8 @@ from quant.calibration.text import (
     render_document,
 )
 from quant.calibration.text import build_calibration_text as calibrate_with
-from quant.chat.engines import SpecialTokens, write_mute_model
+from quant.chat.families import load_family
+from quant.chat.stub_model import write_stub_model
 from quant.chat.template import ChatTemplate
 from quant.core.store import Store
 from quant.errors import InputError
@@ -26,6 +27,9 @@ from quant.llama.tokenizer import Tokenizer
 from quant.plan.load import load_model
 from quant.plan.recipe import ModelRecipe
 from tests.models.twins import TINY_GLM
+
+GLM = load_family("glm")
+GLM_TOKENS = GLM.special_tokens, GLM.control_tokens
 
 TEMPLATE = ChatTemplate(
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -67,7 +71,7 @@ def test_a_document_that_cannot_be_rendered_is_named() -> None:
 def base(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
     """A model that can only count its tokens."""
     path = tmp_path_factory.mktemp("base") / "mute.gguf"
-    write_mute_model(path, TEMPLATE.text, SpecialTokens())
+    write_stub_model(path, TEMPLATE.text, *GLM_TOKENS)
     return ModelFile.open(path)
 
 

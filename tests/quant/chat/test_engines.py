@@ -1,4 +1,4 @@
-"""Rendering in a child that has little time, memory and room, and by a real llama-server; neither leaves anything behind."""
+"""Rendering in the sandbox and by a real llama-server: limits, and agreement of the engines."""
 
 import os
 import tempfile
@@ -6,50 +6,53 @@ from pathlib import Path
 
 import pytest
 
-from quant.chat.conversations import BATTERY, Conversation, calls, result, user
+from quant.chat.conversations import Conversation, calls, result, user
 from quant.chat.engines import (
     NOT_TRIED,
-    SpecialTokens,
-    as_a_server_does,
-    hopeless,
+    decode_arguments,
+    find_fatal_error,
     render_by_server,
     render_in_sandbox,
-    write_mute_model,
 )
-from quant.chat.rules import Rendering, RenderRequest, find_disagreements, list_requests
+from quant.chat.families import SpecialTokens
+from quant.chat.renderings import Rendering, RenderRequest, list_requests
+from quant.chat.rules import find_disagreements
 from quant.chat.sandbox import SandboxLimits
+from quant.chat.stub_model import write_stub_model
 from quant.errors import ToolError
 from quant.llama.gguf import read_header
 from quant.llama.toolchain import find_toolchain
-from tests.quant.chat.test_rules import FAMILIES, MADE, ORIGINALS, PATCHED
+from tests.quant.chat.templates import CONVERSATIONS, FILES, GLM, ORIGINALS, PATCHED, RENDERED
 
 ONE = Conversation("one", (user("Hello"),))
-ASKS = [
+REQUESTS = [
     RenderRequest(ONE, "default", "prompt", 1, None),
     RenderRequest(ONE, "off", "prompt", 1, False),
 ]
-FIRST, SECOND = (ask.name for ask in ASKS)
+FIRST, SECOND = (request.name for request in REQUESTS)
 
 
 def child(template: str, **limits: float) -> tuple[Rendering, Rendering]:
-    """What becomes of the first ask, and of one behind it."""
-    made = render_in_sandbox(template, ASKS, limits=SandboxLimits(**limits))  # type: ignore[arg-type]
+    """What becomes of the first request, and of one behind it."""
+    made = render_in_sandbox(template, REQUESTS, limits=SandboxLimits(**limits))  # type: ignore[arg-type]
     return made[FIRST], made[SECOND]
 
 
-def test_the_child_renders_what_is_rendered_here() -> None:
-    assert render_in_sandbox(PATCHED["glm-4.6"], list_requests(BATTERY)) == MADE["glm-4.6"]
+def test_the_sandbox_renders_what_this_process_renders() -> None:
+    assert (
+        render_in_sandbox(PATCHED["glm-4.6"], list_requests(CONVERSATIONS)) == RENDERED["glm-4.6"]
+    )
 
 
-def test_the_child_gives_variables_tokens_and_tools() -> None:
+def test_the_sandbox_passes_variables_tokens_and_tools() -> None:
     template = (
         "{{ bos_token }}{{ eos_token }}{{ enable_thinking }}{{ tools }}{{ add_generation_prompt }}"
     )
-    made = render_in_sandbox(template, ASKS, tokens=SpecialTokens("B", "E"))
+    made = render_in_sandbox(template, REQUESTS, tokens=SpecialTokens("B", "E"))
     assert [made[name].text for name in (FIRST, SECOND)] == ["BENoneTrue", "BEFalseNoneTrue"]
 
 
-def test_a_template_that_does_not_end_is_ended() -> None:
+def test_an_endless_template_is_ended() -> None:
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     first, second = child(endless, seconds=0.2)
     assert first == Rendering(None, "chat template: rendering takes longer than 0.2 s")
@@ -63,7 +66,7 @@ def test_a_long_calculation_is_ended_too() -> None:
     )
 
 
-def test_what_python_does_not_end_the_kernel_ends() -> None:
+def test_the_kernel_ends_what_python_cannot_interrupt() -> None:
     first, second = child("{{ 9 ** (9 ** 9) }}", seconds=99, all_seconds=1)
     assert first.error.startswith("chat template: the renderer was ended by SIG")
     assert first.error.endswith(", at its limit of time or memory")
@@ -92,14 +95,12 @@ def test_a_text_that_is_too_long_is_refused() -> None:
         ("{{ x.y.z }}", "'x' is undefined (line 1)"),
     ],
 )
-def test_what_is_wrong_in_a_template_is_said_in_a_line_with_its_number(
-    template: str, words: str
-) -> None:
+def test_an_error_in_a_template_is_one_line_with_its_number(template: str, words: str) -> None:
     first, second = child(template)
     assert first.error == second.error == f"chat template: cannot render the conversation: {words}"
 
 
-def test_the_child_sees_no_token_and_leaves_nothing(
+def test_the_sandbox_gets_no_token_and_leaves_no_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
@@ -107,13 +108,13 @@ def test_the_child_sees_no_token_and_leaves_nothing(
     monkeypatch.setattr(tempfile, "tempdir", None)
     seen = []
     monkeypatch.setattr("quant.core.process.run_program", lambda *_, env, **__: seen.append(env))
-    render_in_sandbox("x", ASKS)
+    render_in_sandbox("x", REQUESTS)
     assert "HF_TOKEN" not in seen[0] and seen[0]["HF_HUB_OFFLINE"] == "1"
     assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
-def test_a_child_that_wrote_nothing_is_told() -> None:
-    made = render_in_sandbox("x", ASKS, engine="no such engine")
+def test_a_sandbox_that_crashes_is_reported() -> None:
+    made = render_in_sandbox("x", REQUESTS, engine="no such engine")
     assert made[FIRST].error == "chat template: the renderer exited with 1"
 
 
@@ -126,16 +127,18 @@ def test_a_child_that_wrote_nothing_is_told() -> None:
         (["e", f"{NOT_TRIED} (e)"], "e"),
     ],
 )
-def test_there_is_something_to_judge_unless_all_fails_or_a_limit_was_reached(
+def test_an_error_is_fatal_if_all_fail_or_a_limit_was_reached(
     errors: list[str], expected: str | None
 ) -> None:
-    made = {str(n): Rendering(None if error else "text", error) for n, error in enumerate(errors)}
-    assert hopeless(made) == expected
+    renderings = {
+        str(n): Rendering(None if error else "text", error) for n, error in enumerate(errors)
+    }
+    assert find_fatal_error(renderings) == expected
 
 
-def test_arguments_are_decoded_as_a_server_does_it() -> None:
+def test_arguments_are_decoded_as_servers_do_it() -> None:
     given = [user("a"), calls('{"a": 1}', {"b": 2}, None, "no JSON"), result("c")]
-    decoded = as_a_server_does(given)
+    decoded = decode_arguments(given)
     assert [call["function"]["arguments"] for call in decoded[1]["tool_calls"]] == [
         {"a": 1},
         {"b": 2},
@@ -148,43 +151,56 @@ def test_arguments_are_decoded_as_a_server_does_it() -> None:
         "tool_calls": [{"name": "flat"}, {"function": "text"}, "text", None],
     }
     odder = {"role": "assistant", "tool_calls": "text"}
-    assert as_a_server_does([odd, odder]) == [odd, odder]
+    assert decode_arguments([odd, odder]) == [odd, odder]
 
 
-def test_the_mute_model_holds_the_template_and_every_tag_as_one_token(tmp_path: Path) -> None:
-    write_mute_model(tmp_path / "mute.gguf", "{{ x }}", SpecialTokens("<s>", "</s>"))
-    header = read_header(tmp_path / "mute.gguf")
+def test_the_stub_model_has_the_template_and_every_control_token(tmp_path: Path) -> None:
+    write_stub_model(
+        tmp_path / "stub.gguf", "{{ x }}", SpecialTokens("<s>", "</s>"), GLM.control_tokens
+    )
+    header = read_header(tmp_path / "stub.gguf")
     tokens = header.metadata["tokenizer.ggml.tokens"]
     assert header.metadata["tokenizer.chat_template"] == "{{ x }}"
     assert tokens[header.metadata["tokenizer.ggml.bos_token_id"]] == "<s>"
     assert tokens[header.metadata["tokenizer.ggml.eos_token_id"]] == "</s>"
     assert len(set(tokens)) == len(tokens) and "<tool_call>" in tokens
-    assert (tmp_path / "mute.gguf").stat().st_size < 10**6
+    assert (tmp_path / "stub.gguf").stat().st_size < 10**6
 
 
 @pytest.mark.tools
-@pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_makes_the_same_of_the_battery(family: str) -> None:
-    theirs = render_in_sandbox(PATCHED[family], list_requests(BATTERY), "transformers")
-    assert list(find_disagreements("transformers", theirs, MADE[family], BATTERY)) == []
+@pytest.mark.parametrize("family", FILES)
+def test_transformers_renders_every_conversation_the_same(family: str) -> None:
+    theirs = render_in_sandbox(PATCHED[family], list_requests(CONVERSATIONS), "transformers")
+    assert list(find_disagreements("transformers", theirs, RENDERED[family], CONVERSATIONS)) == []
 
 
 @pytest.mark.tools
-@pytest.mark.parametrize("family", FAMILIES)
-def test_llama_server_makes_the_same_of_the_battery(family: str) -> None:
-    theirs = render_by_server(PATCHED[family], list_requests(BATTERY), find_toolchain())
-    assert len(theirs) > 200
-    assert list(find_disagreements("llama-server", theirs, MADE[family], BATTERY)) == []
-
-
-@pytest.mark.tools
-def test_llama_server_shows_where_the_original_goes_wrong() -> None:
-    battery = tuple(
-        c for c in BATTERY if c.name in ("one turn", "a result as parts", "a call, content null")
+@pytest.mark.parametrize("family", FILES)
+def test_llama_server_renders_every_conversation_the_same(family: str) -> None:
+    theirs = render_by_server(
+        PATCHED[family], list_requests(CONVERSATIONS), find_toolchain(), GLM, GLM.special_tokens
     )
-    theirs = render_by_server(ORIGINALS["glm-4.7"], list_requests(battery), find_toolchain())
+    assert len(theirs) > 200
+    assert list(find_disagreements("llama-server", theirs, RENDERED[family], CONVERSATIONS)) == []
+
+
+@pytest.mark.tools
+def test_llama_server_shows_the_fault_of_the_original() -> None:
+    conversations = tuple(
+        c
+        for c in CONVERSATIONS
+        if c.name in ("one turn", "a result as parts", "a call, content null")
+    )
+    theirs = render_by_server(
+        ORIGINALS["glm-4.7"],
+        list_requests(conversations),
+        find_toolchain(),
+        GLM,
+        GLM.special_tokens,
+    )
     found = {
-        f.conversation for f in find_disagreements("llama-server", theirs, MADE["glm-4.7"], battery)
+        f.conversation
+        for f in find_disagreements("llama-server", theirs, RENDERED["glm-4.7"], conversations)
     }
     assert found == {"a result as parts"}
     assert "<tool_response></tool_response>" in str(
@@ -193,7 +209,7 @@ def test_llama_server_shows_where_the_original_goes_wrong() -> None:
 
 
 @pytest.mark.tools
-def test_a_template_that_the_server_cannot_read_is_told_with_its_words() -> None:
+def test_a_template_that_the_server_cannot_read_is_reported_with_its_log() -> None:
     with pytest.raises(ToolError, match="llama-server exited with 1") as caught:
-        render_by_server("{% for %}", ASKS, find_toolchain())
+        render_by_server("{% for %}", REQUESTS, find_toolchain(), GLM, GLM.special_tokens)
     assert "last words" in str(caught.value)

@@ -10,14 +10,15 @@ import gguf
 import pytest
 
 from quant.chat import gguf_patch
-from quant.chat.engines import SpecialTokens, write_mute_model
 from quant.chat.gguf_patch import describe_patch, patch_file, replace_template
+from quant.chat.stub_model import write_stub_model
 from quant.chat.template import patch_template
 from quant.errors import CheckError, InputError
 from quant.llama.gguf import Header, pad, read_header
 from quant.llama.toolchain import find_toolchain
 from quant.plan.load import load_template_patch
 from tests.gguf_files import LLAMA, TWO, Key, Tensor, key, text, write
+from tests.quant.chat.templates import GLM
 from tests.quant.chat.test_template import GGMLS, ORIGINAL, PATCHED
 
 KEY = "tokenizer.chat_template"
@@ -89,7 +90,7 @@ def test_the_alignment_of_the_file_is_kept(tmp_path: Path) -> None:
     )
     made = read_header(patch_file(source, tmp_path / "b.gguf").path)
     assert made.data_start % 256 == 0
-    assert made.hash_tensors() == read_header(source).hash_tensors()
+    assert made.hash_tensors() == read_header(source).tensor_digests()
 
 
 def test_patched_twice_is_patched_once(whole: Path, tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_patched_twice_is_patched_once(whole: Path, tmp_path: Path) -> None:
     assert len(describe_patch(once)) == 1
 
 
-def test_digests_before_and_after_are_told(whole: Path, tmp_path: Path) -> None:
+def test_digests_before_and_after_are_reported(whole: Path, tmp_path: Path) -> None:
     done = patch_file(whole, tmp_path / "out.gguf")
     assert done.template.original_sha256 == hashlib.sha256(ORIGINAL.encode()).hexdigest()
     assert done.template.sha256 == hashlib.sha256(PATCHED.encode()).hexdigest()
@@ -110,13 +111,13 @@ def test_digests_before_and_after_are_told(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "template", [ORIGINAL, GGMLS, PATCHED], ids=["original", "ggml's", "patched"]
 )
-def test_the_patch_that_fits_is_found(template: str, tmp_path: Path) -> None:
+def test_the_fitting_patch_is_chosen(template: str, tmp_path: Path) -> None:
     done = patch_file(write(tmp_path / "a.gguf", keys=keys(template)), tmp_path / "b.gguf")
     assert done.patch == "glm-4.6"
     assert done.template.text == PATCHED
 
 
-def test_no_patch_that_fits_is_said_with_those_there_are(tmp_path: Path) -> None:
+def test_without_a_fitting_patch_the_error_lists_the_known_ones(tmp_path: Path) -> None:
     source = write(tmp_path / "a.gguf", keys=keys("{{ messages }}"))
     with pytest.raises(InputError) as caught:
         patch_file(source, tmp_path / "b.gguf")
@@ -129,11 +130,11 @@ def test_a_file_without_a_template_is_refused(tmp_path: Path) -> None:
         source = write(tmp_path / f"{number}.gguf", keys=keys(template))
         with pytest.raises(InputError) as caught:
             patch_file(source, tmp_path / "out.gguf")
-        assert said(caught) == f"{source}: {KEY}: missing; this file holds no chat template"
+        assert said(caught) == f"{source}: {KEY}: missing; this file has no chat template"
 
 
 @pytest.mark.parametrize(("times", "how"), [(0, ""), (2, "{0}{0}")])
-def test_an_anchor_that_does_not_stand_once_stops_the_work(
+def test_an_anchor_that_does_not_occur_once_stops_the_work(
     times: int, how: str, tmp_path: Path
 ) -> None:
     anchor = load_template_patch("glm-4.6").replacements[2].find
@@ -152,7 +153,7 @@ def test_nothing_is_overwritten(whole: Path, tmp_path: Path) -> None:
             taken.symlink_to(tmp_path / "nowhere")
         with pytest.raises(InputError) as caught:
             patch_file(whole, taken)
-        assert said(caught) == f"{taken}: exists already; name another file or take it away"
+        assert said(caught) == f"{taken}: exists already; name another file or remove it"
     assert read_header(whole).metadata[KEY] == ORIGINAL
 
 
@@ -167,11 +168,13 @@ def test_a_first_shard_without_tensors_is_all_that_is_written(tmp_path: Path) ->
     ]
 
 
-def test_a_first_shard_with_tensors_is_written_whole_and_it_is_said_why(tmp_path: Path) -> None:
+def test_a_first_shard_with_tensors_is_written_whole_and_the_reason_is_given(
+    tmp_path: Path,
+) -> None:
     first = split(tmp_path, [Tensor("c.weight")], count=2)
     done = patch_file(first, tmp_path / "new" / first.name)
-    assert read_header(done.path).hash_tensors() == read_header(first).hash_tensors()
-    assert "written whole: it holds tensors too" in describe_patch(done)[1]
+    assert read_header(done.path).hash_tensors() == read_header(first).tensor_digests()
+    assert "written whole: its tensors follow the template" in describe_patch(done)[1]
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -185,7 +188,7 @@ def test_a_later_shard_is_refused(tmp_path: Path) -> None:
     split(tmp_path, (), count=2)
     with pytest.raises(InputError) as caught:
         patch_file(tmp_path / "m-00002-of-00002.gguf", tmp_path / "out.gguf")
-    assert "expected the first shard, which holds the template, found number 2" in said(caught)
+    assert "expected the first shard, which has the template, found number 2" in said(caught)
 
 
 @pytest.mark.parametrize(
@@ -199,17 +202,17 @@ def test_a_name_by_which_the_other_shards_are_not_found_is_refused(
     assert "expected a name that ends with -00001-of-00002.gguf" in said(caught)
 
 
-def test_a_text_that_looks_like_the_record_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_a_text_that_looks_like_the_record_is_refused(tmp_path: Path) -> None:
     record = text(KEY) + (8).to_bytes(4, "little") + text("{{ x }}")
     source = write(tmp_path / "a.gguf", keys=[key("trap", record.decode()), *keys("{{ x }}")])
     with pytest.raises(InputError) as caught:
         gguf_patch.write_with_template(read_header(source), "{{ y }}", tmp_path / "b.gguf")
-    assert "expected its record once in the head, found it 2 times" in said(caught)
+    assert "expected its record once in the header, found it 2 times" in said(caught)
     with pytest.raises(InputError, match="found it 0 times"):
         replace_template(b"GGUF", "a", "b", "x")
 
 
-def test_numbers_that_are_none_compare_equal(tmp_path: Path) -> None:
+def test_nan_compares_equal_to_nan(tmp_path: Path) -> None:
     source = write(tmp_path / "a.gguf", keys=keys(ORIGINAL, key("nan", float("nan"))))
     patch_file(source, tmp_path / "b.gguf")
 
@@ -234,12 +237,12 @@ def _other_key(content: bytearray, header: Header) -> None:
     ("damage", "what"),
     [
         (_damaged_data, "tensor a.weight: expected sha256"),
-        (_damaged_key, "general.name: expected what"),
+        (_damaged_key, "general.name: expected the value of"),
         (_damaged_name, "tensors: expected those of"),
         (_other_key, "keys: expected those of"),
     ],
 )
-def test_a_file_that_came_out_otherwise_is_not_kept(
+def test_a_file_that_differs_in_more_than_the_template_is_not_kept(
     damage: Callable[[bytearray, Header], None],
     what: str,
     whole: Path,
@@ -272,7 +275,7 @@ def test_the_template_that_is_written_is_the_patched_one(whole: Path, tmp_path: 
 def test_a_split_model_of_llama_cpp_takes_the_new_first_shard(tmp_path: Path) -> None:
     """Split so that the first shard holds no tensors, patched there, and put together again by llama.cpp itself."""
     tools = find_toolchain()
-    write_mute_model(tmp_path / "whole.gguf", ORIGINAL, SpecialTokens())
+    write_stub_model(tmp_path / "whole.gguf", ORIGINAL, GLM.special_tokens)
     options = ["--split", "--no-tensor-first-split", "--split-max-tensors", "5"]
     tools.run(
         "llama-gguf-split", [*options, "whole.gguf", "old"], cwd=tmp_path, log=tmp_path / "log"
@@ -291,12 +294,12 @@ def test_a_split_model_of_llama_cpp_takes_the_new_first_shard(tmp_path: Path) ->
     )
     merged = read_header(tmp_path / "merged.gguf")
     assert merged.metadata[KEY] == PATCHED
-    assert merged.hash_tensors() == read_header(tmp_path / "whole.gguf").hash_tensors()
+    assert merged.hash_tensors() == read_header(tmp_path / "whole.gguf").tensor_digests()
 
 
 @pytest.mark.tools
 def test_gguf_py_reads_what_was_written(tmp_path: Path) -> None:
-    write_mute_model(tmp_path / "a.gguf", GGMLS, SpecialTokens())
+    write_stub_model(tmp_path / "a.gguf", GGMLS, GLM.special_tokens)
     paths = (tmp_path / "a.gguf", patch_file(tmp_path / "a.gguf", tmp_path / "b.gguf").path)
     before, after = (gguf.GGUFReader(path) for path in paths)
     assert list(before.fields) == list(after.fields)

@@ -1,11 +1,11 @@
-"""A verdict for people and for machines."""
+"""The report of a smoke test for people and for CI."""
 
 from xml.etree import ElementTree
 
 from quant.chat.report import format_junit, format_transcript
-from quant.chat.verdict import Exchange, Outcome, SmokeResult
+from quant.chat.verdict import CheckResult, Exchange, SmokeResult, SmokeRun
 
-BROKEN = Outcome(
+BROKEN = CheckResult(
     "a stream",
     "protocol",
     False,
@@ -13,9 +13,9 @@ BROKEN = Outcome(
     "[gMASK]<sop>\n```",
     "bad \0 \x1b answer \ufffe",
 )
-PASSED = Outcome("a talk", "protocol", True, "ok")
-WAIVED = Outcome("calls", "protocol", False, "no call", waived="known")
-SAID = Exchange(
+PASSED = CheckResult("a talk", "protocol", True, "ok")
+WAIVED = CheckResult("calls", "protocol", False, "no call", waived="known")
+EXCHANGE = Exchange(
     "a talk",
     True,
     "Hello\nthere",
@@ -26,11 +26,12 @@ SAID = Exchange(
     10,
     4,
 )
-VERDICT = SmokeResult("f.gguf", False, (PASSED, BROKEN, WAIVED), (SAID,), (), "    the end")
+RUN = SmokeRun("f.gguf", (), (), (), (EXCHANGE,))
+RESULT = SmokeResult(RUN, (PASSED, BROKEN, WAIVED), "    the end")
 
 
-def test_a_transcript_says_what_failed_with_prompt_and_answer_and_the_servers_last_words() -> None:
-    text = format_transcript(VERDICT)
+def test_a_transcript_has_failures_with_prompt_and_answer_and_the_end_of_the_log() -> None:
+    text = format_transcript(RESULT)
     assert text.startswith("# f.gguf: FAILED\n")
     assert (
         "- a talk (protocol): passed\n- a stream (protocol): FAILED: another <text> & more\n"
@@ -38,26 +39,26 @@ def test_a_transcript_says_what_failed_with_prompt_and_answer_and_the_servers_la
     )
     assert "- calls (protocol): waived (known): no call\n" in text
     assert "## Failed: a stream (protocol)\n\nThe prompt:\n````\n[gMASK]<sop>\n```\n````\n" in text
-    assert "## The server's last words\n```\n    the end\n```\n" in text
+    assert "## End of the server's log\n```\n    the end\n```\n" in text
 
 
-def test_a_transcript_holds_every_exchange() -> None:
-    text = format_transcript(VERDICT)
+def test_a_transcript_has_every_exchange() -> None:
+    text = format_transcript(RESULT)
     assert (
         "## a talk\n\n**Hello there** (thinking)\n> They\n> greet.\n\n````\n```python\nx\n```\n````\n"
         in text
     )
     assert 'calls `f({"a":1})`\n' in text
-    assert "(stop; 10 tokens read, 4 of them from the cache)" in text
+    assert "(stop; 10 prompt tokens, 4 of them cached)" in text
 
 
-def test_a_file_that_passed_says_nothing_of_its_server() -> None:
-    text = format_transcript(SmokeResult("f.gguf", True, (PASSED,), (), (), "log"))
+def test_the_transcript_of_a_file_that_passed_has_no_log() -> None:
+    text = format_transcript(SmokeResult(SmokeRun("f.gguf", (), (), (), ()), (PASSED,), "log"))
     assert text == "# f.gguf: passed\n\n- a talk (protocol): passed\n"
 
 
-def test_junit_counts_failures_and_what_was_waived() -> None:
-    suite = ElementTree.fromstring(format_junit(VERDICT, 1.5))
+def test_junit_counts_failures_and_waivers() -> None:
+    suite = ElementTree.fromstring(format_junit(RESULT, 1.5))
     assert suite.attrib == {
         "name": "smoke f.gguf",
         "tests": "3",
@@ -78,7 +79,7 @@ def test_junit_counts_failures_and_what_was_waived() -> None:
     assert [e.attrib["message"] for e in calls] == ["waived: known: no call"]
 
 
-def test_junit_can_be_read_whatever_a_model_said() -> None:
-    [failure] = ElementTree.fromstring(format_junit(VERDICT)).findall(".//failure")
+def test_junit_is_valid_xml_whatever_a_model_writes() -> None:
+    [failure] = ElementTree.fromstring(format_junit(RESULT)).findall(".//failure")
     assert "bad \ufffd \ufffd answer \ufffd" in str(failure.text)
     assert "prompt:\n[gMASK]<sop>\n```\n\nanswer:\n" in str(failure.text)

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
+from quant.chat.file_checks import FILE_CHECKS, find_zero_tensors
 from quant.chat.gguf_patch import KEY, write_with_template
 from quant.chat.report import TRANSCRIPT
 from quant.chat.scenarios import merge_scenarios
 from quant.chat.smoke import (
-    FILE_CHECKS,
     SmokeSettings,
     SmokeTestError,
-    find_zero_tensors,
+    SmokeTestRequest,
     run_smoke_test,
     smoke_test,
 )
@@ -46,15 +46,18 @@ from tests.processes import PATIENCE_SECONDS, lives, wait_for, written_pid
 Fake = Callable[..., Toolchain]
 MODEL, _ = load_model("tiny-glm")
 TINY = RECIPES / "models" / "tiny-glm"
-TRIED = merge_scenarios(MODEL)
-NAMES = [s.name for s in TRIED.scenarios if s.name.startswith("conversation") or s.name == "stop"]
+SCENARIOS = merge_scenarios(MODEL)
+NAMES = [
+    s.name for s in SCENARIOS.scenarios if s.name.startswith("conversation") or s.name == "stop"
+]
 tools_needed = pytest.mark.tools
 
 
-def served(path: Path, *only: str, **more: Any) -> SmokeSettings:
-    tried = merge_scenarios(MODEL, only) if only else TRIED
+def make_settings(path: Path, *only: str, **changes: Any) -> SmokeSettings:
+    scenarios = merge_scenarios(MODEL, only) if only else SCENARIOS
     return replace(
-        SmokeSettings(ModelFile.open(path), tried, MODEL.max_answer, MODEL.ollama.stop), **more
+        SmokeSettings(ModelFile.open(path), scenarios, MODEL.max_answer, MODEL.ollama.stop),
+        **changes,
     )
 
 
@@ -72,10 +75,10 @@ def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def heard(bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
+def record(bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
     """What it says."""
     return run_smoke_test(
-        served(bf16), toolchain.find_toolchain(), tmp_path_factory.mktemp("heard")
+        make_settings(bf16), toolchain.find_toolchain(), tmp_path_factory.mktemp("record")
     )
 
 
@@ -94,24 +97,22 @@ def serving(path: Path) -> list[int]:
 
 
 @tools_needed
-def test_the_tiny_models_bf16_file_passes_everything_and_knows_every_answer(
-    heard: SmokeRun, bf16: Path
-) -> None:
-    verdict = judge_run(heard)
+def test_the_tiny_models_bf16_file_passes_every_check(record: SmokeRun, bf16: Path) -> None:
+    verdict = judge_run(record)
     assert verdict.faults == ()
     assert all(s.passed for s in verdict.scenarios)
-    names = [*FILE_CHECKS, *(s.name for s in TRIED.scenarios)]
+    names = [*FILE_CHECKS, *(s.name for s in SCENARIOS.scenarios)]
     assert [s.name for s in verdict.scenarios if s.kind == "protocol"] == names
-    assert len(heard.answers) > 20
+    assert len(record.answers) > 20
     assert serving(bf16) == []
 
 
 @tools_needed
-def test_the_cache_grows_from_turn_to_turn(heard: SmokeRun) -> None:
+def test_the_cache_grows_from_turn_to_turn(record: SmokeRun) -> None:
     for mode in ("on", "off"):
         cached = [
             e.cached_tokens
-            for e in heard.transcript
+            for e in record.transcript
             if e.scenario == f"conversation, thinking {mode}"
         ]
         assert cached == sorted(set(cached)) and cached[-1] > 50
@@ -178,7 +179,7 @@ DEFECTS: dict[str, tuple[Callable[[Path, Path], None], str, str]] = {
     "no generation prompt": (
         no_generation_prompt,
         "generation prompt",
-        "nothing behind the question asks the model",
+        "the rendered prompt has no generation prompt",
     ),
     "no end of turn": (no_end, "end of turn", "tokenizer.ggml.eos_token_id: missing"),
     "a token in pieces": (split_token, "special tokens", "<|user|>: expected one token"),
@@ -193,14 +194,14 @@ DEFECTS: dict[str, tuple[Callable[[Path, Path], None], str, str]] = {
 
 @tools_needed
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_a_defect_is_caught_by_its_name(
-    defect: str, bf16: Path, heard: SmokeRun, tmp_path: Path
+def test_each_defect_is_caught_by_its_check(
+    defect: str, bf16: Path, record: SmokeRun, tmp_path: Path
 ) -> None:
     plant, name, words = DEFECTS[defect]
     path = tmp_path / "tiny-glm-BF16.gguf"
     plant(bf16, path)
     verdict = judge_run(
-        run_smoke_test(served(path), toolchain.find_toolchain(), tmp_path), 1.0, heard
+        run_smoke_test(make_settings(path), toolchain.find_toolchain(), tmp_path), 1.0, record
     )
     assert not verdict.passed
     [caught] = [s for s in verdict.scenarios if s.name == name]
@@ -212,12 +213,14 @@ def test_a_defect_is_caught_by_its_name(
 
 
 @tools_needed
-def test_the_template_as_it_was_fails_where_its_fault_is(bf16: Path, tmp_path: Path) -> None:
+def test_the_unpatched_template_fails_at_the_raw_history(bf16: Path, tmp_path: Path) -> None:
     original = (TINY / "chat_template.jinja").read_text()
     with_template(bf16, tmp_path / "f.gguf", lambda _: original)
     verdict = judge_run(
         run_smoke_test(
-            served(tmp_path / "f.gguf", "tool call, numbers"), toolchain.find_toolchain(), tmp_path
+            make_settings(tmp_path / "f.gguf", "tool call, numbers"),
+            toolchain.find_toolchain(),
+            tmp_path,
         )
     )
     assert {s.name for s in verdict.scenarios if s.kind == "protocol" and not s.passed} == {
@@ -227,8 +230,10 @@ def test_the_template_as_it_was_fails_where_its_fault_is(bf16: Path, tmp_path: P
 
 
 @tools_needed
-def test_tensors_can_be_kept_elsewhere_and_that_is_recorded(bf16: Path, tmp_path: Path) -> None:
-    moved = served(bf16, "stop", override_tensors=(".ffn_.*_exps.=CPU",))
+def test_tensors_can_be_kept_on_another_device_and_that_is_recorded(
+    bf16: Path, tmp_path: Path
+) -> None:
+    moved = make_settings(bf16, "stop", override_tensors=(".ffn_.*_exps.=CPU",))
     verdict = judge_run(run_smoke_test(moved, toolchain.find_toolchain(), tmp_path))
     assert verdict.passed
     assert verdict.json()["server"][-2:] == ["-ot", ".ffn_.*_exps.=CPU"]
@@ -240,7 +245,7 @@ def test_tensors_can_be_kept_elsewhere_and_that_is_recorded(bf16: Path, tmp_path
 
 @pytest.fixture
 def few(tmp_path: Path) -> Path:
-    """A set of one scenario, because the stage and not the model is tried."""
+    """A set of one scenario, because the stage and not the model is scenarios."""
     path = tmp_path / "few.toml"
     path.write_text(
         'name = "few"\nsummary = "One."\n[[scenarios]]\nname = "stop"\nwhy = "Quick."\nstop = "5"\n'
@@ -250,7 +255,7 @@ def few(tmp_path: Path) -> Path:
 
 
 @tools_needed
-def test_the_stage_keeps_what_was_said_and_works_the_verdict_out_anew(
+def test_the_stage_stores_the_record_and_computes_the_result_anew(
     bf16: Path, few: Path, tmp_path: Path
 ) -> None:
     model, store, tools = (
@@ -259,18 +264,21 @@ def test_the_stage_keeps_what_was_said_and_works_the_verdict_out_anew(
         toolchain.find_toolchain(),
     )
     original = ModelFile.open(bf16)
-    verdict = smoke_test(ModelFile.open(bf16), 1.0, original, model, tools, store)
+    verdict = smoke_test(SmokeTestRequest(ModelFile.open(bf16), 1.0, original, model, tools, store))
     assert verdict.passed
     [kept] = (tmp_path / "work" / "smoke").iterdir()
     assert (kept / TRANSCRIPT).read_text().startswith("# tiny-glm-BF16.gguf: passed")
     before = (kept / "server.log").stat().st_mtime_ns
-    assert smoke_test(ModelFile.open(bf16), 1.0, original, model, tools, store) == verdict
+    assert (
+        smoke_test(SmokeTestRequest(ModelFile.open(bf16), 1.0, original, model, tools, store))
+        == verdict
+    )
     assert [kept] == list((tmp_path / "work" / "smoke").iterdir())
     assert (kept / "server.log").stat().st_mtime_ns == before
 
 
 @tools_needed
-def test_a_variant_is_measured_by_what_the_bf16_file_knows(
+def test_a_variant_is_compared_with_the_answers_of_bf16(
     bf16: Path, few: Path, tmp_path: Path
 ) -> None:
     model, store, tools = (
@@ -285,14 +293,16 @@ def test_a_variant_is_measured_by_what_the_bf16_file_knows(
         SmokeTestError,
         match=r"answers: \d of 10 right answers that the BF16 file gives; 9 are needed",
     ) as caught:
-        smoke_test(ModelFile.open(path), 0.9, original, lenient, tools, store)
-    text = Path(caught.value.problems[-1].partition("what was said: ")[2]).read_text()
+        smoke_test(SmokeTestRequest(ModelFile.open(path), 0.9, original, lenient, tools, store))
+    text = Path(caught.value.problems[-1].partition("transcript: ")[2]).read_text()
     assert text.startswith("# zeros.gguf: FAILED") and "9 are needed" in text
-    assert smoke_test(ModelFile.open(path), 0.0, original, lenient, tools, store).passed
+    assert smoke_test(
+        SmokeTestRequest(ModelFile.open(path), 0.0, original, lenient, tools, store)
+    ).passed
 
 
 @tools_needed
-def test_a_file_that_fails_leaves_its_conversation_and_says_where(
+def test_a_file_that_fails_leaves_a_transcript_and_names_it(
     bf16: Path, few: Path, tmp_path: Path
 ) -> None:
     model, store, tools = (
@@ -304,52 +314,43 @@ def test_a_file_that_fails_leaves_its_conversation_and_says_where(
     no_generation_prompt(bf16, path)
     with pytest.raises(SmokeTestError) as caught:
         smoke_test(
-            ModelFile.open(path),
-            1.0,
-            ModelFile.open(bf16),
-            model,
-            tools,
-            store,
+            SmokeTestRequest(ModelFile.open(path), 1.0, ModelFile.open(bf16), model, tools, store)
         )
-    assert isinstance(caught.value.verdict, SmokeResult) and not caught.value.verdict.passed
+    assert isinstance(caught.value.result, SmokeResult) and not caught.value.result.passed
     assert any(
-        p.startswith("f.gguf: generation prompt: nothing behind") for p in caught.value.problems
+        p.startswith("f.gguf: generation prompt: the rendered prompt has no")
+        for p in caught.value.problems
     )
-    where = Path(caught.value.problems[-1].removeprefix("f.gguf: what was said: "))
+    where = Path(caught.value.problems[-1].removeprefix("f.gguf: transcript: "))
     text = where.read_text()
     assert (
         text.startswith("# f.gguf: FAILED")
         and "Count from 1 to 9." in text
-        and "## The server's last words" in text
+        and "## End of the server's log" in text
     )
     waived = replace(
         model,
         waivers=tuple(
-            Waiver(s.name, "for tests") for s in caught.value.verdict.scenarios if not s.passed
+            Waiver(s.name, "for tests") for s in caught.value.result.scenarios if not s.passed
         ),
     )
     assert smoke_test(
-        ModelFile.open(path),
-        0.0,
-        ModelFile.open(path),
-        waived,
-        tools,
-        store,
+        SmokeTestRequest(ModelFile.open(path), 0.0, ModelFile.open(path), waived, tools, store)
     ).passed
 
 
 @tools_needed
-def test_the_first_shard_stands_for_all_and_merged_they_say_the_same(
-    bf16: Path, tmp_path: Path
-) -> None:
+def test_shards_answer_as_the_merged_file_does(bf16: Path, tmp_path: Path) -> None:
     split_file(bf16, "3M", toolchain.find_toolchain(), tmp_path / "tiny-glm-BF16")
     first = min(tmp_path.glob("*-00001-of-*.gguf"))
-    told = run_smoke_test(served(first, "stop"), toolchain.find_toolchain(), tmp_path)
+    told = run_smoke_test(make_settings(first, "stop"), toolchain.find_toolchain(), tmp_path)
     assert judge_run(told).passed
     merge_shards(first, tmp_path / "merged" / "M.gguf", toolchain.find_toolchain())
     assert (
         run_smoke_test(
-            served(tmp_path / "merged" / "M.gguf", "stop"), toolchain.find_toolchain(), tmp_path
+            make_settings(tmp_path / "merged" / "M.gguf", "stop"),
+            toolchain.find_toolchain(),
+            tmp_path,
         ).transcript
         == told.transcript
     )
@@ -357,31 +358,31 @@ def test_the_first_shard_stands_for_all_and_merged_they_say_the_same(
     with pytest.raises(
         InputError, match=r"-00003-of-00\d+\.gguf: missing; expected \d shards beside"
     ):
-        run_smoke_test(served(first, "stop"), toolchain.find_toolchain(), tmp_path)
+        run_smoke_test(make_settings(first, "stop"), toolchain.find_toolchain(), tmp_path)
 
 
 @tools_needed
-def test_a_model_that_sees_is_shown_a_picture(tmp_path: Path) -> None:
+def test_a_model_with_a_vision_projector_gets_an_image(tmp_path: Path) -> None:
     folder = write_twin(tmp_path / "twin", "Glm4vForConditionalGeneration")
     convert(
         [("text", folder, tmp_path / "twin.gguf"), ("vision", folder, tmp_path / "mmproj.gguf")],
         tmp_path,
     )
     seeing, _ = load_model("glm-4.6v-flash")
-    tried = merge_scenarios(seeing, ["a picture"], sees=True)
+    scenarios = merge_scenarios(seeing, ["a picture"], has_vision=True)
     asked = SmokeSettings(
-        ModelFile.open(tmp_path / "twin.gguf"), tried, 8, (), tmp_path / "mmproj.gguf"
+        ModelFile.open(tmp_path / "twin.gguf"), scenarios, 8, (), tmp_path / "mmproj.gguf"
     )
-    heard = run_smoke_test(asked, toolchain.find_toolchain(), tmp_path)
-    [picture] = [o for o in heard.protocol if o.name == "a picture"]
+    record = run_smoke_test(asked, toolchain.find_toolchain(), tmp_path)
+    [picture] = [o for o in record.checks if o.name == "a picture"]
     # Its weights are random, so it may say anything; that it was shown the picture is what its prompt's length tells.
     assert not picture.detail.startswith("HTTP") and "could not be used" not in picture.detail
-    [shown] = tried.scenarios
-    blind = replace(asked, tried=replace(tried, scenarios=(replace(shown, picture=False),)))
+    [shown] = scenarios.scenarios
+    blind = replace(asked, scenarios=replace(scenarios, scenarios=(replace(shown, picture=False),)))
     without = (
         run_smoke_test(blind, toolchain.find_toolchain(), tmp_path).transcript[0].prompt_tokens
     )
-    assert heard.transcript[0].prompt_tokens >= without + 16  # 112 x 112 points are 16 tokens
+    assert record.transcript[0].prompt_tokens >= without + 16  # 112 x 112 points are 16 tokens
     assert (tmp_path / "server.log").read_text().count("mmproj") > 0
 
 
@@ -404,7 +405,7 @@ def test_an_interrupted_smoke_test_leaves_no_server(bf16: Path) -> None:
 
 
 @tools_needed
-def test_a_server_that_is_killed_in_the_middle_of_a_talk_is_told_as_that(
+def test_a_server_that_is_killed_during_a_request_is_reported_as_killed(
     bf16: Path, tmp_path: Path
 ) -> None:
     path, log = tmp_path / "tiny-glm-BF16.gguf", tmp_path / "server.log"
@@ -420,7 +421,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_talk_is_told_as_that(
         ToolError,
         match=r"llama-server was ended by SIGKILL \(out of memory\?\); it needed weights of 0.02 GB",
     ):
-        run_smoke_test(served(path), toolchain.find_toolchain(), tmp_path)
+        run_smoke_test(make_settings(path), toolchain.find_toolchain(), tmp_path)
     killer.join()
 
 
@@ -443,7 +444,7 @@ def test_a_server_that_never_becomes_ready_is_ended_with_its_children(
         + "trap '' TERM; echo loading; while :; do sleep 0.05; done"
     )
     with pytest.raises(ToolError) as caught:
-        run_smoke_test(served(model), tools, tmp_path, start_seconds=1)
+        run_smoke_test(make_settings(model), tools, tmp_path, start_seconds=1)
     assert str(caught.value).startswith(
         "llama-server: expected it to be ready within 1 s, found it still loading; its last"
     )
@@ -455,25 +456,25 @@ def test_a_server_that_never_becomes_ready_is_ended_with_its_children(
     )
 
 
-def test_a_server_that_dies_takes_its_children_along_and_its_words_are_told(
+def test_a_server_that_dies_ends_its_children_and_its_log_is_quoted(
     fake_tools: Fake, model: Path, tmp_path: Path
 ) -> None:
     tools = fake_tools(llama_server=CHILD.format(tmp_path) + "echo 'the sky fell down'; exit 7")
     with pytest.raises(ToolError) as caught:
-        run_smoke_test(served(model), tools, tmp_path)
+        run_smoke_test(make_settings(model), tools, tmp_path)
     assert "llama-server exited with 7; its last words:\n" in str(caught.value)
     assert "    the sky fell down" in str(caught.value)
     wait_for(lambda: not lives(written_pid(tmp_path / "child")))
 
 
-def test_a_server_that_is_killed_says_what_memory_it_needed(
+def test_a_killed_server_is_reported_with_the_memory_that_it_needed(
     fake_tools: Fake, model: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
         ToolError,
         match=r"ended by SIGKILL \(out of memory\?\); it needed weights of 0\.00 GB and a cache of",
     ):
-        run_smoke_test(served(model), fake_tools(llama_server="kill -9 $$"), tmp_path)
+        run_smoke_test(make_settings(model), fake_tools(llama_server="kill -9 $$"), tmp_path)
 
 
 def test_a_later_shard_is_refused(fake_tools: Fake, tmp_path: Path) -> None:
@@ -481,9 +482,9 @@ def test_a_later_shard_is_refused(fake_tools: Fake, tmp_path: Path) -> None:
         tmp_path / "m-00002-of-00003.gguf", keys=[*LLAMA, key("split.no", 1), key("split.count", 3)]
     )
     with pytest.raises(
-        InputError, match="expected the first shard, which finds the others, found number 2"
+        InputError, match="expected the first shard, by which the others are found, found number 2"
     ):
-        run_smoke_test(served(path), fake_tools(), tmp_path)
+        run_smoke_test(make_settings(path), fake_tools(), tmp_path)
 
 
 def test_a_port_in_use_is_refused(fake_tools: Fake, model: Path, tmp_path: Path) -> None:
@@ -492,7 +493,7 @@ def test_a_port_in_use_is_refused(fake_tools: Fake, model: Path, tmp_path: Path)
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port}: expected a free port"):
-            run_smoke_test(served(model, port=port), fake_tools(), tmp_path)
+            run_smoke_test(make_settings(model, port=port), fake_tools(), tmp_path)
 
 
 def test_a_tensor_of_zeros_is_named_and_one_with_a_single_bit_is_not(tmp_path: Path) -> None:
@@ -511,7 +512,7 @@ def test_a_tensor_of_zeros_is_named_and_one_with_a_single_bit_is_not(tmp_path: P
     ]
 
 
-def test_the_cache_is_reckoned_from_the_files_own_numbers(tmp_path: Path) -> None:
+def test_the_kv_cache_is_computed_from_the_files_metadata(tmp_path: Path) -> None:
     numbers = {
         "block_count": 4,
         "embedding_length": 256,
@@ -557,17 +558,18 @@ def test_the_command_writes_transcript_junit_json_and_log(bf16: Path, tmp_path: 
 
 
 @tools_needed
-def test_the_command_prints_prompt_answer_and_the_servers_last_words_of_a_failure(
+def test_the_command_prints_prompt_answer_and_the_end_of_the_log_of_a_failure(
     bf16: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "tiny-glm-UD-TQ1_0.gguf"
     no_generation_prompt(bf16, path)
     done = command(path, "--scenario", "stop", "--reference", bf16)
     assert done.returncode == 1
-    assert "generation prompt protocol FAILED: nothing behind the question" in " ".join(
-        done.stdout.split()
+    assert (
+        "generation prompt protocol FAILED: the rendered prompt has no generation prompt"
+        in " ".join(done.stdout.split())
     )
-    assert "the server's last words:\n    " in done.stderr
+    assert "end of the server's log:\n    " in done.stderr
     waived = command(
         path,
         "--scenario",

@@ -161,7 +161,7 @@ def test_no_patch_leaves_the_text_as_it_is() -> None:
 
 @pytest.mark.parametrize("n", range(len(GLM.replacements)))
 @pytest.mark.parametrize(("times", "how"), [(0, ""), (2, "{0}{0}")])
-def test_an_anchor_that_is_missing_or_doubled_stops_with_its_first_line(
+def test_an_anchor_that_is_missing_or_doubled_is_reported_with_its_first_line(
     n: int, times: int, how: str
 ) -> None:
     anchor = GLM.replacements[n].find
@@ -173,13 +173,13 @@ def test_an_anchor_that_is_missing_or_doubled_stops_with_its_first_line(
     first_line = anchor.strip().splitlines()[0]
     said = f"replacement {n + 1} of glm-4.6: expected its anchor once, found it {times} times: {first_line};"
     assert problem.startswith(f"config.json: chat_template: {said}")
-    shown = problem.split("mend the patch\n")[1].splitlines()
+    shown = problem.split("update the patch\n")[1].splitlines()
     assert all(line.startswith("    ") for line in shown)
     if times == 2:
-        assert [line.strip().startswith("it stands in line ") for line in shown] == [True, True]
+        assert [line.strip().startswith("it occurs in line ") for line in shown] == [True, True]
 
 
-def test_the_difference_to_what_comes_nearest_is_shown() -> None:
+def test_the_diff_to_the_nearest_match_is_shown() -> None:
     changed = ORIGINAL.replace("{% set _args = tc.arguments %}", "{% set _args = tc.args %}")
     with pytest.raises(InputError) as caught:
         patch_template(changed, GLM, "x")
@@ -193,29 +193,29 @@ def test_the_difference_to_what_comes_nearest_is_shown() -> None:
     ]
 
 
-def test_a_template_of_another_family_has_nothing_like_it() -> None:
+def test_a_template_of_another_family_has_no_near_match() -> None:
     with pytest.raises(InputError) as caught:
         patch_template("x\ny", GLM, "x")
-    assert str(caught.value).splitlines()[1] == "    nothing in the template is like it"
+    assert str(caught.value).splitlines()[1] == "    nothing in the template is similar"
 
 
-def test_the_lines_of_an_anchor_that_stands_twice_are_told() -> None:
+def test_the_lines_of_an_anchor_that_occurs_twice_are_reported() -> None:
     by = TemplatePatch("t", "s", (Replacement("w", "old\n", "new\n"),))
     with pytest.raises(InputError) as caught:
         patch_template("a\nold\nb\n\nold\n", by, "x")
     assert str(caught.value).splitlines()[1:] == [
-        "    it stands in line 2",
-        "    it stands in line 5",
+        "    it occurs in line 2",
+        "    it occurs in line 5",
     ]
 
 
-def test_every_anchor_that_does_not_fit_is_told() -> None:
+def test_every_anchor_that_does_not_fit_is_reported() -> None:
     with pytest.raises(InputError) as caught:
         patch_template("another template", GLM, "x")
     assert len(caught.value.problems) == len(GLM.replacements)
 
 
-def test_a_template_that_is_patched_and_holds_the_anchor_again_is_not_trusted() -> None:
+def test_a_patched_template_that_contains_the_anchor_again_is_refused() -> None:
     by = TemplatePatch("t", "s", (Replacement("w", "old", "new"),))
     with pytest.raises(InputError) as caught:
         patch_template("new old old", by, "x")
@@ -225,7 +225,7 @@ def test_a_template_that_is_patched_and_holds_the_anchor_again_is_not_trusted() 
     )  # an anchor that stands alone is one to replace
 
 
-def test_a_replacement_that_holds_its_own_anchor_is_made_once() -> None:
+def test_a_replacement_that_contains_its_own_anchor_is_applied_once() -> None:
     by = TemplatePatch("t", "s", (Replacement("w", "b", "(b)"),))
     once = patch_template("abc", by, "x").text
     assert once == "a(b)c"
@@ -235,7 +235,7 @@ def test_a_replacement_that_holds_its_own_anchor_is_made_once() -> None:
 @pytest.mark.parametrize("settings", THINKING, ids=["default", "on", "off"])
 @pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "past"])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_the_patched_template_says_the_same(name: str, prompt: bool, settings: Message) -> None:
+def test_the_patched_template_renders_the_same(name: str, prompt: bool, settings: Message) -> None:
     messages, tools = CONVERSATIONS[name]
     original, patched = both(messages, tools, add_generation_prompt=prompt, **settings)
     assert patched == original
@@ -261,7 +261,7 @@ def test_arguments_as_text_are_refused_with_what_is_wrong() -> None:
         render_template(PATCHED, [user(), call("[1]"), result("x")], tools=[TOOL])
 
 
-def test_a_result_as_typed_parts_is_read() -> None:
+def test_a_result_as_typed_parts_is_rendered() -> None:
     original, patched = both(
         [user(), call(CITY), result([{"type": "text", "text": "12 °C"}])], [TOOL]
     )
@@ -270,7 +270,7 @@ def test_a_result_as_typed_parts_is_read() -> None:
 
 
 @pytest.mark.parametrize("content", [None, "absent"])
-def test_no_content_beside_a_call_is_nothing(content: str | None) -> None:
+def test_null_content_beside_a_call_renders_nothing(content: str | None) -> None:
     message = call(CITY, content=None)
     if content == "absent":
         del message["content"]
@@ -361,7 +361,7 @@ def test_the_original_rewrites_the_past() -> None:
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
-def test_whatever_a_template_does_wrong_is_an_input_error(template: str) -> None:
+def test_every_failure_of_a_template_is_an_input_error(template: str) -> None:
     with pytest.raises(InputError, match="chat template: cannot render the conversation: "):
         render_template(template, [user()])
 
@@ -374,7 +374,7 @@ def test_whatever_a_template_does_wrong_is_an_input_error(template: str) -> None
         ("\n\n{{ ''.__class__.__mro__ }}", 3),
     ],
 )
-def test_the_line_of_the_template_is_told(template: str, line: int) -> None:
+def test_the_line_of_a_failure_is_reported(template: str, line: int) -> None:
     with pytest.raises(InputError) as caught:
         render_template(template, [user()])
     assert str(caught.value).endswith(f" (line {line})")
@@ -394,15 +394,13 @@ def test_the_line_of_the_template_is_told(template: str, line: int) -> None:
         ("{% if a %}\n", "line 1"),
     ],
 )
-def test_where_a_template_cannot_be_parsed_is_told_with_line_and_column(
-    template: str, place: str
-) -> None:
+def test_a_syntax_error_is_reported_with_line_and_column(template: str, place: str) -> None:
     with pytest.raises(InputError) as caught:
         render_template(template, [user()])
     assert str(caught.value).endswith(f" ({place})")
 
 
-def test_an_error_without_words_is_called_by_its_name() -> None:
+def test_an_error_without_a_message_is_reported_by_its_class() -> None:
     def fails() -> None:
         raise MemoryError
 

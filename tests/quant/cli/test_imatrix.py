@@ -7,10 +7,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from quant.calibration.imatrix_file import load_imatrix, save_imatrix
-from quant.chat.engines import SpecialTokens, write_mute_model
+from quant.chat.families import load_family
+from quant.chat.stub_model import write_stub_model
 from quant.cli.options import quant
 from quant.errors import InputError
 from tests.quant.calibration.test_imatrix_file import EXPERTS, legacy, matrix
+
+GLM = load_family("glm")
+GLM_TOKENS = GLM.special_tokens, GLM.control_tokens
 
 
 def call(*args: str | Path) -> Result:
@@ -74,8 +78,8 @@ def test_a_range_is_two_numbers(told: str, tmp_path: Path) -> None:
 @pytest.mark.tools
 def test_a_matrix_is_computed_and_ranges_from_other_machines_add_up_to_it(tmp_path: Path) -> None:
     base = tmp_path / "base.gguf"
-    write_mute_model(
-        base, "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", SpecialTokens()
+    write_stub_model(
+        base, "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", *GLM_TOKENS
     )
     lines = [
         {"id": f"{n}", "messages": [{"role": "user", "content": f"{n * n} bottles of beer"}]}

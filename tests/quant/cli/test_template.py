@@ -1,4 +1,4 @@
-"""`quant template`: what it prints and with which code it ends."""
+"""`quant template`: its output and its exit codes."""
 
 import json
 import sys
@@ -9,9 +9,10 @@ import pytest
 
 from quant import cli
 from quant.chat import check as checks
-from quant.chat.conversations import BATTERY, TOOLS
+from quant.chat.conversations import TOOLS
 from quant.llama.gguf import read_header
 from tests.gguf_files import LLAMA, key, write
+from tests.quant.chat.templates import SHORT
 from tests.quant.chat.test_template import ORIGINAL, PATCHED
 
 Run = Callable[..., tuple[int, str, str]]
@@ -38,7 +39,7 @@ def gguf(tmp_path: Path) -> Path:
     return write(tmp_path / "model.gguf", keys=[*LLAMA, key("tokenizer.chat_template", ORIGINAL)])
 
 
-def test_patch_says_what_was_written(run: Run, gguf: Path, tmp_path: Path) -> None:
+def test_patch_reports_what_was_written(run: Run, gguf: Path, tmp_path: Path) -> None:
     out = tmp_path / "new.gguf"
     code, printed, said = run("patch", gguf, "-o", out)
     assert (code, printed) == (0, "")
@@ -57,7 +58,7 @@ def test_patch_says_what_was_written(run: Run, gguf: Path, tmp_path: Path) -> No
         (["m-00001-of-00002.gguf"], "m-00002-of-00002.gguf: missing"),
     ],
 )
-def test_what_is_wrong_with_the_input_is_said_and_ends_with_2(
+def test_wrong_input_is_reported_and_exits_with_2(
     arguments: list[str], words: str, run: Run, gguf: Path, tmp_path: Path
 ) -> None:
     write(tmp_path / "bare.gguf")
@@ -86,7 +87,7 @@ def conversation(folder: Path, content: object) -> Path:
     return path
 
 
-def test_render_prints_what_the_model_reads(run: Run, tmp_path: Path) -> None:
+def test_render_prints_the_prompt(run: Run, tmp_path: Path) -> None:
     talk = conversation(tmp_path, [{"role": "user", "content": "Grüße"}])
     code, printed, said = run("render", "glm-4.6", talk)
     assert (code, printed) == (0, "[gMASK]<sop><|user|>\nGrüße<|assistant|>")
@@ -107,7 +108,7 @@ def test_render_without_thinking_with_tools_from_a_file(
     assert said == f"template: {gguf}\n"
 
 
-def test_render_of_what_ends_with_an_answer_asks_for_no_other(run: Run, tmp_path: Path) -> None:
+def test_render_adds_no_generation_prompt_after_an_answer(run: Run, tmp_path: Path) -> None:
     talk = conversation(
         tmp_path, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     )
@@ -131,7 +132,7 @@ def test_render_of_what_ends_with_an_answer_asks_for_no_other(run: Run, tmp_path
         ),
     ],
 )
-def test_a_conversation_that_is_none_is_told(
+def test_a_malformed_conversation_is_reported(
     content: str, words: str | None, run: Run, tmp_path: Path
 ) -> None:
     code, printed, said = run("render", "glm-4.6", conversation(tmp_path, content))
@@ -141,27 +142,24 @@ def test_a_conversation_that_is_none_is_told(
     assert "Traceback" not in said
 
 
-def test_a_file_that_is_not_there_is_told(run: Run, tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(run: Run, tmp_path: Path) -> None:
     code, _, said = run("render", "glm-4.6", tmp_path / "no.json")
     assert code == 2
     assert said == f"error: {tmp_path / 'no.json'}: cannot be read (No such file or directory)\n"
-
-
-FEW = tuple(
-    c for c in BATTERY if c.name in ("one turn", "raw reasoning, two turns", "a result as parts")
-)
 
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three conversations, because a check of all takes its time."""
     whole = checks.check_template
-    monkeypatch.setattr(checks, "check_template", lambda taken, tools: whole(taken, tools, FEW))
+    monkeypatch.setattr(
+        checks, "check_template", lambda template, tools: whole(template, tools, SHORT)
+    )
 
 
 @pytest.mark.tools
 @pytest.mark.usefixtures("few")
-def test_check_of_a_good_template_says_so(run: Run) -> None:
+def test_check_of_a_good_template_exits_with_0(run: Run) -> None:
     code, printed, _ = run("check", "glm-4.6", "--no-server")
     assert code == 0
     assert printed.splitlines()[0].endswith("GLM-4.6.jinja, patched by glm-4.6")

@@ -5,18 +5,18 @@ from typing import Any
 
 import pytest
 
-from quant.chat.conversations import BATTERY
 from quant.chat.go_template import covers, load_go_template, render_go
-from quant.chat.rules import find_disagreements, list_requests
+from quant.chat.renderings import list_requests
+from quant.chat.rules import find_disagreements
 from quant.errors import InputError
 from quant.plan.load import list_recipes, load_model
 from quant.release.ollama import find_params_problems, make_params
-from tests.quant.chat.test_rules import MADE
+from tests.quant.chat.templates import CONVERSATIONS, RENDERED
 
 needs_gotpl = pytest.mark.skipif(
     importlib.util.find_spec("gotpl") is None, reason="gotpl is not installed"
 )
-COVERED = [ask for ask in list_requests(BATTERY) if covers(ask)]
+COVERED = [ask for ask in list_requests(CONVERSATIONS) if covers(ask)]
 
 
 @pytest.mark.parametrize("model", list_recipes("models"))
@@ -101,9 +101,9 @@ def test_without_the_renderer_it_is_said_what_is_missing(monkeypatch: pytest.Mon
 
 @needs_gotpl
 def test_the_go_template_makes_the_same_prompts() -> None:
-    made = render_go(load_go_template("glm-4.6") or "", list_requests(BATTERY))
+    made = render_go(load_go_template("glm-4.6") or "", list_requests(CONVERSATIONS))
     assert made.keys() == {ask.name for ask in COVERED}
-    assert list(find_disagreements("ollama", made, MADE["glm-4.6"], BATTERY)) == []
+    assert list(find_disagreements("ollama", made, RENDERED["glm-4.6"], CONVERSATIONS)) == []
 
 
 @needs_gotpl
@@ -122,7 +122,8 @@ def test_a_go_template_that_says_something_else_is_caught(
 ) -> None:
     template = load_go_template("glm-4.6") or ""
     assert find in template
-    made = render_go(template.replace(find, put), list_requests(BATTERY))
+    made = render_go(template.replace(find, put), list_requests(CONVERSATIONS))
     assert conversation in {
-        f.conversation for f in find_disagreements("ollama", made, MADE["glm-4.6"], BATTERY)
+        f.conversation
+        for f in find_disagreements("ollama", made, RENDERED["glm-4.6"], CONVERSATIONS)
     }
