@@ -90,7 +90,7 @@ def test_the_alignment_of_the_file_is_kept(tmp_path: Path) -> None:
     )
     made = read_header(patch_file(source, tmp_path / "b.gguf").path)
     assert made.data_start % 256 == 0
-    assert made.hash_tensors() == read_header(source).tensor_digests()
+    assert made.hash_tensors() == read_header(source).hash_tensors()
 
 
 def test_patched_twice_is_patched_once(whole: Path, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_first_shard_with_tensors_is_written_whole_and_the_reason_is_given(
 ) -> None:
     first = split(tmp_path, [Tensor("c.weight")], count=2)
     done = patch_file(first, tmp_path / "new" / first.name)
-    assert read_header(done.path).hash_tensors() == read_header(first).tensor_digests()
+    assert read_header(done.path).hash_tensors() == read_header(first).hash_tensors()
     assert "written whole: its tensors follow the template" in describe_patch(done)[1]
 
 
@@ -294,7 +294,7 @@ def test_a_split_model_of_llama_cpp_takes_the_new_first_shard(tmp_path: Path) ->
     )
     merged = read_header(tmp_path / "merged.gguf")
     assert merged.metadata[KEY] == PATCHED
-    assert merged.hash_tensors() == read_header(tmp_path / "whole.gguf").tensor_digests()
+    assert merged.hash_tensors() == read_header(tmp_path / "whole.gguf").hash_tensors()
 
 
 @pytest.mark.tools
