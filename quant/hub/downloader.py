@@ -1,9 +1,10 @@
-"""Download files in a process of its own, so that it can be ended when nothing moves.
+"""The child program that downloads, so that it can be ended when nothing moves.
 
-``python -m quant.hub.downloader JOB OUTCOME``, both JSON.
-
-Left alone, the hub's client ends every file that it has begun, and a transfer that hangs in native code ends never. Every
-file is compared with the hub's list as soon as it is there; the client itself compares lengths only.
+See :mod:`quant.core.child` and :mod:`quant.hub.download`. The client compares lengths only, so each
+file is compared with the hub's list by digest, as soon as it is there. huggingface_hub's
+``HfApi.verify_repo_checksums`` compares the same digests, but not this way: it needs all files to
+be there, lists the commit again, hashes everything anew (minutes for 700 GB, the digest cache does
+not help), and counts every file of the repo that was not wanted as missing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,12 +15,17 @@ from typing import Any
 from quant.core import child, digest_cache, files
 from quant.errors import CheckError, convert_disk_errors
 from quant.hub import client as hub_client
+from quant.hub.download import HubFile
 
 THREADS = 8
 
 
 def download_job(job: Mapping[str, Any], _: Path) -> None:
-    """Fetch what the job says. Raises CheckError for files that came otherwise."""
+    """Fetch the files of a job.
+
+    Raises:
+        CheckError: Files whose bytes are not those that the hub lists.
+    """
     with (
         convert_disk_errors(Path(job["folder"])),
         hub_client.convert_errors(job["repo"], job["revision"]),
@@ -29,40 +35,43 @@ def download_job(job: Mapping[str, Any], _: Path) -> None:
 
 
 def download_all(job: Mapping[str, Any]) -> Iterator[str]:
-    """Fetch every file of the job that is not there; yields a line for each that came otherwise, which is taken away."""
-    folder, remembered = Path(job["folder"]), Path(job["memory"])
-    missing = [f for f in job["files"] if find_difference(folder, f, remembered)]
-    beside = ThreadPoolExecutor(THREADS)
-    under_way = {beside.submit(_get, job, f): f for f in missing}
-    for future in as_completed(under_way):
+    """Fetch every file that is not there yet, and yield a line for each that is wrong.
+
+    A wrong file is removed, so that the next run fetches it again.
+    """
+    folder, cache = Path(job["folder"]), Path(job["digest_cache"])
+    wanted = [HubFile(**f) for f in job["files"]]
+    missing = [f for f in wanted if find_difference(folder, f, cache)]
+    threads = ThreadPoolExecutor(THREADS)
+    downloads = {threads.submit(_download_file, job, f.path): f for f in missing}
+    for future in as_completed(downloads):
         future.result()
-        if wrong := find_difference(folder, under_way[future], remembered):
-            files.remove(folder / under_way[future]["path"])
-            yield f"{job['repo']}@{job['revision']}: {wrong}; run again to fetch it again"
-    beside.shutdown()
+        if difference := find_difference(folder, downloads[future], cache):
+            files.remove(folder / downloads[future].path)
+            yield f"{job['repo']}@{job['revision']}: {difference}; run again to fetch it again"
+    threads.shutdown()
 
 
-def find_difference(folder: Path, f: Mapping[str, Any], remembered: Path) -> str | None:
-    """What is wrong with a file that should lie there; a digest that was compared is remembered."""
-    path, name = folder / f["path"], f["path"]
+def find_difference(folder: Path, f: HubFile, cache: Path) -> str | None:
+    """Return how a file differs from what the hub lists, or None. Digests are remembered."""
+    path = folder / f.path
     if not path.is_file():
-        return f"{name}: missing"
-    if path.stat().st_size != f["bytes"]:
-        return f"{name}: expected {f['bytes']} bytes, found {path.stat().st_size}"
-    if f["sha256"]:
-        found = digest_cache.hash_files([path], remembered)[path]
-        return (
-            None
-            if found == f["sha256"]
-            else f"{name}: expected sha256 {f['sha256']}, found {found}"
-        )
-    found = files.hash_git_blob(path)
-    return None if found == f["git"] else f"{name}: expected git's {f['git']}, found {found}"
+        return f"{f.path}: missing"
+    if (size := path.stat().st_size) != f.bytes:
+        return f"{f.path}: expected {f.bytes} bytes, found {size}"
+    if f.sha256:
+        sha256 = digest_cache.hash_files([path], cache)[path]
+        if sha256 != f.sha256:
+            return f"{f.path}: expected sha256 {f.sha256}, found {sha256}"
+        return None
+    # A small file, which the hub lists by git's digest only.
+    git = files.hash_git_blob(path)
+    return None if git == f.git else f"{f.path}: expected git's {f.git}, found {git}"
 
 
-def _get(job: Mapping[str, Any], f: Mapping[str, Any]) -> None:
+def _download_file(job: Mapping[str, Any], path: str) -> None:
     hub_client.make_client().hf_hub_download(
-        job["repo"], f["path"], revision=job["revision"], local_dir=job["folder"]
+        job["repo"], path, revision=job["revision"], local_dir=job["folder"]
     )
 
 

@@ -1,7 +1,7 @@
-"""Pin a model's source: the commit that a branch stands for today, and the digest of every file in it.
+"""Pin a model's source: the commit that a branch is at today, and the digest of every file in it.
 
-A lock is JSON beside the model's recipe, ``NAME.lock.json``. A build takes the commit from there, and refuses a file that
-is not the one that was locked, whatever the hub says by then.
+A lock is JSON beside the model's recipe, ``NAME.lock.json``. A build takes the commit from it, and
+refuses a file that is not the locked one, whatever the hub has by then.
 """
 
 import json
@@ -16,16 +16,7 @@ from quant.core.format import to_pretty_json
 from quant.errors import CheckError, InputError
 from quant.hub.checkpoint import Checkpoint, ModelSource, list_files, select_files
 from quant.hub.client import COMMIT
-
-
-@dataclass(frozen=True)
-class LockedFile:
-    """One file of a locked commit; the hub knows large files by sha256 and small ones by git's digest."""
-
-    path: str
-    bytes: int
-    sha256: str | None = None
-    git: str | None = None
+from quant.hub.download import HubFile
 
 
 @dataclass(frozen=True)
@@ -34,82 +25,90 @@ class Lock:
 
     repo: str
     revision: str
-    files: tuple[LockedFile, ...]
+    files: tuple[HubFile, ...]
 
     def json(self) -> dict[str, Any]:
-        """As it is written."""
-        kept = [{k: v for k, v in asdict(f).items() if v is not None} for f in self.files]
-        return {"repo": self.repo, "revision": self.revision, "files": kept}
+        """Return the lock as it is written: a digest that the hub does not list is left out."""
+        entries = [{k: v for k, v in asdict(f).items() if v is not None} for f in self.files]
+        return {"repo": self.repo, "revision": self.revision, "files": entries}
 
 
 def write_lock(source: ModelSource, recipe: Path, revision: str | None = None) -> Lock:
-    """Ask the hub what a model's branch (or tag, or commit) is now, and write the lock beside the recipe.
+    """Look up a model's commit and files on the hub, and write the lock beside the recipe.
 
-    Raises InputError for a model whose source is a folder, or one that the hub does not have.
+    Args:
+        source: The model's source.
+        recipe: The model's recipe.
+        revision: The branch, tag or commit to lock. None takes the source's, or ``main``.
+
+    Raises:
+        InputError: The source is a folder, or the hub does not have it.
+        Unreachable: The hub does not answer.
     """
     if source.repo is None:
         raise InputError(f"{recipe}: source: expected a repo of the hub to lock, found a folder")
-    commit, entries = list_files(source.repo, revision or source.revision or "main")
-    locked = Lock(
-        source.repo,
-        commit,
-        tuple(
-            LockedFile(path, e.size, e.lfs.sha256 if e.lfs else None, None if e.lfs else e.blob_id)
-            for path, e in sorted(select_files(entries).items())
-        ),
-    )
-    files.write_text(locate_lock(recipe), to_pretty_json(locked.json()))
-    return locked
+    commit, listed = list_files(source.repo, revision or source.revision or "main")
+    lock = Lock(source.repo, commit, tuple(f for _, f in sorted(select_files(listed).items())))
+    files.write_text(locate_lock(recipe), to_pretty_json(lock.json()))
+    return lock
 
 
 def locate_lock(recipe: Path) -> Path:
-    """Where the lock of a recipe is."""
+    """Return where the lock of a recipe is, whether it exists or not."""
     return recipe.with_suffix(".lock.json")
 
 
 def read_lock(source: ModelSource, recipe: Path) -> Lock | None:
-    """The lock beside a recipe, if there is one; raises InputError for one that is broken or of another repo."""
+    """Read the lock beside a recipe, or return None if there is none.
+
+    Raises:
+        InputError: The lock is damaged, or of another repo.
+    """
     path = locate_lock(recipe)
     if not path.exists():
         return None
     try:
         data = json.loads(path.read_text())
-        found = Lock(data["repo"], data["revision"], tuple(LockedFile(**f) for f in data["files"]))
+        lock = Lock(data["repo"], data["revision"], tuple(HubFile(**f) for f in data["files"]))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(
             f"{path}: expected a lock, found something else ({e!r}); make it again with `quant lock`"
         ) from e
-    if found.repo != source.repo or not COMMIT.fullmatch(found.revision):
+    if lock.repo != source.repo or not COMMIT.fullmatch(lock.revision):
         raise InputError(
-            f"{path}: expected a commit of {source.repo}, found {found.repo}@{found.revision}"
+            f"{path}: expected a commit of {source.repo}, found {lock.repo}@{lock.revision}"
         )
-    return found
+    return lock
 
 
-def choose_commit(source: ModelSource, locked: Lock | None, asked: str | None) -> str | None:
-    """The commit to build: the one that was asked for, else the recipe's own, else the lock's."""
-    if asked:
-        return asked
+def choose_commit(source: ModelSource, lock: Lock | None, revision: str | None) -> str | None:
+    """Return the commit to build: the given revision, else the recipe's own, else the lock's."""
+    if revision:
+        return revision
     if source.revision and COMMIT.fullmatch(source.revision):
         return source.revision
-    return locked.revision if locked else source.revision
+    return lock.revision if lock else source.revision
 
 
-def check_lock(checkpoint: Checkpoint, locked: Lock) -> None:
-    """Raise CheckFailed for every file of a pulled checkpoint that is not the locked one; another commit is not looked at."""
-    if checkpoint.origin.get("revision") == locked.revision:
-        wrong = list(_differences(checkpoint, locked))
-        if wrong:
-            raise CheckError(*wrong)
+def check_lock(checkpoint: Checkpoint, lock: Lock) -> None:
+    """Compare a pulled checkpoint with its lock. Another commit is not compared.
+
+    Raises:
+        CheckError: Every file that is not the locked one.
+    """
+    if checkpoint.origin.get("revision") == lock.revision and (
+        differences := list(_find_differences(checkpoint, lock))
+    ):
+        raise CheckError(*differences)
 
 
-def _differences(checkpoint: Checkpoint, locked: Lock) -> Iterator[str]:
-    found = {r.path: r for r in checkpoint.receipts}
-    for f in locked.files:
-        here = found.get(f.path)
-        if here is None:
-            yield f"{checkpoint.folder / f.path}: missing; the lock has it"
-        elif f.sha256 and here.sha256 != f.sha256:
-            yield f"{checkpoint.folder / f.path}: expected the locked sha256 {f.sha256}, found {here.sha256}"
-        elif f.git and (git := hash_git_blob(checkpoint.folder / f.path)) != f.git:
-            yield f"{checkpoint.folder / f.path}: expected the locked git digest {f.git}, found {git}"
+def _find_differences(checkpoint: Checkpoint, lock: Lock) -> Iterator[str]:
+    receipts = {r.path: r for r in checkpoint.receipts}
+    for f in lock.files:
+        receipt, path = receipts.get(f.path), checkpoint.folder / f.path
+        if receipt is None:
+            yield f"{path}: missing; the lock has it"
+        elif f.sha256 and receipt.sha256 != f.sha256:
+            yield f"{path}: expected the locked sha256 {f.sha256}, found {receipt.sha256}"
+        elif f.git and (git := hash_git_blob(path)) != f.git:
+            yield f"{path}: expected the locked git digest {f.git}, found {git}"

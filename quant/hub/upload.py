@@ -1,7 +1,7 @@
-"""Send files to the hub's storage, where nobody sees them until a commit names them; as fast as it is allowed.
+"""Send files to the hub's storage, where nobody sees them until a commit names them.
 
-What the storage holds already is not sent again, so sending early (each variant as soon as it talks) and sending at the end
-are the same work.
+Files that the storage has already are not sent again. So sending early (each variant as soon as its
+smoke test passed) and sending at the end are the same work.
 """
 
 import io
@@ -17,33 +17,32 @@ from typing import TYPE_CHECKING
 from quant.core.files import Receipt
 from quant.hub import client as hub_client
 
-
-@dataclass(frozen=True)
-class Destination:
-    """Where a release is to be published, and how."""
-
-    repo: str
-    private: bool = False
-    """Of a repo that is made for it."""
-    pull_request: bool = False
-    """Propose it, and let the repo's owners merge it."""
-    tag: str | None = None
-    """release-<begin of the manifest's digest> when not given."""
-    parent: str | None = None
-    """The commit that it has to follow; what the repo is at now, when not given."""
-    uploads: int = 4
-    """Files that are sent at the same time."""
-    limit: int | None = None
-    """Bytes a second that sending may take, all files together."""
-
-
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
 
 @dataclass(frozen=True)
+class Destination:
+    """Where and how a release is published."""
+
+    repo: str
+    private: bool = False
+    """Make the repo private if it has to be made."""
+    pull_request: bool = False
+    """Open a pull request, which the repo's owners merge, instead of committing."""
+    tag: str | None = None
+    """None: release-<begin of the manifest's digest>."""
+    parent: str | None = None
+    """The commit to follow. None takes the repo's current one."""
+    uploads: int = 4
+    """Files that are sent at the same time."""
+    limit: int | None = None
+    """Upload bandwidth in bytes a second, all files together. None sets no limit."""
+
+
+@dataclass(frozen=True)
 class Upload:
-    """What the hub's storage holds now."""
+    """What the hub's storage has after an upload."""
 
     repo: str
     files: int
@@ -51,31 +50,41 @@ class Upload:
 
 
 def upload_variant(
-    placed: Mapping[str, Path], receipts: Iterable[Receipt], target: "Destination"
+    placed: Mapping[str, Path], receipts: Iterable[Receipt], target: Destination
 ) -> Upload:
-    """Let the hub's storage hold these files of a release that is not published yet; the repo is made if there is none.
+    """Send the files of one variant to the storage, before the release is published.
 
-    Raises InputError for a refusal, Unreachable when the hub does not answer; the same call continues.
+    The repo is made if it does not exist. The same call continues after an interruption.
+
+    Args:
+        placed: The files, by their names in the repo.
+        receipts: Their receipts, in the same order.
+        target: The repo, and how to send.
+
+    Raises:
+        InputError: The hub refuses.
+        Unreachable: The hub does not answer.
     """
-    whole = {name: (path, r) for (name, path), r in zip(placed.items(), receipts, strict=True)}
+    variant = {name: (path, r) for (name, path), r in zip(placed.items(), receipts, strict=True)}
+    digests = {name: (path, r.sha256) for name, (path, r) in variant.items()}
     with (
         hub_client.convert_errors(target.repo),
-        prepare_additions({n: (p, r.sha256) for n, (p, r) in whole.items()}, target.limit) as adds,
+        prepare_additions(digests, target.limit) as additions,
     ):
         api = hub_client.make_client()
         hub_client.retry(
             lambda: api.create_repo(target.repo, private=target.private, exist_ok=True)
         )
-        upload_files(api, adds, target)
-    return Upload(target.repo, len(whole), sum(r.bytes for _, r in whole.values()))
+        upload_files(api, additions, target)
+    return Upload(target.repo, len(variant), sum(r.bytes for _, r in variant.values()))
 
 
-def upload_files(api: "HfApi", adds: "list[CommitOperationAdd]", target: "Destination") -> None:
+def upload_files(api: "HfApi", additions: "list[CommitOperationAdd]", target: Destination) -> None:
     """Send what the storage lacks of these files."""
-    _beside(
+    _run_in_thread(
         lambda: api.preupload_lfs_files(
             target.repo,
-            adds,
+            additions,
             num_threads=target.uploads,
             create_pr=target.pull_request,
             free_memory=False,
@@ -87,37 +96,47 @@ def upload_files(api: "HfApi", adds: "list[CommitOperationAdd]", target: "Destin
 def prepare_additions(
     files: Mapping[str, tuple[Path, str]], limit: int | None
 ) -> "Iterator[list[CommitOperationAdd]]":
-    """Files, by their names in the repo, with their digests, as the hub's client takes them, while the block runs."""
+    """Yield files as the hub's client takes them. They are open while the block runs.
+
+    Args:
+        files: Path and sha256 of each file, by its name in the repo.
+        limit: Bytes a second for all of them together; None for no limit.
+    """
     from huggingface_hub import CommitOperationAdd
 
     limiter = RateLimiter(limit) if limit else None
-    with ExitStack() as opened:
-        made = []
+    with ExitStack() as stack:
+        additions = []
         for name, (path, sha256) in files.items():
-            add = CommitOperationAdd(name, path)
-            add.upload_info.sha256 = bytes.fromhex(
-                sha256
-            )  # known: the client would read the whole file for it
+            addition = CommitOperationAdd(name, path)
+            # The client would read the whole file to hash it; the receipt has the digest.
+            addition.upload_info.sha256 = bytes.fromhex(sha256)
             if limiter:
-                # The client sends what it has to read itself by HTTP, and not by Xet, whose speed nobody can hold.
-                add.path_or_fileobj = opened.enter_context(ThrottledFile(path, limiter))  # type: ignore[assignment]  # it is one
-            made.append(add)
-        yield made
+                # The client sends what it has to read through Python by HTTP, and not by Xet,
+                # whose native code offers no bandwidth limit.
+                throttled = stack.enter_context(ThrottledFile(path, limiter))
+                addition.path_or_fileobj = throttled  # type: ignore[assignment]  # a binary file
+            additions.append(addition)
+        yield additions
 
 
 @dataclass
 class RateLimiter:
-    """Lets so many bytes pass in a second, however many threads send them."""
+    """Limits the bytes a second that several threads take together.
+
+    A leaky bucket without a burst: each request is scheduled behind the ones before it, and waits
+    until its turn.
+    """
 
     bytes_per_second: int
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = lambda seconds: time.sleep(seconds)
     free_at: float = 0.0
-    """When all that passed before is paid for."""
+    """When all bytes that were taken before have had their time."""
     lock: Lock = field(default_factory=Lock)
 
     def take(self, count: int) -> None:
-        """Wait until bytes may pass."""
+        """Wait until so many bytes may be sent."""
         with self.lock:
             now = self.clock()
             begin = max(now, self.free_at)
@@ -127,51 +146,55 @@ class RateLimiter:
 
 
 class ThrottledFile(io.BufferedIOBase):
-    """A file that can be read as fast as the limiter lets it."""
+    """A binary file that is read no faster than a rate limiter allows."""
 
     def __init__(self, path: Path, limiter: RateLimiter) -> None:
         self._file, self._limiter = path.open("rb"), limiter
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """The next bytes, when they may pass."""
+        """Return the next bytes, when they may be sent."""
         data = self._file.read(size)
         self._limiter.take(len(data))
         return data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """As of a file."""
+        """Move to a position and return it. A request that is retried starts again at 0."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """As of a file."""
+        """Return the position."""
         return self._file.tell()
 
     def readable(self) -> bool:
-        """It can be."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """A request that failed is begun anew."""
+        """Return True."""
         return True
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
         super().close()
 
 
-def _beside(work: Callable[[], None]) -> None:
-    """Do the work in a thread that may be left behind: interrupted in this one, the client would end every file first."""
-    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+def _run_in_thread(work: Callable[[], None]) -> None:
+    """Do work in a daemon thread and raise what it raises.
+
+    An interrupt reaches the main thread only. In the main thread the client would finish every file
+    that it has begun before it obeys; the daemon thread is left behind.
+    """
+    outcome: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def run() -> None:
         try:
             work()
         except BaseException as e:
-            ended.put(e)
+            outcome.put(e)
         else:
-            ended.put(None)
+            outcome.put(None)
 
     Thread(target=run, daemon=True).start()
-    if (e := ended.get()) is not None:
+    if (e := outcome.get()) is not None:
         raise e

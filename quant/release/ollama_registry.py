@@ -164,7 +164,7 @@ def fetch_registry(repo: str, tag: str) -> tuple[int, dict[str, Any]]:
 
     def ask() -> tuple[int, dict[str, Any]]:
         answer = get_session().get(address, headers=headers, timeout=30)
-        if answer.status_code in hub_client.MAY_PASS:
+        if answer.status_code in hub_client.TRANSIENT_STATUS:
             answer.raise_for_status()
         try:
             body = answer.json()

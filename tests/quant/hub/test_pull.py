@@ -13,7 +13,8 @@ import pytest
 
 from quant.core import files
 from quant.errors import Unreachable
-from quant.hub import download as fetching
+from quant.hub import download
+from quant.hub.download import HubFile
 from tests import hub as hubs
 from tests.hub import Fault, Hub
 from tests.quant.hub.test_checkpoint import (
@@ -319,7 +320,7 @@ def test_a_transfer_that_hangs_again_is_one_line(hub: Hub, puller: Puller) -> No
     )
 
 
-def test_after_a_stall_the_fetcher_is_started_without_xet(
+def test_after_a_stall_the_downloader_is_started_without_xet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
@@ -328,16 +329,16 @@ def test_after_a_stall_the_fetcher_is_started_without_xet(
     def stalls(command: list[Any], *, env: Mapping[str, str], **_: Any) -> None:
         settings.append(env.get("HF_HUB_DISABLE_XET"))
         if len(settings) == 1:
-            raise fetching.TransferStallError
+            raise download.TransferStallError
         Path(command[-1]).write_text('{"result": null}')
 
     monkeypatch.setattr("quant.core.process.run_program", stalls)
-    fetching.download_files(REPO, "0" * 40, [{"path": "a", "bytes": 1}], tmp_path / "checkpoint")
+    download.download_files(REPO, "0" * 40, [HubFile("a", 1)], tmp_path / "checkpoint")
     assert settings == [None, "1"]
     settings.clear()
     with pytest.raises(Unreachable, match="nothing moved for 900 s; run again"):
-        fetching.download_files(
-            REPO, "0" * 40, [{"path": "a", "bytes": 50 * 10**9 + 1}], tmp_path / "checkpoint"
+        download.download_files(
+            REPO, "0" * 40, [HubFile("a", 50 * 10**9 + 1)], tmp_path / "checkpoint"
         )
     assert settings == [None]
 

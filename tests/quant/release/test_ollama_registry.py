@@ -206,7 +206,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
             endpoint = f"http://127.0.0.1:{server.server_address[1]}"
 
         monkeypatch.setattr(hub_client, "make_client", Client)
-        monkeypatch.setattr(hub_client, "TRIES", 1)
+        monkeypatch.setattr(hub_client, "MAX_TRIES", 1)
         monkeypatch.delenv(TOKEN, raising=False)
         server.tags = {
             "UD-TQ1_0": (200, published()),
