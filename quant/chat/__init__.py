@@ -6,7 +6,8 @@ several turns.
 
 ```
 families       facts of a model family (recipes/families), or what a template tells by itself
-conversations  the test conversations, as data
+messages       messages as clients send them, and placeholders for what families write; pure
+conversations  the test conversations, as data; pure
 renderings     which texts of a conversation are rendered; pure
 rules          what must hold of these texts, and which client breaks otherwise; pure
 template       patch a template by exact replacements, render it with Jinja; pure
@@ -19,7 +20,7 @@ check          `quant template check`: all of that for one template
 gguf_patch     `quant template patch`: another template in an existing GGUF
 
 scenarios      what a smoke test asks, as data (recipes/scenarios)
-schema         JSON values against JSON schemas, by jsonschema
+schema         JSON values against JSON schemas, by jsonschema; pure
 file_checks    checks of a file that need no answer: template, tokens, weights
 reply_checks   checks of one reply; pure
 runner         runs scenarios with a server and records the checks

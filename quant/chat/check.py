@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.chat import go_template
-from quant.chat.conversations import Conversation, build_conversations
+from quant.chat.conversations import build_conversations
 from quant.chat.engines import find_fatal_error, render_by_server, render_in_sandbox
 from quant.chat.families import (
     ModelFamily,
@@ -30,6 +30,7 @@ from quant.chat.families import (
     read_file_tokens,
 )
 from quant.chat.gguf_patch import read_template
+from quant.chat.messages import Conversation
 from quant.chat.renderings import Renderings, list_requests
 from quant.chat.rules import (
     TemplateFault,

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from quant.chat.conversations import Conversation, Message
 from quant.chat.families import SWITCH, ReasoningFormat
+from quant.chat.messages import Conversation, Message
 
 MODES: Mapping[str, Mapping[str, Any]] = {
     "default": {},

@@ -38,8 +38,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from quant.chat.conversations import Conversation, Message
 from quant.chat.families import ModelFamily, ReasoningFormat
+from quant.chat.messages import Conversation, Message
 from quant.chat.renderings import (
     MODES,
     Rendering,

@@ -70,8 +70,8 @@ def patch_gguf(gguf: Path, name: str | None, out: Path) -> None:
 def render(options: RenderOptions) -> None:
     """Print the prompt of CONVERSATION: JSON, a list of messages as in OpenAI's API."""
     from quant.chat.check import load_template
-    from quant.chat.conversations import Conversation
     from quant.chat.engines import render_in_sandbox
+    from quant.chat.messages import Conversation
     from quant.chat.renderings import RenderRequest
     from quant.errors import InputError
 

@@ -1,9 +1,10 @@
 """Chat templates that several test modules use, and what Jinja makes of them."""
 
 from quant.chat.check import COLLECTION
-from quant.chat.conversations import Conversation, build_conversations
+from quant.chat.conversations import build_conversations
 from quant.chat.engines import decode_arguments
 from quant.chat.families import load_family
+from quant.chat.messages import Conversation
 from quant.chat.renderings import Rendering, Renderings, RenderRequest, list_requests
 from quant.chat.template import patch_template, render_template
 from quant.errors import InputError

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from quant.chat.conversations import Conversation, calls, result, user
 from quant.chat.engines import (
     NOT_TRIED,
     decode_arguments,
@@ -15,6 +14,7 @@ from quant.chat.engines import (
     render_in_sandbox,
 )
 from quant.chat.families import SpecialTokens
+from quant.chat.messages import Conversation, calls, result, user
 from quant.chat.renderings import Rendering, RenderRequest, list_requests
 from quant.chat.rules import find_disagreements
 from quant.chat.sandbox import SandboxLimits

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from quant.chat.check import COLLECTION
-from quant.chat.conversations import Conversation, Message, assistant, build_conversations, user
+from quant.chat.conversations import build_conversations
 from quant.chat.families import find_family
+from quant.chat.messages import Conversation, Message, assistant, user
 from quant.chat.renderings import Rendering, collect_reasoning, list_requests
 from quant.chat.rules import (
     find_changes,
