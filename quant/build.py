@@ -117,7 +117,7 @@ def build_release(job: ReleaseJob, run: StageRunner = run_now) -> BuildResult:
             matrix=imatrix,
             variants=tuple(zip(variants, results, strict=True)),
             llama_cpp=str(job.tools.version),
-            tools=job.tools.built,
+            tools=job.tools.build_info,
             scenarios=stages.scenarios,
             evaluation=evaluation,
         )

@@ -124,7 +124,7 @@ def test_the_statement_of_origin_names_text_matrix_and_how_llama_cpp_was_built(
     assert digests[manifest["imatrix"]["path"]] == hash_file(ladder / manifest["imatrix"]["path"])
     assert origin["internalParameters"]["llama.cpp"] == {
         "version": manifest["llama.cpp"],
-        **find_toolchain().built,
+        **find_toolchain().build_info,
     }
 
 

@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from quant.calibration.gradients import ARCHITECTURES, EMBEDDING, REVISION
+from quant.calibration.gradients import ARCHITECTURES, REVISION
 from quant.calibration.gradients.shape import find_shape_problems
 from quant.calibration.hessian_file import FORM, Hessians
 from quant.calibration.text import CalibrationText
@@ -30,7 +30,7 @@ from quant.errors import InputError, convert_disk_errors, raise_problems
 from quant.llama.gguf import Header, TensorSpec, read_headers
 from quant.llama.model import bindings_version
 from quant.llama.model_file import ModelFile
-from quant.llama.tensors import OUTPUT
+from quant.llama.tensors import OUTPUT, TOKEN_EMBEDDING
 from quant.llama.types import FLOATS
 from quant.plan.plan import find_coverable, is_quantizable
 from quant.plan.recipe import ModelRecipe
@@ -187,8 +187,8 @@ def _matrices(
     names = {t.name for t in tensors}
     reach = (
         find_coverable(tensors)
-        | {OUTPUT if OUTPUT in names else EMBEDDING}
-        | ({EMBEDDING} if embedding else set())
+        | {OUTPUT if OUTPUT in names else TOKEN_EMBEDDING}
+        | ({TOKEN_EMBEDDING} if embedding else set())
     )
     there = [t for t in tensors if t.name in reach and is_quantizable(t)]
     wanted = _chosen(there, only) if only is not None else there
@@ -229,7 +229,7 @@ def _beside(
     for t in tensors:
         block = t.name.split(".")[1] if t.name.startswith("blk.") else t.name
         by_block[block] = by_block.get(block, 0) + t.elements
-    words = next(t.shape[1] for t in tensors if t.name == EMBEDDING)
+    words = next(t.shape[1] for t in tensors if t.name == TOKEN_EMBEDDING)
     return FLOAT_BYTES * max(
         by_block.values()
     ), FLOAT_BYTES * LIKE_LOGITS * context * words + _product(matrices)

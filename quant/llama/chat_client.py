@@ -1,4 +1,4 @@
-"""Talk to a running llama-server as a user's program does: by OpenAI's client and its own endpoints.
+"""Talk to a running llama-server as a user's program does: by OpenAI's client, and its endpoints.
 
 The official client is used so that the smoke test meets what users meet: its parsing of streams,
 of tool calls and of errors. llama-server's additions (``/health``, ``/props``, ``/tokenize``,

@@ -1,9 +1,11 @@
-"""Convert a checkpoint to one BF16 GGUF with llama.cpp's own ``conversion`` package, the chat template already patched.
+"""Convert a checkpoint to one BF16 GGUF with llama.cpp's own ``conversion`` package.
 
-A model that sees has a second file: its vision part in F16 (mmproj), which goes with every variant.
+A model with vision has a second file: its vision encoder and projector in F16 (mmproj), which goes
+with every variant.
 
-The package runs in a process of its own: it brings its own copy of gguf-py, and it may not see a token or the network.
-It reads a folder made for it, in which the patched template stands and the rest are links to the checkpoint.
+The package runs in a child program, for two reasons: it brings its own copy of gguf-py, and it may
+see neither a token nor the network. It reads a folder that is laid out for it, with the patched
+chat template and links to the checkpoint's other files.
 """
 
 import json
@@ -17,63 +19,78 @@ from quant.core import child, files
 from quant.core.format import hash_text, to_pretty_json
 from quant.core.store import Store
 from quant.hub.checkpoint import Checkpoint
-from quant.llama import toolchain
 from quant.llama.gguf import read_header
 from quant.llama.model_file import ModelFile
+from quant.llama.toolchain import Toolchain
 
 REPLACED = ("chat_template.jinja", "tokenizer_config.json", "README.md")
+"""Files of the checkpoint that the converter gets in another form, or not at all."""
 
 
 @dataclass(frozen=True)
 class FileMetadata:
-    """What a file says of its model, instead of what the converter would guess from a folder's name."""
+    """What a file says of its model, where the converter would guess from the folder's name."""
 
     title: str
     metadata: Mapping[str, Any]
-    """Keys of GGUF and their values."""
+    """GGUF keys and their values."""
     front_matter: str = ""
-    """YAML from which the converter takes licence, languages and base model."""
+    """YAML of a model card, from which the converter takes license, languages and base model."""
     pre_tokenizer: str | None = None
-    """llama.cpp's name of the pre-tokenizer, where the converter does not know its hash."""
+    """llama.cpp's name of the pre-tokenizer, if the converter does not know its hash."""
 
 
 def convert_checkpoint(
     checkpoint: Checkpoint,
     template: str | None,
-    words: FileMetadata,
-    tools: toolchain.Toolchain,
+    metadata: FileMetadata,
+    tools: Toolchain,
     store: Store,
 ) -> ModelFile:
-    """The checkpoint as one BF16 GGUF. Raises ToolError with the converter's last words when it gives up."""
+    """Convert a checkpoint to one BF16 GGUF, or find it in the store.
+
+    Args:
+        checkpoint: The weights, with the digests of all files.
+        template: The chat template that the file gets. None leaves it without.
+        metadata: What the file says of the model.
+        tools: Their version is part of the store's key.
+        store: Where the file is kept.
+
+    Raises:
+        ToolError: The converter fails. The error quotes the end of its log.
+    """
     inputs = {
-        "checkpoint": [asdict(r) for r in checkpoint.receipts],
         "template": hash_text(template) if template is not None else None,
-        "words": asdict(words),
-        "llama.cpp": str(tools.version),
+        **_describe_inputs(checkpoint, metadata, tools),
     }
-    name = f"{words.title}-BF16.gguf"
-    done = store.run_once(
-        "convert", inputs, lambda partial: write_base(checkpoint, template, words, partial / name)
+    name = f"{metadata.title}-BF16.gguf"
+    result = store.run_once(
+        "convert",
+        inputs,
+        lambda partial: write_base(checkpoint, template, metadata, partial / name),
     )
-    return ModelFile((done.path(name),), (done.receipt(name),))
+    return ModelFile((result.path(name),), (result.receipt(name),))
 
 
 def convert_vision(
-    checkpoint: Checkpoint, words: FileMetadata, tools: toolchain.Toolchain, store: Store
+    checkpoint: Checkpoint, metadata: FileMetadata, tools: Toolchain, store: Store
 ) -> ModelFile | None:
-    """The vision part as one F16 GGUF; none for a model that only reads. Raises ToolError as :func:`convert` does."""
+    """Convert the vision part to one F16 GGUF, or find it in the store.
+
+    Takes what :func:`convert_checkpoint` takes, and raises the same.
+
+    Returns:
+        The mmproj file, or None for a model without vision.
+    """
     if not has_vision(checkpoint):
         return None
-    inputs = {
-        "checkpoint": [asdict(r) for r in checkpoint.receipts],
-        "words": asdict(words),
-        "llama.cpp": str(tools.version),
-    }
-    name = f"mmproj-{words.title}-F16.gguf"
-    done = store.run_once(
-        "convert-vision", inputs, lambda partial: write_vision(checkpoint, words, partial / name)
+    name = f"mmproj-{metadata.title}-F16.gguf"
+    result = store.run_once(
+        "convert-vision",
+        _describe_inputs(checkpoint, metadata, tools),
+        lambda partial: write_vision(checkpoint, metadata, partial / name),
     )
-    return ModelFile((done.path(name),), (done.receipt(name),))
+    return ModelFile((result.path(name),), (result.receipt(name),))
 
 
 def has_vision(checkpoint: Checkpoint) -> bool:
@@ -82,39 +99,60 @@ def has_vision(checkpoint: Checkpoint) -> bool:
 
 
 def write_base(
-    checkpoint: Checkpoint, template: str | None, words: FileMetadata, out: Path
+    checkpoint: Checkpoint, template: str | None, metadata: FileMetadata, out: Path
 ) -> dict[str, Any]:
-    """Write the BF16 GGUF at ``out``; the folder that it is in belongs to this work. Returns what the file holds."""
-    return _write("text", checkpoint, template, words, out)
+    """Write the BF16 GGUF at ``out``, in a folder of its own.
+
+    Returns:
+        Architecture, number of tensors and number of parameters of the file.
+
+    Raises:
+        ToolError: The converter fails.
+    """
+    return _write("text", checkpoint, template, metadata, out)
 
 
-def write_vision(checkpoint: Checkpoint, words: FileMetadata, out: Path) -> dict[str, Any]:
-    """Write the vision part in F16 at ``out``, as mmproj files are published; otherwise as :func:`write_base`."""
-    metadata = {k: v for k, v in words.metadata.items() if not k.startswith("general.sampling.")}
-    return _write(
-        "vision", checkpoint, None, replace(words, metadata=metadata, pre_tokenizer=None), out
-    )
+def write_vision(checkpoint: Checkpoint, metadata: FileMetadata, out: Path) -> dict[str, Any]:
+    """Write the vision part at ``out`` in F16, as mmproj files are published.
+
+    Otherwise as :func:`write_base`.
+    """
+    # Sampling defaults and a pre-tokenizer are the text part's.
+    keys = {k: v for k, v in metadata.metadata.items() if not k.startswith("general.sampling.")}
+    own = replace(metadata, metadata=keys, pre_tokenizer=None)
+    return _write("vision", checkpoint, None, own, out)
+
+
+def _describe_inputs(
+    checkpoint: Checkpoint, metadata: FileMetadata, tools: Toolchain
+) -> dict[str, Any]:
+    """Return what a conversion depends on, under the store's keys (renaming one redoes work)."""
+    return {
+        "checkpoint": [asdict(r) for r in checkpoint.receipts],
+        "words": asdict(metadata),
+        "llama.cpp": str(tools.version),
+    }
 
 
 def _write(
-    part: str, checkpoint: Checkpoint, template: str | None, words: FileMetadata, out: Path
+    part: str, checkpoint: Checkpoint, template: str | None, metadata: FileMetadata, out: Path
 ) -> dict[str, Any]:
-    folder = _lay_out(checkpoint, template, words, out.parent / "hf" / words.title)
-    metadata = out.parent / "metadata.json"
-    files.write_text(metadata, to_pretty_json(words.metadata))
+    folder = _lay_out_checkpoint(checkpoint, template, metadata, out.parent / "hf" / metadata.title)
+    keys = out.parent / "metadata.json"
+    files.write_text(keys, to_pretty_json(metadata.metadata))
     job = {
         "part": part,
         "checkpoint": folder,
         "out": out,
-        "metadata": metadata,
-        "pre_tokenizer": words.pre_tokenizer,
+        "metadata": keys,
+        "pre_tokenizer": metadata.pre_tokenizer,
     }
     child.run_child(
         "quant.llama.converter",
         job,
         folder=out.parent,
         name="the converter",
-        env=_quiet_environment(),
+        env=_create_environment(),
     )
     files.remove(out.parent / "hf")
     header = read_header(out)
@@ -125,30 +163,36 @@ def _write(
     }
 
 
-def _lay_out(
-    checkpoint: Checkpoint, template: str | None, words: FileMetadata, folder: Path
+def _lay_out_checkpoint(
+    checkpoint: Checkpoint, template: str | None, metadata: FileMetadata, folder: Path
 ) -> Path:
-    """A folder that shows the converter the checkpoint with the patched template, under a name that may be published."""
+    """Fill a folder with the checkpoint as the converter shall see it.
+
+    The folder's name is the model's title, because the converter may write it into the file.
+    """
     folder.mkdir(parents=True)
     for receipt in checkpoint.receipts:
         if receipt.path not in REPLACED and "/" not in receipt.path:
             (folder / receipt.path).symlink_to(checkpoint.folder / receipt.path)
     config = checkpoint.folder / "tokenizer_config.json"
     if config.exists():
-        # The converter prefers this key over the file beside it; without the key there is one template and no doubt.
+        # The converter prefers this file's chat_template over chat_template.jinja.
         settings = {k: v for k, v in json.loads(config.read_text()).items() if k != "chat_template"}
         files.write_text(folder / "tokenizer_config.json", to_pretty_json(settings))
     if template is not None:
         files.write_text(folder / "chat_template.jinja", template)
-    if words.front_matter:
-        files.write_text(folder / "README.md", f"---\n{words.front_matter}\n---\n")
+    if metadata.front_matter:
+        files.write_text(folder / "README.md", f"---\n{metadata.front_matter}\n---\n")
     return folder
 
 
-def _quiet_environment() -> dict[str, str]:
-    """The converter may load a tokenizer through transformers; it gets no token and no network to do it with."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
-    return kept | {
+def _create_environment() -> dict[str, str]:
+    """Return this environment without a token and the network.
+
+    The converter may load a tokenizer through transformers, which would use both.
+    """
+    tokens = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    return {k: v for k, v in os.environ.items() if k not in tokens} | {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",

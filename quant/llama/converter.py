@@ -1,8 +1,8 @@
-"""The converter's process; see :mod:`quant.core.child`.
+"""The converter, a child program (:mod:`quant.core.child`).
 
-A stand-in for upstream's convert_hf_to_gguf.py, which is not in the wheel: a thin main over the same package. Nothing
-else imports this module, and it imports nothing of this project but :mod:`quant.core.child`, so that upstream's own copy of
-gguf-py is the only one.
+It stands in for upstream's convert_hf_to_gguf.py, which is not in the wheel: a thin main over the
+same package. It imports nothing of this project but :mod:`quant.core.child`, so that upstream's own
+copy of gguf-py is the only one in the process.
 """
 
 import logging
@@ -24,11 +24,19 @@ def write_gguf(
 ) -> None:
     """Write the BF16 GGUF of the text part, or the F16 GGUF (mmproj) of the vision part.
 
-    Raises whatever upstream raises, which ends in the log that the parent quotes.
+    Raises whatever upstream raises; the traceback ends in the log, which the parent quotes.
+
+    Args:
+        part: ``text`` or ``vision``.
+        checkpoint: The checkpoint's folder.
+        out: The file to write.
+        metadata: A JSON file with GGUF keys that replace what the converter finds.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer. None lets the converter find it by
+            the tokenizer's hash.
     """
     import conversion  # puts its sibling gguf-py first on sys.path
 
-    # After `conversion`: the copy that belongs to it.
+    # After `conversion`, so that it is the copy that belongs to it.
     import gguf
     import torch
     from conversion import ModelBase, ModelType
@@ -41,17 +49,19 @@ def write_gguf(
     )
     model_class = conversion.get_model_class(name, mmproj=vision)
     if pre_tokenizer:
-        named = {
+        # The converter knows pre-tokenizers by the hash of what they make of one text
+        # (get_vocab_base_pre), and refuses those it does not know. A subclass answers instead.
+        attributes = {
             "model_arch": model_class.model_arch,
             "get_vocab_base_pre": lambda *_: pre_tokenizer,
         }
-        model_class = type(model_class.__name__, (model_class,), named)
+        model_class = type(model_class.__name__, (model_class,), attributes)
     file_type = gguf.LlamaFileType.MOSTLY_F16 if vision else gguf.LlamaFileType.MOSTLY_BF16
     with torch.inference_mode():
-        made: Any = model_class(
+        model: Any = model_class(
             checkpoint, file_type, out, metadata_override=metadata, hparams=hparams
         )
-        made.write()
+        model.write()
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def read_header(path: Path) -> Header:
 
 
 def list_shards(first: Path) -> tuple[Path, ...]:
-    """Return the paths of a model: all shards if ``first`` is named like a first one, else itself."""
+    """Return all shards of a model if ``first`` is named like a first one, else only itself."""
     match = FIRST_SHARD.fullmatch(first.stem)
     if not match or not int(match[2]):
         return (first,)

@@ -1,8 +1,8 @@
-"""A model that is loaded in this process, by the llama.cpp of the lock file: evaluate chunks of text.
+"""A model that is loaded in this process by the llama.cpp of the lock file.
 
-The bindings (llama-cpp-python) load the same llama.cpp that this environment's tools are built from.
-Importing them takes a second and loads native code, which prints and may abort; so only child
-programs make a LoadedModel, and ``llama_cpp`` is imported late.
+The bindings (llama-cpp-python) load the same llama.cpp that this environment's tools are built
+from. Importing them takes a second and loads native code, which prints and may abort; so only
+child programs make a LoadedModel, and ``llama_cpp`` is imported late.
 """
 
 import os
@@ -93,7 +93,7 @@ class LoadedModel:
         return np.array(ids[:count], np.int32)
 
     def tokenize_chunks(self, text: bytes) -> NDArray[np.int32]:
-        """Return a text as chunks, of shape (chunks, context). The rest that fills none is left out.
+        """Return a text as chunks, of shape (chunks, context), without the rest that fills none.
 
         If the model wants BOS, it replaces the first token of every chunk, as llama-perplexity and
         llama-imatrix do.
@@ -161,5 +161,5 @@ def find_bindings() -> Path:
 
 
 def bindings_version() -> str:
-    """Return the version of the llama.cpp that the bindings load, whichever tools the user named."""
+    """Return the version of the llama.cpp that the bindings load, whatever tools the user named."""
     return str(toolchain.Toolchain(Path(sys.prefix) / "bin").version)

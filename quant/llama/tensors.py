@@ -1,4 +1,4 @@
-"""Names, order and shapes of tensors as llama.cpp has them, and where a file is cut into shards. Pure.
+"""Names, order and shapes of tensors as llama.cpp has them, and where a file is cut. Pure.
 
 Whoever needs a tensor's name, its block or its class takes it from here.
 """
@@ -38,7 +38,7 @@ def split_block(name: str) -> tuple[int | None, str]:
 
 
 def tensor_class(name: str) -> str:
-    """Return a tensor's name without its block and without ``.weight``, such as ``ffn_down_exps``."""
+    """Return a tensor's name without block and ``.weight``, such as ``ffn_down_exps``."""
     return split_block(name)[1].removesuffix(".weight")
 
 

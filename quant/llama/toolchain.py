@@ -1,7 +1,7 @@
-"""llama.cpp's native tools: where they are, which version they are, and the one door through which they run.
+"""llama.cpp's native tools: where they are, which version they have, and how they are run.
 
-Commands go into a log as they could be typed. A tool dies with the process that started it, so a killed run leaves
-nobody writing behind its back.
+Every command is logged as it could be typed. A tool dies with the process that started it, so a
+killed run leaves nobody writing.
 """
 
 import json
@@ -29,17 +29,19 @@ TOOLS = (
     "llama-mtmd-cli",
 )
 OLDEST = (0, 5, 0)
-"""llama.cpp of October 2026: explicit tensor types win over heuristics, experts without data keep their entry."""
+"""llama.cpp of October 2026. Since then explicit tensor types win over heuristics, and an imatrix
+keeps the entry of an expert without data."""
 SETTING = "QUANT_LLAMA_CPP"
+"""The environment variable that names a folder of tools."""
 BRING_TOOLS = "run `uv sync` in the project's folder, or name your own with --llama-cpp DIR"
 
 DEFINE = "cmake.define."
-"""Begins a setting of CMake, as a build of a package is told it."""
+"""Begins a CMake definition among the settings of a package's build."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """What a build of llama.cpp says of itself."""
+    """The version that a build of llama.cpp prints."""
 
     number: tuple[int, ...]
     commit: str
@@ -55,7 +57,7 @@ class Toolchain:
     bin: Path
 
     def path(self, tool: str) -> Path:
-        """Where a tool is; raises ToolError with what brings it when it is not there."""
+        """Return the path of a tool. Raises ToolError with what brings it if it is missing."""
         path = self.bin / tool
         if not os.access(path, os.X_OK):
             raise ToolError(f"{path}: tool missing; {BRING_TOOLS}")
@@ -63,37 +65,46 @@ class Toolchain:
 
     @cached_property
     def version(self) -> Version:
-        """Version of the whole folder, as its server tells it; raises ToolError when it cannot be read or is too old."""
-        said = self._said
-        match = re.search(r"version: (\d+)\.(\d+)\.(\d+)\S* \(.*?commit (\w+)\)", said)
+        """The version of the whole folder, as its llama-server prints it.
+
+        Raises:
+            ToolError: The version cannot be read, or is too old.
+        """
+        oldest = ".".join(map(str, OLDEST))
+        match = re.search(r"version: (\d+)\.(\d+)\.(\d+)\S* \(.*?commit (\w+)\)", self._output)
         if not match:
-            first = (said.strip().splitlines() or ["nothing"])[0]
+            first = (self._output.strip().splitlines() or ["nothing"])[0]
             raise ToolError(
-                f"{self.bin}: llama.cpp: expected version {_dots(OLDEST)} or later, found {first!r}"
+                f"{self.bin}: llama.cpp: expected version {oldest} or later, found {first!r}"
             )
         version = Version(tuple(int(n) for n in match.groups()[:3]), match[4])
         if version.number < OLDEST:
             raise ToolError(
-                f"{self.bin}: llama.cpp: expected version {_dots(OLDEST)} or later, found {version}"
+                f"{self.bin}: llama.cpp: expected version {oldest} or later, found {version}"
             )
         return version
 
     @property
-    def built(self) -> dict[str, Any]:
-        """How the tools were built, as plain JSON: their compiler, and CMake's settings where the installer wrote them down."""
-        compiler = re.search(r"^built with (.+?)\s*$", self._said, re.MULTILINE)
+    def build_info(self) -> dict[str, Any]:
+        """How the tools were built, as JSON: ``compiler`` and CMake ``settings``.
+
+        Only the installer of this environment wrote its settings down; for other tools they are
+        None.
+        """
+        compiler = re.search(r"^built with (.+?)\s*$", self._output, re.MULTILINE)
         ours = self.bin.resolve() == (Path(sys.prefix) / "bin").resolve()
         return {
             "compiler": compiler[1] if compiler else None,
-            "settings": _settings() if ours else None,
+            "settings": _read_build_settings() if ours else None,
         }
 
     @cached_property
-    def _said(self) -> str:
-        return _ask_version(self.path("llama-server"))
+    def _output(self) -> str:
+        """What ``llama-server --version`` prints."""
+        return _print_version(self.path("llama-server"))
 
     def require(self, *tools: str) -> None:
-        """Raise one ToolError that names every tool that is missing, or says that all are too old."""
+        """Raise ToolError if tools are missing, which it all names, or are too old."""
         missing = [
             f"{self.bin / t}: tool missing; {BRING_TOOLS}"
             for t in tools
@@ -112,17 +123,33 @@ class Toolchain:
         log: Path,
         meanwhile: Callable[[], None] | None = None,
     ) -> None:
-        """Run one tool to its end; what it says goes to ``log``. Raises ToolError with its last words.
+        """Run one tool to its end.
 
-        ``meanwhile`` is called every second while it runs.
+        Args:
+            tool: Its name, such as ``llama-imatrix``.
+            args: Its arguments.
+            cwd: Where it runs.
+            log: The command and its output are appended here.
+            meanwhile: Called every second while it runs.
+
+        Raises:
+            ToolError: The tool is missing or fails. The error quotes the end of the log.
+            InputError: The disk is full.
         """
         run_program([self.path(tool), *args], cwd=cwd, log=log, meanwhile=meanwhile)
 
 
 def find_toolchain(folder: str | Path | None = None) -> Toolchain:
-    """The toolchain to use: the folder given, else the one that QUANT_LLAMA_CPP names, else this environment's, else PATH's.
+    """Return the toolchain to use.
 
-    A folder may be a build tree; its ``bin`` is looked into as well. Raises ToolError for a folder that does not exist.
+    The first of these wins: the folder, that of ``QUANT_LLAMA_CPP``, this environment's tools, and
+    the tools on ``PATH``. A named folder may also be a source tree, whose ``build/bin`` is used.
+
+    Args:
+        folder: The folder that the user named. None takes the others.
+
+    Raises:
+        ToolError: The named folder does not exist.
     """
     if named := folder or os.environ.get(SETTING):
         root = Path(named).expanduser().resolve()
@@ -137,9 +164,9 @@ def find_toolchain(folder: str | Path | None = None) -> Toolchain:
     return Toolchain(next((p for p in places if (p / "llama-server").exists()), places[0]))
 
 
-def _ask_version(tool: Path) -> str:
+def _print_version(tool: Path) -> str:
     try:
-        asked = subprocess.run(
+        process = subprocess.run(
             [tool, "--version"],
             capture_output=True,
             text=True,
@@ -150,20 +177,18 @@ def _ask_version(tool: Path) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as e:
         raise ToolError(f"{tool}: cannot be started ({e})") from e
-    return asked.stderr + asked.stdout
+    return process.stderr + process.stdout  # some builds print it on standard error
 
 
-def _settings() -> dict[str, str] | None:
-    """What uv told CMake when it built this environment's tools."""
-    from importlib import metadata  # the engine's process, which starts often, has no use for it
+def _read_build_settings() -> dict[str, str] | None:
+    """Return the CMake definitions that uv built this environment's tools with, if noted."""
+    from importlib import metadata  # late: the quantizer's process, which starts often, needs none
 
     try:
-        told = metadata.distribution("llama-cpp-python").read_text("uv_build.json")
-        found = json.loads(told or "null")["config_settings"]
-        return {k.removeprefix(DEFINE): v for k, v in sorted(found.items()) if k.startswith(DEFINE)}
-    except (metadata.PackageNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        text = metadata.distribution("llama-cpp-python").read_text("uv_build.json")
+        settings = json.loads(text or "null")["config_settings"]
+    except (metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
         return None
-
-
-def _dots(number: tuple[int, ...]) -> str:
-    return ".".join(map(str, number))
+    if not isinstance(settings, dict):
+        return None
+    return {k.removeprefix(DEFINE): v for k, v in sorted(settings.items()) if k.startswith(DEFINE)}

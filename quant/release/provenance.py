@@ -36,7 +36,7 @@ def make_statement(
         subjects: The sha256 of every file, by name.
         packages: The version of every package of ``SHAPING``.
         version: The version of this project.
-        build: How llama.cpp was built, as :attr:`quant.llama.toolchain.Toolchain.built` has it.
+        build: How llama.cpp was built, as :attr:`quant.llama.toolchain.Toolchain.build_info` has it.
     """
     recipe = manifest.recipe
     source = {k: v for k, v in to_plain(manifest.source).items() if k != "files"}

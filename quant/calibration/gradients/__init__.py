@@ -14,4 +14,3 @@ REVISION = 1
 """Raised whenever other moments come out; a build does not use again what was made by another one."""
 ARCHITECTURES = ("glm4moe",)
 """Those that can be read backward: GLM-4.5, 4.6 and 4.7."""
-EMBEDDING = "token_embd.weight"

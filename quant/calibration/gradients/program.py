@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from quant.calibration.gradients import EMBEDDING
 from quant.calibration.gradients.glm4moe import apply_rms_norm, compute_block, compute_rotation
 from quant.calibration.gradients.shape import ModelShape
 from quant.calibration.hessian_collector import HessianSums, write_hessians
@@ -28,7 +27,7 @@ from quant.core.disk import reserve_file
 from quant.errors import ToolError
 from quant.llama.gguf import read_headers
 from quant.llama.model import LoadedModel, Numbers
-from quant.llama.tensors import OUTPUT
+from quant.llama.tensors import OUTPUT, TOKEN_EMBEDDING
 
 Seen: TypeAlias = tuple[str, int, Numbers, Numbers]
 """A matrix, its expert, the rows that went in, and how much each counts."""
@@ -122,7 +121,7 @@ class ModelPass:
     def forward(self) -> None:
         """Keep what every block is given, and what the last one makes."""
         for chunk, row in enumerate(self.tokens):
-            self.given[0, chunk] = self.tensors.rows(EMBEDDING, row).numpy()
+            self.given[0, chunk] = self.tensors.rows(TOKEN_EMBEDDING, row).numpy()
         for n in range(self.shape.blocks):
             self._step(partial(self._forward, n))
 
@@ -134,9 +133,9 @@ class ModelPass:
         """Hand the gradients on from the last block to the embedding."""
         for n in reversed(range(self.shape.blocks)):
             self._step(partial(self._backward, n))
-        if EMBEDDING in self.sums.products and OUTPUT in self.tensors:
+        if TOKEN_EMBEDDING in self.sums.products and OUTPUT in self.tensors:
             for gradient in self.gradients:
-                self.sums.add(EMBEDDING, 0, gradient)
+                self.sums.add(TOKEN_EMBEDDING, 0, gradient)
 
     def _step(self, work: Callable[[int], Sequence[Seen]]) -> None:
         """A part of the way, for all chunks."""
@@ -163,7 +162,7 @@ class ModelPass:
         return ()
 
     def _drawn(self, chunk: int) -> Sequence[Seen]:
-        watched, name = self._watched(), OUTPUT if OUTPUT in self.tensors else EMBEDDING
+        watched, name = self._watched(), OUTPUT if OUTPUT in self.tensors else TOKEN_EMBEDDING
         x = self._given(self.shape.blocks, chunk).requires_grad_()
         made = watched(name, apply_rms_norm(self.shape, x, self.tensors.of("output_norm.weight")))
         slope = made.detach().softmax(-1)

@@ -4,7 +4,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from quant.calibration.gradients import ARCHITECTURES, EMBEDDING
+from quant.calibration.gradients import ARCHITECTURES
+from quant.llama.tensors import TOKEN_EMBEDDING
 
 SIGMOID = 2
 """Of ``expert_gating_func``: LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID."""
@@ -92,7 +93,7 @@ def _strange(metadata: Mapping[str, Any]) -> Iterator[str]:
 
 def _needed(shape: ModelShape) -> Iterator[str]:
     """The tensors that every such model has."""
-    yield from (EMBEDDING, "output_norm.weight")
+    yield from (TOKEN_EMBEDDING, "output_norm.weight")
     for n in range(shape.blocks):
         yield from (
             f"blk.{n}.{part}.weight" for part in ("attn_norm", "post_attention_norm", "attn_output")

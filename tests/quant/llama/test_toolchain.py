@@ -284,7 +284,7 @@ def test_this_environments_tools_are_all_there_and_new_enough() -> None:
 def test_the_settings_of_this_environments_tools_are_those_of_the_project() -> None:
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
     told = project["tool"]["uv"]["config-settings-package"]["llama-cpp-python"]
-    built = Toolchain(Path(sys.prefix) / "bin").built
+    built = Toolchain(Path(sys.prefix) / "bin").build_info
     assert built["settings"] == {
         k.removeprefix(DEFINE): v for k, v in told.items() if k.startswith(DEFINE)
     }
@@ -297,5 +297,7 @@ def test_tools_of_somebody_elses_say_their_compiler_and_nothing_is_said_of_their
     tools = fake_tools(
         llama_server="echo 'version: 0.5.0 (build 1, commit abc)'; echo 'built with Clang 19 for Linux'"
     )
-    assert tools.built == {"compiler": "Clang 19 for Linux", "settings": None}
-    assert fake_tools(llama_server="echo 'version: 0.5.0 (commit abc)'").built["compiler"] is None
+    assert tools.build_info == {"compiler": "Clang 19 for Linux", "settings": None}
+    assert (
+        fake_tools(llama_server="echo 'version: 0.5.0 (commit abc)'").build_info["compiler"] is None
+    )

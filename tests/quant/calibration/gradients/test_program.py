@@ -8,14 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quant.calibration.gradients import EMBEDDING
 from quant.calibration.gradients.glm4moe import apply_rms_norm
 from quant.calibration.gradients.program import ModelPass, ModelWeights
 from quant.calibration.hessian_collector import HessianSums
 from quant.calibration.hessians import HessianSettings, collect_hessians
 from quant.core import child, memory
 from quant.errors import InputError, ToolError
-from quant.llama.tensors import OUTPUT
+from quant.llama.tensors import OUTPUT, TOKEN_EMBEDDING
 from quant.llama.toolchain import find_toolchain
 from tests.quant.quantize.engine.models import replace_weight, write_base
 
@@ -24,7 +23,7 @@ Tiny = tuple[Path, Path, Path]
 CONTEXT, CHUNKS, EVERY_WORD = 128, 3, 1 << 20
 MATRICES = {
     OUTPUT: (1, 256),
-    EMBEDDING: (1, 256),
+    TOKEN_EMBEDDING: (1, 256),
     "blk.0.ffn_down.weight": (1, 512),
     "blk.1.attn_v.weight": (1, 256),
     "blk.2.attn_output.weight": (1, 256),
@@ -105,7 +104,7 @@ def test_moments_foretell_what_small_errors_do(tiny: Tiny, tmp_path: Path) -> No
 
     An error e whose numbers all have the variance v diverges by v / 2 · Σ |g|² |x|², which is the trace of the sums.
     """
-    words = len(ModelWeights(tiny[0]).of(EMBEDDING))
+    words = len(ModelWeights(tiny[0]).of(TOKEN_EMBEDDING))
     tokens = np.random.default_rng(3).integers(0, words, (1000, 1)).astype(np.int32)
     way = ModelPass(every_expert(ModelWeights(tiny[0])), HessianSums(MATRICES), tokens, tmp_path, 2)
     way.forward()
@@ -137,7 +136,7 @@ def test_the_sums_do_not_depend_on_the_threads_and_are_of_the_rows_that_llama_cp
         base, text, tmp_path / "plain", HessianSettings(CONTEXT, CHUNKS, gradients=False)
     )
     assert "gradients" not in plain.about
-    assert made[0].counts.keys() == plain.counts.keys() | {EMBEDDING}
+    assert made[0].counts.keys() == plain.counts.keys() | {TOKEN_EMBEDDING}
     for name, counts in plain.counts.items():
         # Rows that count differently are worth fewer; and llama.cpp rounds inputs, so that some go to other experts.
         assert (made[0].counts[name] <= counts + 9).all(), name
