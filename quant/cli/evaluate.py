@@ -84,9 +84,10 @@ class EvaluateOptions:
 @json_option
 @collect_options(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> None:
-    """Measure quantized PATHS against BASE, their BF16 file: perplexity, KLD and top-1, with 95 % intervals.
+    """Measure quantized PATHS against BASE, their BF16 file: KLD, perplexity and top-1.
 
-    Of a split model, name the first shard. Two files are also compared with each other, chunk by chunk.
+    Of a split model, name the first shard. Two files are also compared with each other, chunk by
+    chunk.
     """
     from quant.calibration.held_out import describe_short_kinds
     from quant.core import files
@@ -124,7 +125,8 @@ def _show(comparison: "Comparison") -> None:
         verdict = "clearly" if gap.low > 0 or gap.high < 0 else "not clearly"
         first, second = (e.file.name for e in comparison.evaluations)
         click.echo(
-            f"{second} less {first}: {gap.value:+.5f} ({gap.low:+.5f} to {gap.high:+.5f}), {verdict} different"
+            f"{second} less {first}: {gap.value:+.5f} ({gap.low:+.5f} to {gap.high:+.5f}),"
+            f" {verdict} different"
         )
 
 

@@ -1,7 +1,7 @@
-"""What quantization cost: files measured against their base, and the charts and the page that show it.
+"""What quantization cost: files measured against their base, and the charts that show it.
 
 ```
-request            `quant evaluate`: from paths to figures; the public entry (evaluate, EvaluationRequest)
+request            what `quant evaluate` does, from paths to figures; the public entry
 texts              the held-out texts of a calibration set
 compare            files against a base: what the store has, and what the scorer has to read
 scorer             the child program that reads texts with llama.cpp and computes KLD
@@ -11,16 +11,17 @@ figures            the digits that are published, and what two machines may diff
 pareto             dominated files, and the lower hull; pure
 error_measurement  the error table: what each type does to each tensor
 probe              files with a few coarse tensors: how sensitive the model is to each
-charts             SVG: KLD by size and by domain; class_charts: bits and errors by tensor class; pure
+charts             SVG of KLD, by size and by domain; pure
+class_charts       SVG of bits and of errors, by tensor class; pure
 html               the report page, which fills templates/report.html.jinja; pure
 ```
 
-A build calls :func:`release.evaluate_release`; the release's card and page call ``figures`` and ``html``; allocation calls
-``error_measurement`` and ``probe``.
+A build calls :func:`release.evaluate_release`. The release's card and page call ``figures`` and
+``html``. Allocation calls ``error_measurement`` and ``probe``.
 
-Three things are compared with releases and files that are published, and stay as they are: the keys of figures, the bytes
-of charts and the seed of the bootstrap (a rebuild compares them), and the names in the store's keys (with others, finished
-work is measured again, which takes days on a large model). Text and look of the page may change.
+Some things stay as they are, because published releases and finished work are compared with them:
+the keys of figures, the seed of the bootstrap, and the names in the store's keys (with others, a
+large model is measured for days again). The page's text and look may change.
 """
 
 from importlib import import_module

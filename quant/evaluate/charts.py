@@ -1,8 +1,8 @@
 """Charts of KLD in SVG, against size and by domain, and what all charts share. Pure.
 
-They are drawn by hand, with :mod:`quant.core.svg`, and not by a plotting library. A rebuild compares them byte by byte,
-and a library's version, or the fonts that are installed, would change the bytes. Colors follow the reader's light or dark
-mode.
+They are drawn by hand, with :mod:`quant.core.svg`, and not by a plotting library. A rebuild
+compares them byte by byte, and a library's version, or the fonts that are installed, would change
+the bytes. Colors follow the reader's light or dark mode.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +21,11 @@ svg {
   svg { --paper: #0d1117; --ink: #e6edf3; --faint: #30363d; --dot: #58a6ff; --other: #f0883e; }
 }
 text { fill: var(--ink); }
-.grid { stroke: var(--faint); } .hull { stroke: var(--dot); fill: none; stroke-dasharray: 5 4; opacity: 0.7; }
+.grid { stroke: var(--faint); } .hull { stroke: var(--dot); fill: none; \
+stroke-dasharray: 5 4; opacity: 0.7; }
 .range { stroke: var(--dot); opacity: 0.5; } .dot { fill: var(--dot); } .peer { fill: var(--other); }
-.peer-range { stroke: var(--other); opacity: 0.5; } .title { font-size: 15px; font-weight: 600; } .small { font-size: 11px; }
+.peer-range { stroke: var(--other); opacity: 0.5; } .title { font-size: 15px; font-weight: 600; } \
+.small { font-size: 11px; }
 .label { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-linejoin: round; }
 </style>"""
 WIDTH, HEIGHT = 860, 480
@@ -67,9 +69,11 @@ class Axis:
 
 
 def draw_kld_by_size(points: Sequence[Point], title: str) -> str:
-    """Return a chart of files by size and KLD (logarithmic), with intervals; nothing if no KLD is above 0.
+    """Return a chart of files by size and KLD (logarithmic), with intervals.
 
-    The dashed line is the lower hull of all files. A file above it is worse than a mixture of its neighbors.
+    Nothing if no KLD is above 0.
+    The dashed line is the lower hull of all files. A file above it is worse than a mixture of its
+    neighbors.
     """
     shown = [p for p in points if p.kld > 0]
     if not shown:
@@ -77,6 +81,7 @@ def draw_kld_by_size(points: Sequence[Point], title: str) -> str:
     sizes = [p.bytes for p in shown]
     # An interval that reaches down to 0 has no place on a logarithmic axis: it is cut at a tenth.
     values = [v for p in shown for v in (max(p.low, p.kld / 10), p.high)]
+    # Room at both ends, so that no mark lies on the frame; also if all sizes are the same.
     pad = max((max(sizes) - min(sizes)) * 0.05, max(sizes) * 0.01)
     x = Axis(min(sizes) - pad, max(sizes) + pad, LEFT, WIDTH - RIGHT)
     y = Axis(log10(max(values)) + 0.05, log10(min(values)) - 0.05, TOP, HEIGHT - BOTTOM)
@@ -210,7 +215,10 @@ def _draw_point(point: Point, x: float, y: float, axis: Axis) -> Iterator[str]:
 
 
 def _find_free(x: float, y: float, width: float, taken: list[tuple[float, float, float]]) -> float:
-    """Return where a label overlaps no other: at its point, or as little as possible above or below; and take it."""
+    """Return where a label overlaps no other, as close to its point as possible, and take it.
+
+    It alternates: half a line below, half a line above, a line below, and so on.
+    """
     at = y
     for n in range(40):
         at = y + (-1) ** n * ceil(n / 2) * LABEL_HEIGHT / 2

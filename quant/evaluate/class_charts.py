@@ -1,4 +1,4 @@
-"""Charts in SVG with a row for each tensor class and a column for each variant: bits, and quantization errors. Pure."""
+"""Charts with a row for each tensor class and a column for each variant: bits, errors. Pure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import ceil, log10
@@ -22,7 +22,7 @@ BIT_COLORS = (
     (9.0, "#4393c3"),
     (99.0, "#2166ac"),
 )
-"""Up to so many bits, a color: ColorBrewer's RdBu, which readers with red-green color blindness can tell apart."""
+"""Up to so many bits, a color: ColorBrewer's RdBu, which needs no telling red from green."""
 
 
 def draw_bits(variants: Mapping[str, Mapping[str, str]], title: str) -> str:
@@ -58,7 +58,7 @@ def draw_bits(variants: Mapping[str, Mapping[str, str]], title: str) -> str:
 
 
 def draw_errors(variants: Mapping[str, Mapping[str, float]], title: str) -> str:
-    """Return a chart of quantization errors: a row for each tensor class, a column for each variant.
+    """Return a chart of quantization errors, by tensor class and variant.
 
     A cell has the number, on a ground that is stronger the larger it is (logarithmic).
 

@@ -1,9 +1,11 @@
 """Compare quantized files with their base: perplexity, KLD and top-1 agreement, by domain.
 
-The base reads each text once, and its log-probabilities are kept in the store. Files are compared with them token by
-token: the same tokens, batch, threads and build. So a file with the base's bytes has a KLD of exactly 0, and no noise of
-another tokenizer or batch size gets into a difference. :mod:`quant.evaluate.scorer` does the reading, in a process of its
-own; :mod:`quant.evaluate.scores` has the statistics.
+The base reads each text once, and its log-probabilities are kept in the store. Files are compared
+with them token by token: the same tokens, batch, threads and build of llama.cpp. So a file with the
+base's weights has a KLD of exactly 0, and no other batch size adds noise to a difference.
+
+:mod:`quant.evaluate.scorer` reads, in a process of its own. :mod:`quant.evaluate.scores` has the
+statistics.
 """
 
 import json
@@ -44,9 +46,10 @@ class EvaluationSettings:
     """Maximum number of chunks of each text. None reads the whole text."""
     threads: int = 2
     top: int = 4096
-    """Tokens that are kept of the base for each prediction; the rest counts as one event, so KLD is a lower bound.
+    """Tokens of the base that are kept for each prediction; all others count as one event.
 
-    On text with a perplexity of 65, a quarter of tiny-glm's vocabulary gave 90 % of the KLD, and half of it more.
+    On text with a perplexity of 65, a quarter of tiny-glm's vocabulary gave 90 % of the KLD, and
+    half of it more.
     """
 
 
@@ -57,7 +60,9 @@ def evaluate_files(
     store: Store,
     settings: EvaluationSettings | None = None,
 ) -> tuple[Evaluation, ...]:
-    """Return the evaluation of each file against its base. What is in the store is not measured again.
+    """Return the evaluation of each file against its base.
+
+    What is in the store is not measured again.
 
     Args:
         base: The BF16 file, or whatever others are to be compared with.
@@ -89,8 +94,8 @@ def measure_files(
 
     Args:
         base: What the files are compared with.
-        digests: For each file, or first shard, what identifies its contents. A file with the base's digest is not
-            read: its KLD is 0.
+        digests: For each file, or first shard, what identifies its contents. A file with the base's
+            digest is not read: its KLD is 0.
         texts: A file of UTF-8 text for each domain.
         store: Where scores are kept.
         settings: How the texts are read.
@@ -100,6 +105,7 @@ def measure_files(
         CheckError: If a file's probabilities are NaN or infinite.
     """
     bases = _score_base(base, texts, store, settings)
+    # A file's scores depend on everything that the base's do, and on the file.
     keys = {
         (path, domain): {**b.inputs, "file": digest}
         for path, digest in digests.items()
@@ -108,6 +114,7 @@ def measure_files(
     }
     sizes = {p: sum(part.stat().st_size for part in ModelFile.open(p).paths) for p in digests}
     missing = [at for at, key in keys.items() if not store.find(STAGE, key)]
+    # Every batch is committed by itself: an interrupted run continues with the next file.
     for done, batch in enumerate(_split_batches(missing, sizes)):
         folders = {at: store.begin(STAGE, keys[at]) for at in batch}
         parts = (
@@ -132,7 +139,10 @@ def measure_files(
 def _split_batches(
     missing: Sequence[FileAndDomain], sizes: Mapping[Path, int]
 ) -> Iterator[list[FileAndDomain]]:
-    """Yield what one process reads: a large file, or a run of small ones, which load faster than Python starts."""
+    """Yield what one process reads: a large file, or a run of small ones.
+
+    A small file loads faster than a Python process starts.
+    """
     yield from (
         [*run]
         for _, run in groupby(missing, lambda at: at[0] if sizes[at[0]] >= SMALL_BYTES else None)
@@ -191,7 +201,7 @@ def _run_scorer(
     """Run the scorer on these parts of work, each of which fills its folder."""
     if not parts:
         return
-    folder = folders[0]
+    folder = folders[0]  # any of them: it has to be on the store's disk, and to go with it
     child.run_child(
         "quant.evaluate.scorer",
         {**asdict(settings), "parts": parts},
@@ -203,7 +213,7 @@ def _run_scorer(
 
 
 def _environment() -> dict[str, str]:
-    # numpy's BLAS threads would compete with llama.cpp's; on an abort, ggml would start gdb for a backtrace.
+    # numpy's BLAS threads would compete with llama.cpp's. On an abort, ggml would start gdb.
     return os.environ | {"OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"}
 
 
@@ -216,8 +226,8 @@ def _load_base(base: _BaseScores) -> TokenScores:
     nll = np.load(base.folder / "base_nll.npy")
     if not np.isfinite(nll).all():
         raise CheckError(
-            f"{base.folder}: expected finite log-probabilities of the base, found NaN or infinity: nothing can be"
-            " compared with it"
+            f"{base.folder}: expected finite log-probabilities of the base, found NaN or infinity:"
+            " nothing can be compared with it"
         )
     return TokenScores(np.zeros_like(nll), nll, nll, np.ones(nll.shape, bool))
 
@@ -227,7 +237,8 @@ def _load(base: _BaseScores, done: StoredResult | None) -> TokenScores:
     kld, nll, same = (np.load(done.path(f"{name}.npy")) for name in ("kld", "nll", "same_top"))
     if not (np.isfinite(kld).all() and np.isfinite(nll).all()):
         raise CheckError(
-            f"{done.folder}: expected finite divergences, found NaN or infinity: the file's probabilities are unusable"
+            f"{done.folder}: expected finite divergences, found NaN or infinity: the file's"
+            " probabilities are unusable"
         )
     return TokenScores(kld, nll, np.load(base.folder / "base_nll.npy"), same)
 
@@ -240,13 +251,15 @@ def _find_foreign(base: ModelFile, models: Sequence[ModelFile]) -> Iterator[str]
         names = expected.keys() | actual.keys()
         if wrong := sorted(n for n in names if expected.get(n) != actual.get(n)):
             yield (
-                f"{model.path}: of another model than {base.path}: {len(wrong)} tensors differ, first {wrong[0]}"
+                f"{model.path}: of another model than {base.path}: {len(wrong)} tensors differ,"
+                f" first {wrong[0]}"
             )
 
 
 def _describe_short(text: Path, chunks: int, settings: EvaluationSettings) -> str:
+    # In proportion to what it has, rounded up.
     needed = -(-text.stat().st_size * FEWEST_CHUNKS // max(chunks, 1))
     return (
-        f"{text}: expected at least {FEWEST_CHUNKS} chunks of {settings.context} tokens, found {chunks}: too few for"
-        f" an interval; a text of {needed:,} bytes would do"
+        f"{text}: expected at least {FEWEST_CHUNKS} chunks of {settings.context} tokens, found"
+        f" {chunks}: too few for an interval; a text of {needed:,} bytes would do"
     )

@@ -1,14 +1,18 @@
-"""Measure the quantization error of every type on every tensor: the error table, which may be published and used again.
+"""Measure the quantization error of every type on every tensor: the error table.
 
-The error is the relative weighted MSE of a tensor: with weights w, their dequantized values q, the imatrix's importance c
-of each column, and the fraction v of tokens that each expert saw,
+A table may be published, and used again for the same model.
+
+The error is the relative weighted MSE of a tensor: with weights w, their dequantized values q, the
+imatrix's importance c of each column, and the fraction v of tokens that each expert saw,
 
     error = sum_e v_e sum_ij c_ej (q_eij - w_eij)^2 / sum_e v_e sum_ij c_ej w_eij^2
 
-c_j is the mean square of column j's input, so this is the fraction of the output's energy that becomes noise, as far as
-inputs are uncorrelated. With Hessians, the columns' correlation is in it as well, and quantization is followed by GPTQ.
+c_j is the mean square of column j's input, so this is the fraction of the output's energy that
+becomes noise, as far as inputs are uncorrelated. With Hessians, the columns' correlation is in it
+as well, and quantization is followed by GPTQ.
 
-Of long tensors, evenly spaced rows of each expert are measured; the table has the standard error of that sample.
+Of long tensors, evenly spaced rows of each expert are measured; the table has the standard error of
+that sample.
 """
 
 import math
@@ -61,12 +65,14 @@ def measure_errors(
 
     Args:
         base: The BF16 file.
-        imatrix: The importance of columns; None weights all columns alike, and leaves out types that need an imatrix.
+        imatrix: The importance of columns; None weights all columns alike, and leaves out types
+            that need an imatrix.
         tools: The llama.cpp whose ggml quantizes.
         types: The types to measure.
         rows: Maximum number of rows of a tensor that are measured.
         jobs: Threads; None takes one for each core.
-        hessians: Measure the error that remains after GPTQ with these Hessians; None measures ggml's quantization.
+        hessians: Measure the error that remains after GPTQ with these Hessians; None measures
+            ggml's quantization.
 
     Raises:
         InputError: If a weight is not finite, or the imatrix or the Hessians are of another model.
@@ -87,6 +93,7 @@ def measure_errors(
         compensator=_open_compensator(hessians, digest) if hessians else None,
     )
     tensors = [t for t in source.header.tensors if is_quantizable(t)]
+    # Threads, not processes: ggml and numpy release the GIL in what takes time.
     with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
         results = list(pool.map(meter.measure, tensors))
     errors = {t.name: by_type for t, (by_type, _) in zip(tensors, results, strict=True)}
@@ -117,14 +124,14 @@ class _ErrorMeter:
     compensator: "ErrorCompensator | None"
 
     def measure(self, tensor: TensorSpec) -> tuple[dict[str, TensorError], float]:
-        """Return the error of each type, and the energy of the whole tensor (the error's denominator)."""
+        """Return the error of each type, and the tensor's energy, the denominator of the error."""
         importance = self.importance
         covered = importance is not None and importance.columns(tensor, 0) is not None
         types = [
             n
             for n in list_possible_types(tensor, self.types, covered=covered)
             if n != tensor.type.name
-        ]
+        ]  # the type that it has already costs nothing
         visits = _read_visits(tensor, importance)
         lost: dict[str, list[Energies]] = {n: [] for n in types}
         total: list[Energies] = []
@@ -134,6 +141,7 @@ class _ErrorMeter:
             metric = self.compensator.find_hessian(tensor, expert) if self.compensator else None
             energies = _make_energies(metric, columns, float(visits[expert]))
             total.append(energies(data))
+            # Each type quantizes the same rows: they are read and restored once.
             for name in types:
                 stored = self.kernels.kernel(TYPES[name])(data, columns)
                 if self.compensator and metric:
@@ -164,7 +172,8 @@ def _make_energies(
     """Return the function that gives the weighted sum of squares of each row.
 
     Args:
-        metric: The Hessian H of the tensor's input, which weights a row x by ``x H x``. Without one, ``sum_j c_j x_j^2``.
+        metric: The Hessian H of the tensor's input, which weights a row x by ``x H x``. Without
+            one, ``sum_j c_j x_j^2``.
         columns: The importance c of each column; None is 1 for all.
         visits: The fraction of tokens that the expert saw.
     """
@@ -180,12 +189,13 @@ def _make_energies(
 def _estimate_error(lost: Energies, total: Energies, rows: int) -> TensorError:
     """Return the ratio R = sum(lost) / sum(total) over a sample of rows, and its standard error.
 
-    It is the ratio estimator under simple random sampling without replacement (Cochran, Sampling Techniques, 1977,
-    chapter 6): with n of N rows,
+    It is the ratio estimator under simple random sampling without replacement (Cochran, Sampling
+    Techniques, 1977, chapter 6): with n of N rows,
 
         se^2 = (1 - n/N) n / (n - 1) sum (lost_i - R total_i)^2 / sum(total)^2
 
-    Evenly spaced rows are no random sample, but rows of a weight matrix have no order that would matter.
+    Evenly spaced rows are no random sample, but rows of a weight matrix have no order that would
+    matter.
     """
     energy = total.sum()
     if not energy:
@@ -197,7 +207,7 @@ def _estimate_error(lost: Energies, total: Energies, rows: int) -> TensorError:
 
 
 def _sample_rows(tensor: TensorSpec, rows: int) -> Iterator[tuple[int, list[Chunk]]]:
-    """Yield the rows of each expert that are measured: all of them, or single ones evenly spaced."""
+    """Yield the rows of each expert that are measured: all, or single ones evenly spaced."""
     expert_rows, experts = tensor.shape[1], math.prod(tensor.shape[2:])
     count = min(max(rows // experts, MIN_ROWS), expert_rows)
     for expert in range(experts):
@@ -210,7 +220,7 @@ def _sample_rows(tensor: TensorSpec, rows: int) -> Iterator[tuple[int, list[Chun
 
 
 def _read_visits(tensor: TensorSpec, importance: ColumnImportance | None) -> NDArray[np.float64]:
-    """Return the fraction of tokens that each expert saw; equal fractions if the imatrix does not have counts."""
+    """Return the fraction of tokens that each expert saw; equal ones without counts."""
     experts = math.prod(tensor.shape[2:])
     entry = importance.entries.get(tensor.name) if importance else None
     if importance is None or entry is None or entry.counts.elements != experts:

@@ -1,18 +1,22 @@
-"""Figures as a release publishes them: the digits that are kept, their text, and what two machines may differ by. Pure."""
+"""Figures as a release publishes them: digits, text, and what two machines may differ by. Pure."""
 
 from collections.abc import Mapping
 from math import floor, log10
 from typing import Any
 
 DIGITS = {"ppl": 4, "ppl_base": 4, "top1": 4}
-"""Significant digits of a figure; 3 of all others. These repeat on other CPUs but by the rarest chance."""
+"""Significant digits of a figure; 3 of all others.
+
+More of them would change from CPU to CPU; these do so but by the rarest chance.
+"""
 
 
 def format_figures(figures: Mapping[str, Any] | None) -> tuple[str, str, str]:
     """Return perplexity, KLD with half of its 95 % interval, and top-1 agreement, for a table.
 
     Args:
-        figures: Of :func:`quant.evaluate.scores.compute_figures`; None, for a file that was not measured, gives dashes.
+        figures: Of :func:`quant.evaluate.scores.compute_figures`; None, for a file that was not
+            measured, gives dashes.
     """
     if not figures:
         return "-", "-", "-"
@@ -26,7 +30,7 @@ def format_figures(figures: Mapping[str, Any] | None) -> tuple[str, str, str]:
 
 
 def format_decimal(value: float, digits: int = 3) -> str:
-    """Return a number with that many significant digits and without an exponent; 0 for what is not positive."""
+    """Return a number with that many significant digits and no exponent; 0 if not positive."""
     return f"{value:.{max(digits - 1 - floor(log10(value)), 0)}f}" if value > 0 else "0"
 
 
@@ -46,9 +50,9 @@ def round_figure(value: Any, digits: int = 3) -> Any:
 def figures_close(known: Mapping[str, Any], actual: Mapping[str, Any]) -> bool:
     """Return whether two machines can have measured these figures of the same file.
 
-    Sums are added in another order on another CPU, which moves logits in their last bits. The limits allow for that and
-    for little else: mean KLD may differ by the larger half of the known interval, or by 5 % if that is more; perplexity by
-    1 %; top-1 by 0.01.
+    Sums are added in another order on another CPU, which moves logits in their last bits. The
+    limits allow for that and for little else: mean KLD may differ by the larger half of the known
+    interval, or by 5 % if that is more; perplexity by 1 %; top-1 by 0.01.
     """
     spread = max(
         known["kld_mean_high"] - known["kld_mean"], known["kld_mean"] - known["kld_mean_low"]

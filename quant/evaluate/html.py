@@ -1,6 +1,7 @@
-"""The evaluation report: one HTML page with sortable tables and charts, which needs no network. Pure.
+"""The evaluation report: an HTML page with sortable tables and charts, without network. Pure.
 
-The page is ``templates/report.html.jinja``; this module fills it. The charts are those that a release has as files too.
+The page is ``templates/report.html.jinja``; this module fills it. The charts are those that a
+release has as files too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ class ReportFile:
     name: str
     bytes: int
     figures: Mapping[str, Any]
-    """See :func:`quant.evaluate.scores.compute_figures`; of a release, with ``errors`` by tensor class."""
+    """As :func:`quant.evaluate.scores.compute_figures`; of a release also ``errors``, by class."""
     tensors: Mapping[str, str]
     """Type of each tensor."""
     peer: bool = False
@@ -86,7 +87,7 @@ class ReportTable:
 
 
 def draw_charts(files: Sequence[ReportFile], title: str) -> dict[str, tuple[str, str]]:
-    """Return the charts by the names of their files: the alternative text and the SVG of each. Empty ones are left out."""
+    """Return alternative text and SVG of each chart, by its file name. Empty ones are left out."""
     quantized = [f for f in files if not f.is_base]
     pictures = {
         "kld-by-size.svg": (
@@ -106,7 +107,7 @@ def draw_charts(files: Sequence[ReportFile], title: str) -> dict[str, tuple[str,
             "error by class",
             class_charts.draw_errors(
                 {f.name: f.errors for f in quantized if f.errors},
-                f"{title}: quantization error (relative MSE, weighted by the imatrix), by tensor class",
+                f"{title}: quantization error (relative MSE, imatrix-weighted), by tensor class",
             ),
         ),
         "kld-by-domain.svg": (
@@ -175,6 +176,7 @@ def _load_template() -> "Template":
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        # A misspelt name is an error, and no empty cell.
         undefined=StrictUndefined,
     )
     return environment.get_template("report.html.jinja")

@@ -1,9 +1,10 @@
-"""Which files of a release are worth their bytes: dominated files, and the lower hull of KLD against size. Pure.
+"""Dominated files of a release, and the lower hull of KLD against size. Pure.
 
-A file is dominated if one that is not larger is clearly closer to the base: the 95 % interval of the difference, from a
-bootstrap over the chunks that both files read, lies above 0. It is a warning and fails no build, because there can be
-other reasons for such a file: a CPU, or a program that supports no other type. Among variants of one ladder, whose names
-begin with ``UD-``, it means that the ladder is not monotone: its recipe needs work.
+A file is dominated if one that is not larger is clearly closer to the base: the 95 % interval of
+the difference, from a bootstrap over the chunks that both files read, lies above 0. The build warns
+and does not fail, because there can be other reasons for such a file: a CPU, or a program that
+supports no other type. Among variants of one ladder, whose names begin with ``UD-``, it means that
+the ladder is not monotone: its recipe needs work.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +58,7 @@ def find_dominated(
     worst: dict[str, DominatedFile] = {}
     for small, large in combinations(sorted(sizes, key=lambda name: sizes[name]), 2):
         gap = compare(large, small)
+        # The whole interval, not the mean: with eleven files there are 55 pairs to be wrong about.
         if gap.low > 0 and (large not in worst or gap.value > worst[large].gap.value):
             worst[large] = DominatedFile(large, small, gap)
     return tuple(worst[name] for name in sorted(worst, key=lambda name: sizes[name]))
@@ -65,10 +67,12 @@ def find_dominated(
 def lower_hull(points: Sequence[Coordinates]) -> tuple[Coordinates, ...]:
     """Return the falling part of the lower convex hull of points, left to right.
 
-    No point, and no mixture of two, lies below it. It is Andrew's monotone chain (1979), without points that rise.
+    No point, and no mixture of two, lies below it. It is Andrew's monotone chain (1979), without
+    points that rise.
     """
     hull: list[Coordinates] = []
     for p in sorted(set(points)):
+        # From here on the hull would rise: a larger file that is no better.
         if hull and p[1] >= hull[-1][1]:
             continue
         while len(hull) > 1 and _is_above(hull[-2], hull[-1], p):

@@ -1,8 +1,9 @@
-"""Measure how sensitive a model is to coarse tensors: quantize only a few of them, and measure the file's KLD.
+"""Measure how sensitive a model is to coarse tensors, a few at a time.
 
-A probe is a file that is the base but for the probed tensors, which have a coarse type. Its KLD is measured on text from
-the calibration side, never on the text by which results are judged. Small models are probed tensor by tensor at several
-types; large ones by tensor class and depth. :mod:`quant.plan.sensitivity` makes sensitivities of the results.
+A probe is a file that is the base but for the probed tensors, which have a coarse type. Its KLD is
+measured on text from the calibration side, never on the text by which results are judged. Small
+models are probed tensor by tensor at several types; large ones by tensor class and depth.
+:mod:`quant.plan.sensitivity` makes sensitivities of the results.
 """
 
 import math
@@ -37,7 +38,7 @@ from quant.quantize.gptq import REVISION
 from quant.quantize.variants import QuantizeTarget, write_variants
 
 PROBE_TYPES = ("IQ1_S", "IQ2_XXS", "IQ3_S", "Q4_K")
-"""From the coarsest type that anyone would use to one that costs almost nothing: their spread shows how KLD grows."""
+"""From the coarsest type in use to one that costs almost nothing: how KLD grows with error."""
 WITHOUT_IMATRIX = {
     "IQ1_S": "Q2_K",
     "IQ1_M": "Q2_K",
@@ -46,7 +47,7 @@ WITHOUT_IMATRIX = {
     "IQ2_S": "Q2_K",
     "IQ3_XXS": "IQ3_S",
 }
-"""The type that stands for one that needs an imatrix, on tensors of which the imatrix has no data."""
+"""Stand-ins for types that need an imatrix, on tensors of which it has no data."""
 BANDS = 4
 """Parts of the model's depth in which a class is probed."""
 CHEAP_BANDS, CHEAP_TYPE = 3, "IQ2_XXS"
@@ -77,7 +78,7 @@ class ProbeSettings:
     store: Store
     evaluation: EvaluationSettings
     rest_type: str = "BF16"
-    """Type of every tensor that is not probed. Q8_0 for models whose BF16 file is too large to be read that often."""
+    """Type of every tensor that is not probed. Q8_0 if BF16 is too large to be read that often."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     hessians: Path | None = None
     """Hessians for GPTQ; None quantizes as llama-quantize does."""
@@ -90,14 +91,15 @@ def list_probes(
     *,
     cheap: bool = False,
 ) -> tuple[Probe, ...]:
-    """Return the probes of a model: one for each tensor and type if there are few tensors, else by class and depth.
+    """Return the probes of a model, tensor by tensor if it has few, else by class and depth.
 
     Args:
         tensors: The base's tensors.
         errors: Those in this table are probed.
         types: The types to probe with, from coarse to fine.
-        cheap: About forty probes, for models of hundreds of gigabytes: classes in few bands of depth at one type. Only
-            the largest group is probed at all types, which is enough to fit how KLD grows with error.
+        cheap: About forty probes, for models of hundreds of gigabytes: classes in few bands of
+            depth at one type. Only the largest group is probed at all types, which is enough to fit
+            how KLD grows with error.
     """
     probed = [t for t in tensors if t.name in errors.errors]
     if cheap:
@@ -109,10 +111,12 @@ def list_probes(
     probes: list[Probe] = []
     for level in types:
         for name, members in groups.items():
+            # KLD is a power of error; its exponent is one for the model, so one group shows it.
             if cheap and level != CHEAP_TYPE and name != largest:
                 continue
             by_tensor = {t: _choose_type(level, errors.errors[t]) for t in members}
             probe = Probe(f"{name} at {'/'.join(sorted(set(by_tensor.values())))}", by_tensor)
+            # Without an imatrix, two levels can end in the same types.
             if probe not in probes:
                 probes.append(probe)
     return tuple(probes)
@@ -126,9 +130,9 @@ def forecast_probes(probes: Sequence[Probe], settings: ProbeSettings) -> str:
     reading = settings.evaluation
     length = settings.text.stat().st_size // BYTES_PER_TOKEN // reading.context
     return (
-        f"{len(todo)} of {len(probes)} probes are to be measured: each a file of about {max(sizes, default=0):,} bytes, at"
-        f" most {BATCH} of them on the disk at a time, which reads {reading.chunks or length} chunks of {reading.context}"
-        " tokens"
+        f"{len(todo)} of {len(probes)} probes are to be measured: each a file of about"
+        f" {max(sizes, default=0):,} bytes, at most {BATCH} of them on the disk at a time, which"
+        f" reads {reading.chunks or length} chunks of {reading.context} tokens"
     )
 
 
@@ -148,7 +152,8 @@ def measure_probes(
         For each probe its mean KLD and the standard error of it, both in nats.
 
     Raises:
-        InputError: If the text has fewer than MIN_CHUNKS chunks, or the Hessians are of another model.
+        InputError: If the text has fewer than MIN_CHUNKS chunks, or the Hessians are of another
+            model.
     """
     if settings.hessians:
         Hessians.open(settings.hessians, settings.base.digest)
@@ -157,7 +162,7 @@ def measure_probes(
     for start in range(0, len(todo), BATCH):
         batch = todo[start : start + BATCH]
         for i, scores in zip(batch, _score([probes[i] for i in batch], settings), strict=True):
-            # Chunks are the independent samples: the standard error is that of a mean of chunk means.
+            # Chunks are the independent samples, tokens are not: the standard error of chunk means.
             means = scores.kld.mean(1, dtype=np.float64)
             facts = {
                 "kld": float(means.mean()),
@@ -186,6 +191,7 @@ def select_part(probes: Sequence[Probe], part: str) -> tuple[Probe, ...]:
         raise InputError(
             f"part: expected a number and how many there are, as in 1/3, found {part!r}"
         )
+    # Every Nth, not the Nth piece: all machines get probes of all classes, and end together.
     return tuple(probes[first - 1 :: count])
 
 
@@ -218,7 +224,7 @@ def _make_key(probe: Probe, settings: ProbeSettings) -> dict[str, Any]:
 
 @cache
 def _shared_key(settings: ProbeSettings) -> Mapping[str, Any]:
-    """Return what the store's keys of all probes have in common. Its names are those of finished work."""
+    """Return what the store's keys of all probes have in common; names are as in finished work."""
     return {
         "base": settings.base.digest,
         "imatrix": files.hash_file(settings.imatrix) if settings.imatrix else None,
@@ -235,6 +241,7 @@ def _score(probes: Sequence[Probe], settings: ProbeSettings) -> list[TokenScores
     """Write the probes' files, score them, and delete them."""
     base, header = settings.base, settings.base.header
     folder = settings.store.work_folder("probe")
+    # An interrupted run's files have these names and other types.
     files.remove(folder)
     targets = [
         QuantizeTarget(_plan(f"p{n}", p, header, settings.rest_type), folder / f"p{n}.gguf")
@@ -265,8 +272,8 @@ def _score(probes: Sequence[Probe], settings: ProbeSettings) -> list[TokenScores
     scores = [e.overall for e in evaluations]
     if (count := len(scores[0].kld)) < MIN_CHUNKS:
         raise InputError(
-            f"{settings.text}: expected at least {MIN_CHUNKS} chunks to probe with, found {count}: too few for a standard"
-            " error"
+            f"{settings.text}: expected at least {MIN_CHUNKS} chunks to probe with, found {count}:"
+            " too few for a standard error"
         )
     return scores
 
@@ -284,7 +291,10 @@ def _plan(name: str, probe: Probe, header: Header, rest_type: str) -> Plan:
 
 
 def _without_mtp(tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """Return the tensors without those of MTP blocks, which take no part in reading; but no class is lost entirely."""
+    """Return the tensors without those of MTP blocks, which take no part in reading.
+
+    A class that is only there stays: there would be no sensitivity for it.
+    """
     depths = compute_depths(tensors)
     trunk = [t for t in tensors if depths.get(t.name, 0) < 1]
     classes = {tensor_class(t.name) for t in trunk}
@@ -292,7 +302,7 @@ def _without_mtp(tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
 
 
 def _group(tensors: Sequence[TensorSpec], bands: int, *, singles: bool) -> dict[str, list[str]]:
-    """Return names of tensors by the name of their group: each alone, or by class and band of depth."""
+    """Return tensors by the name of their group: each alone, or by class and band of depth."""
     if singles:
         return {t.name: [t.name] for t in tensors}
     depths = compute_depths(tensors)
@@ -310,7 +320,7 @@ def _group(tensors: Sequence[TensorSpec], bands: int, *, singles: bool) -> dict[
 
 
 def _choose_type(level: str, possible: Mapping[str, TensorError]) -> str:
-    """Return the type to probe a tensor with: the level's, its stand-in without imatrix, or the closest in bits."""
+    """Return the type to probe with: the level's, its stand-in, or the closest one in bits."""
     for name in (level, WITHOUT_IMATRIX.get(level, level)):
         if name in possible:
             return name

@@ -1,8 +1,8 @@
-"""The evaluation of a release: every variant against the BF16 file, on text that was held out of the calibration set.
+"""The evaluation of a release: every variant against the BF16 file, on held-out text.
 
-A build fails only for a broken file: NaN, or a mean KLD or a loss on the text above the recipe's ``evaluation.worst``.
-A limit of quality would be a matter of taste, and the smoke test asks for behavior already. Dominated files are warned
-about: see :mod:`quant.evaluate.pareto`.
+A build fails only for a broken file: NaN, or a mean KLD or a loss on the text above the recipe's
+``evaluation.worst``. A limit of quality would be a matter of taste, and the smoke test asks for
+behavior already. About dominated files it only warns: see :mod:`quant.evaluate.pareto`.
 """
 
 import logging
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReleaseEvaluation:
-    """The figures of a release, as its manifest has them. KLD is in nats; top-1 is a fraction from 0 to 1."""
+    """The figures of a release, as its manifest has them: KLD in nats, top-1 from 0 to 1."""
 
     settings: Mapping[str, Any]
     """How the texts were read: ``context``, ``top``, and the build of ``llama.cpp``."""
@@ -43,13 +43,13 @@ class ReleaseEvaluation:
     base: Mapping[str, Any]
     """The BF16 file's ``ppl``, and its ``ppl`` and number of ``chunks`` in each of ``domains``."""
     files: Mapping[str, Mapping[str, Any]]
-    """By variant, its figures (:func:`quant.evaluate.scores.compute_figures`), rounded; ``errors``: by tensor class."""
+    """By variant, :func:`quant.evaluate.scores.compute_figures`, rounded, and ``errors`` by class."""
     dominated: tuple[DominatedFile, ...]
     too_short: tuple[str, ...] = ()
     """Domains that were not measured: too little of their text is held out."""
 
     def json(self) -> dict[str, Any]:
-        """Return what all variants share, as the manifest has it. Its keys are part of the format."""
+        """Return what all variants share, as the manifest has it: keys are part of its format."""
         dominated = [
             {
                 "file": d.file,
@@ -104,6 +104,8 @@ def evaluate_release(
     sizes = [base.bytes, *(v.bytes for v in variants)]
     log.info("evaluate: %s", forecast_reading(sizes, len(texts), recipe))
     settings = EvaluationSettings(rules.context, rules.chunks, _choose_threads(base), rules.top)
+    # The base comes first, for its own perplexity. A variant of BF16 has its digest, though it may
+    # be cut into shards: it is not read.
     digests = {base.path: base.digest} | {
         v.file.path: base.digest if v.plan.is_base else v.file.digest for v in variants
     }
@@ -134,7 +136,8 @@ def errors_by_class(errors: Mapping[str, float]) -> dict[str, float]:
     """Return the mean quantization error of each tensor class, in file order.
 
     Args:
-        errors: By tensor, the relative weighted MSE. Norms and biases are not quantized, and left out.
+        errors: By tensor, the relative weighted MSE. Norms and biases are not quantized, and left
+            out.
     """
     by_class: dict[str, list[float]] = {}
     for name, error in errors.items():
@@ -168,8 +171,9 @@ def forecast_reading(sizes: Sequence[int], domains: int, recipe: ModelRecipe) ->
 def find_broken(evaluations: Mapping[str, Evaluation], worst: float) -> Iterator[str]:
     """Yield a line for each file that is broken rather than coarse.
 
-    The loss is asked beside the KLD: a KLD over the most likely tokens alone is a lower bound, while a loss above the
-    base's by ``worst`` nats (a factor of ``exp(worst)`` in perplexity) cannot be missed.
+    The loss is asked beside the KLD: a KLD over the most likely tokens alone is a lower bound,
+    while a loss above the base's by ``worst`` nats (a factor of ``exp(worst)`` in perplexity)
+    cannot be missed.
 
     Args:
         evaluations: By variant.
@@ -182,8 +186,8 @@ def find_broken(evaluations: Mapping[str, Evaluation], worst: float) -> Iterator
         for what, value in (("mean KLD", kld), ("loss on the text, over BF16's,", loss)):
             if value > worst:
                 yield (
-                    f"{name}: {what} is {value:.2f} nats, expected at most {worst:g} (evaluation.worst of the recipe):"
-                    " the file is broken, or its bits are too few"
+                    f"{name}: {what} is {value:.2f} nats, expected at most {worst:g}"
+                    " (evaluation.worst of the recipe): the file is broken, or its bits are too few"
                 )
 
 
@@ -203,5 +207,5 @@ def _find_dominated(evaluations: Mapping[str, Evaluation]) -> tuple[DominatedFil
 
 
 def _choose_threads(base: ModelFile) -> int:
-    """Return how many threads read: one for a small model, whose threads would only wait for each other."""
+    """Return how many threads read: one for a small model, which is faster than sharing."""
     return 1 if base.bytes < SMALL_BYTES else len(os.sched_getaffinity(0))

@@ -24,7 +24,7 @@ class EvaluationRequest:
     peers: tuple[Path, ...] = ()
     """Files to compare with, which charts show by another mark."""
     texts: tuple[Path, ...] = ()
-    """UTF-8 texts; the name of each is its domain. None: the held-out part of the calibration set."""
+    """UTF-8 texts, each named by its domain. None: the held-out part of the calibration set."""
     calibration_set: str = "embedded"
     settings: EvaluationSettings = field(default_factory=EvaluationSettings)
     work: Path | None = None
@@ -49,7 +49,7 @@ class Comparison:
 
     @property
     def difference(self) -> Estimate | None:
-        """Mean KLD of the second file less that of the first, if there are two: a paired bootstrap over chunks."""
+        """Mean KLD of the second file less that of the first, if there are exactly two."""
         if len(self.evaluations) != 2:
             return None
         first, second = self.evaluations

@@ -1,18 +1,19 @@
 """A child program that scores texts; see :mod:`quant.core.child`.
 
-It calls the llama.cpp of the lock file through llama-cpp-python, and does what llama-perplexity does (``perplexity``
-and ``kl_divergence`` in upstream's tools/perplexity/perplexity.cpp):
+It calls the llama.cpp of the lock file through llama-cpp-python, and does what llama-perplexity
+does (``perplexity`` and ``kl_divergence`` in upstream's tools/perplexity/perplexity.cpp):
 
-- the text is cut into chunks of ``context`` tokens n, each read with an empty KV cache, the first token replaced by
-  BOS where the vocabulary adds one;
-- only the second half of a chunk is predicted, the tokens n/2 + 1 to n - 1, so that every prediction has at least half
-  a context before it: 255 of 512.
+- the text is cut into chunks of ``context`` tokens n, each read with an empty KV cache, the first
+  token replaced by BOS where the vocabulary adds one;
+- only the second half of a chunk is predicted, the tokens n/2 + 1 to n - 1, so that every
+  prediction has at least half  a context before it: 255 of 512.
 
-llama-perplexity itself is not used. It tokenizes without special tokens, so a chat's control tokens would be read as
-plain text. Its base file keeps 16 bits for every token of the vocabulary: 78 MB a chunk of GLM-4.6. And now and then
-the last lines of its output, which have the result, are lost.
+llama-perplexity itself is not used. It tokenizes without special tokens, so a chat's control tokens
+would be read as plain text. Its base file keeps 16 bits for every token of the vocabulary: 78 MB a
+chunk of GLM-4.6. And now and then the last lines of its output, which have the result, are lost.
 
-Of the base, the k most likely tokens are kept (``top``), and the rest is one event; see :func:`compute_kld`.
+Of the base, the k most likely tokens are kept (``top``), and the rest is one event; see
+:func:`compute_kld`.
 """
 
 import json
@@ -30,7 +31,7 @@ from quant.errors import InputError
 from quant.llama.model import LoadedModel, Numbers
 
 SMALLEST_REST = 1e-12
-"""Lower bound of the rest's probability: sums in float32 end up at or below 0 where the rest is negligible."""
+"""Lower bound of the rest's probability: computed in float32, a negligible one can be negative."""
 ABOUT = "about.json"
 """What the base's run leaves: how many chunks it read, and the size of its vocabulary."""
 
@@ -43,7 +44,8 @@ def select_targets(tokens: NDArray[np.int32], context: int) -> NDArray[np.int32]
 def score_base(model: LoadedModel, tokens: NDArray[np.int32], top: int, folder: Path) -> None:
     """Write the base's log-probabilities of its most likely tokens, and its loss on the text.
 
-    The names of the files are those of the store's finished work; with other names, old work could not be read.
+    The names of the files are those of the store's finished work; with other names, old work could
+    not be read.
 
     Args:
         model: The base.
@@ -53,6 +55,7 @@ def score_base(model: LoadedModel, tokens: NDArray[np.int32], top: int, folder: 
     """
     chunks, targets = len(tokens), model.context - 1 - model.context // 2
     kept = min(top, model.vocab_size)
+    # Mapped: a text of 80 chunks with all of GLM-4.6's vocabulary takes 25 GB.
     ids = np.lib.format.open_memmap(folder / "words.npy", "w+", np.int32, (chunks, targets, kept))
     kept_log_p = np.lib.format.open_memmap(folder / "said.npy", "w+", np.float32, ids.shape)
     best = np.zeros((chunks, targets), np.int32)
@@ -63,6 +66,7 @@ def score_base(model: LoadedModel, tokens: NDArray[np.int32], top: int, folder: 
         if kept == model.vocab_size:
             ids[n], kept_log_p[n] = np.arange(model.vocab_size), log_p
         else:
+            # A partition, not a sort: nothing depends on the order of what is kept.
             ids[n] = np.argpartition(-log_p, kept - 1, axis=1)[:, :kept]
             kept_log_p[n] = np.take_along_axis(log_p, ids[n], 1)
         nll[n] = -log_p[np.arange(targets), select_targets(row, model.context)]
@@ -86,7 +90,7 @@ def score_against_base(model: LoadedModel, base: Path, folder: Path) -> None:
     )
     kld, nll = np.zeros(ids.shape[:2], np.float32), np.zeros(ids.shape[:2], np.float32)
     same = np.zeros(ids.shape[:2], bool)
-    whole = ids.shape[2] == model.vocab_size
+    whole = ids.shape[2] == model.vocab_size  # then the rest is empty, and KLD exact
     for n, row in enumerate(tokens):
         log_q = model.log_probabilities(row)
         nll[n] = -log_q[np.arange(len(log_q)), select_targets(row, model.context)]
@@ -100,19 +104,23 @@ def score_against_base(model: LoadedModel, base: Path, folder: Path) -> None:
 def compute_kld(log_p: Numbers, log_q: Numbers, *, whole: bool) -> Numbers:
     """Return the Kullback-Leibler divergence of q from p for each row, in nats.
 
-    With the whole vocabulary it is ``sum_i p_i (log p_i - log q_i)``. With the k tokens that are most likely under p,
-    all others are merged into one event of probability ``r = 1 - sum_i p_i`` (and s of q):
+    With the whole vocabulary it is ``sum_i p_i (log p_i - log q_i)``. With the k tokens that are
+    most likely under p, all others are merged into one event of probability ``r = 1 - sum_i p_i``
+    (and s of q):
 
         KLD' = sum_{i<=k} p_i (log p_i - log q_i) + r (log r - log s)
 
-    By the log-sum inequality KLD' <= KLD. What is lost is ``r KL(p | rest || q | rest)``: the divergence within the
-    rest, times the probability of the rest. So a result is a lower bound, close where r is small.
+    By the log-sum inequality KLD' <= KLD. What is lost is ``r KL(p | rest || q | rest)``: the
+    divergence within the rest, times the probability of the rest. So a result is a lower bound,
+    close where r is small.
 
     Args:
-        log_p: Log-probabilities of the base; a row for each prediction, a column for each kept token.
+        log_p: Log-probabilities of the base; a row for each prediction, a column for each kept
+            token.
         log_q: The file's, of the same tokens.
         whole: Whether the columns are the whole vocabulary.
     """
+    # The sum in float64: terms of both signs cancel, and a good file's KLD is 1e-3 of them.
     kld = np.einsum("tw,tw->t", np.exp(log_p), log_p - log_q, dtype=np.float64)
     if not whole:
         rest_p, rest_q = (
@@ -120,13 +128,13 @@ def compute_kld(log_p: Numbers, log_q: Numbers, *, whole: bool) -> Numbers:
             for x in (log_p, log_q)
         )
         kld += rest_p * np.log(rest_p / rest_q)
-    # A divergence is never negative; it is computed so only where float32 log-probabilities do not sum to 1 exactly.
+    # A divergence is never negative, but float32 log-probabilities do not sum to 1 exactly.
     result: Numbers = np.maximum(kld, 0).astype(np.float32)
     return result
 
 
 def score_job(job: Mapping[str, Any], _: Path) -> None:
-    """Run a job: parts with a model, and either a text to read as the base, or a base to compare with.
+    """Run a job, whose parts name a model and either a text (it is the base) or a base.
 
     Consecutive parts with one model load it once.
     """
@@ -139,7 +147,8 @@ def score_job(job: Mapping[str, Any], _: Path) -> None:
                 words = json.loads((base / ABOUT).read_text())["words"]
                 if model.vocab_size != words:
                     raise InputError(
-                        f"{path}: of another model: expected {words} tokens in the vocabulary, found {model.vocab_size}"
+                        f"{path}: of another model: expected {words} tokens in the vocabulary,"
+                        f" found {model.vocab_size}"
                     )
                 score_against_base(model, base, folder)
             else:

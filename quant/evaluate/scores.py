@@ -1,8 +1,8 @@
 """What one file loses against its base, token by token, and the statistics of it. Pure.
 
-Intervals are percentile bootstrap intervals over chunks (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-chapter 13). The chunk is the unit that is resampled, because tokens of one chunk are correlated: resampling tokens
-gives intervals that are several times too narrow.
+Intervals are percentile bootstrap intervals over chunks (Efron and Tibshirani, An Introduction to
+the Bootstrap, 1993, chapter 13). The chunk is the unit that is resampled, because tokens of one
+chunk are correlated: resampling tokens gives intervals that are several times too narrow.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One file against its base on one text. Arrays have a row for each chunk, a column for each predicted token."""
+    """One file against its base on one text, token by token.
+
+    Arrays have a row for each chunk, and a column for each token of it that is predicted.
+    """
 
     kld: NDArray[np.float32]
     """Kullback-Leibler divergence of the file from its base, in nats; 0 for the base itself."""
@@ -76,7 +79,7 @@ class Evaluation:
         }
 
     def json(self) -> dict[str, Any]:
-        """Return the file's name, its length and its figures, as ``quant evaluate --json`` prints them."""
+        """Return name, length and figures of the file, as ``quant evaluate --json`` prints them."""
         return {"file": self.file.name, "bytes": self.bytes, **self.figures()}
 
 
@@ -87,9 +90,10 @@ def compute_figures(scores: TokenScores) -> dict[str, Any]:
         scores: What was measured, token by token.
 
     Returns:
-        ``chunks``: how many were read. ``ppl`` and ``ppl_base``: perplexities. ``kld_mean``, its 95 % interval
-        ``kld_mean_low`` to ``kld_mean_high``, and ``kld_median``, ``kld_p99``, ``kld_p999`` and ``kld_max`` over
-        tokens: in nats. ``top1``: the fraction of tokens, from 0 to 1, at which the most likely token is the same.
+        ``chunks``: how many were read. ``ppl`` and ``ppl_base``: perplexities. ``kld_mean``, its
+        95 % interval ``kld_mean_low`` to ``kld_mean_high``, and ``kld_median``, ``kld_p99``,
+        ``kld_p999`` and ``kld_max`` over tokens: in nats. ``top1``: the fraction of tokens, from 0
+        to 1, at which the most likely token is the same.
     """
     kld, mean = scores.kld, estimate_mean(scores.kld)
     return {
@@ -126,8 +130,8 @@ def estimate_mean(values: NDArray[Any]) -> Estimate:
 def estimate_difference(first: TokenScores, second: TokenScores) -> Estimate:
     """Return the mean KLD of the second file less that of the first.
 
-    The bootstrap is paired: a sample draws the same chunks for both files. What is hard for both then cancels, and
-    two files can differ clearly although their own intervals overlap.
+    The bootstrap is paired: a sample draws the same chunks for both files. What is hard for both
+    then cancels, and two files can differ clearly although their own intervals overlap.
 
     Raises:
         InputError: If the two were not measured on the same text of the same base.

@@ -1,4 +1,4 @@
-"""The texts that files are measured on, where no release says which: those of a calibration set that no imatrix saw."""
+"""The texts that files are measured on: those of a calibration set that no imatrix saw."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from quant.plan.recipe import ImatrixRecipe
 def render_set(
     name: str, base: ModelFile, context: int, tools: Toolchain, store: Store
 ) -> CalibrationText:
-    """Return a calibration set in the model's own chat format: the text to calibrate on, and what is held out.
+    """Return a calibration set in the model's own chat format, with what is held out of it.
 
     Args:
         name: Of the calibration set.
@@ -34,7 +34,9 @@ def render_set(
 def prepare_held_out(
     name: str, base: ModelFile, context: int, tools: Toolchain, store: Store
 ) -> HeldOutDomains:
-    """Return the held-out part of a calibration set, a text for each domain. Takes what :func:`render_set` takes.
+    """Return the held-out part of a calibration set, a text for each domain.
+
+    It takes what :func:`render_set` takes.
 
     Raises:
         InputError: If no domain has enough text.
@@ -43,7 +45,8 @@ def prepare_held_out(
     held = held_out.split_by_domain(text, context, Tokenizer(base, tools), store)
     if not held.paths:
         raise InputError(
-            f"{name}: expected a set that holds out enough text to measure on, found too little; name one with --text"
+            f"{name}: expected a set that holds out enough text to measure on, found too little;"
+            " name one with --text"
         )
     return held
 

@@ -1,4 +1,7 @@
-"""Measure the allocation of GLM-4.6's published ladder: ``python -m tests.benchmarks.allocation``."""
+"""Time and memory that allocating GLM-4.6's published ladder takes.
+
+``python -m tests.benchmarks.allocation``; it needs no weights.
+"""
 
 import sys
 from pathlib import Path
@@ -16,7 +19,7 @@ for name, gigabytes in PUBLISHED.items():
 
 
 def main() -> None:
-    """Measure time and memory, and print them in a line."""
+    """Measure, and print a line."""
     m = measured([sys.executable, "-c", WORK], cwd=Path.cwd())
     print(
         f"{machine()}: nine sizes of GLM-4.6 in {m.wall_s:.1f} s,"

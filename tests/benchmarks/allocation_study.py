@@ -1,9 +1,9 @@
-"""What measured sensitivities are worth: files of the sizes of llama-quantize's presets, by several methods.
+"""What measured sensitivities are worth: files of presets' sizes, by several methods.
 
-``python -m tests.benchmarks.allocation_study OUT`` studies tiny-glm, or the file of ``--base``. It takes about half an
-hour on two idle cores, and continues where it was interrupted. It writes OUT/study.json and prints the table of
-``recipes/README.md``. The imatrix and the sensitivities are measured on other conversations and other code than those by
-which files are judged.
+``python -m tests.benchmarks.allocation_study OUT`` studies tiny-glm, or the file of ``--base``. It
+takes about half an hour on two idle cores, and continues where it was interrupted. It writes
+OUT/study.json and prints the table of ``recipes/README.md``. The imatrix and the sensitivities are
+measured on other conversations and other code than those by which files are judged.
 """
 
 import argparse
@@ -65,7 +65,7 @@ METHODS = (
 SINGLE_TYPES = ("Q8_0", "Q6_K")
 """Types of files with one type: what remains of a divergence when bits are not short."""
 WHOLE_VOCABULARY = 1 << 20
-"""Tokens that are kept for judging. Probes keep the 512 most likely, which is enough to tell them apart."""
+"""Tokens kept for judging. Probes keep the 512 most likely, enough to tell them apart."""
 
 Types = Mapping[str, str]
 """By tensor."""
@@ -218,10 +218,11 @@ def _allocate_methods(
 def _allocate_simply(
     known: AllocationInputs, coarse: Sequence[ProbeResult], size: int
 ) -> dict[str, str]:
-    """Return the baseline's types: sensitivities from single tensors at Q2_K, and one price for all bytes.
+    """Return the baseline's types: scales from single tensors at Q2_K, one price for all bytes.
 
-    Each tensor takes the type with the least ``scale * error + price * bytes``. The price is bisected until the file
-    fits, so some of the size stays unused where a step of the price changes several tensors.
+    Each tensor takes the type with the least ``scale * error + price * bytes``. The price is
+    bisected until the file fits, so some of the size stays unused where a step of the price changes
+    several tensors.
     """
     errors = known.errors.select_types(SIMPLE_TYPES).errors
     scales = {
@@ -258,7 +259,7 @@ def _refit(
     paths: Sequence[Path],
     settings: probe.ProbeSettings,
 ) -> Sensitivities:
-    """Return our sensitivities, refitted on whole files that are measured on the calibration text."""
+    """Return our sensitivities, refitted on whole files read on the calibration text."""
     models = [ModelFile.open(p) for p in paths]
     evaluations = compare.evaluate_files(
         settings.base, models, {"text": settings.text}, settings.store, settings.evaluation

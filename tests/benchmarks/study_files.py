@@ -1,4 +1,4 @@
-"""Files that the allocation study makes: texts, imatrix, presets, Hessians and quantized files, each made once."""
+"""Files of the allocation study, each made once: texts, imatrix, presets, Hessians, variants."""
 
 import itertools
 from collections.abc import Mapping
@@ -118,14 +118,14 @@ class StudyFolder:
         return path
 
     def dequantized(self, quantized: Path) -> Path:
-        """Return a quantized file's weights as floats: the two differ only in how activations are rounded."""
+        """Return a file's weights as floats: the two differ only in how activations are rounded."""
         path = self.out / "rounded.gguf"
         if not path.exists():
             self._run("llama-quantize", ["--allow-requantize", quantized, path.name, "F32", "1"])
         return path
 
     def hessians(self, *, gradients: bool) -> Path:
-        """Return the Hessians of the calibration text, with or without weighting tokens by gradients."""
+        """Return the Hessians of the calibration text, with tokens weighted by gradients or not."""
         path = self.out / f"moments by {'gradients' if gradients else 'inputs'}.safetensors"
         if not path.exists():
             settings = hessians.HessianSettings(threads=self.threads, gradients=gradients)

@@ -65,5 +65,6 @@ def test_the_manifest_keeps_its_keys() -> None:
         "kld_mean": 0.123,
         "kld_mean_low": 0.1,
         "kld_mean_high": 0.2,
-        "said": "Q is dominated: UD-A is not larger and nearer to BF16; its KLD is higher by 0.123 (0.1 to 0.2)",
+        "said": "Q is dominated: UD-A is not larger and nearer to BF16; its KLD is higher by 0.123"
+        " (0.1 to 0.2)",
     }

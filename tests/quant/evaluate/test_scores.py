@@ -26,7 +26,7 @@ def test_the_interval_of_a_mean_is_as_wide_as_its_noise() -> None:
 
 def test_an_interval_is_always_the_same() -> None:
     mean = estimate_mean(np.sqrt(np.arange(60.0)).reshape(20, 3))
-    # What the seed gave when the first releases were made: a rebuild compares its figures with theirs.
+    # What the seed gave when the first releases were made: a rebuild compares with them.
     expected = (5.0960529541711415, 4.269624388979785, 5.861287204881657)
     assert (mean.value, mean.low, mean.high) == pytest.approx(expected, rel=1e-12)
 
