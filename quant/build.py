@@ -36,7 +36,7 @@ from quant.plan.load import load_template_patch
 from quant.plan.plan import Plan, make_plan
 from quant.plan.recipe import ModelRecipe, TemplatePatch
 from quant.quantize.shard import VariantFile, shard_base
-from quant.quantize.variants import quantize_variants
+from quant.quantize.variants import StageRequest, quantize_variants
 from quant.release.change import Change, plan_change
 from quant.release.deliver import Delivery, deliver_release
 from quant.release.inputs import ReleaseInputs, place_files
@@ -212,18 +212,17 @@ class _Stages:
         job, title, max_size = self.job, self.job.model.title, self.job.model.max_shard_size
         variants: list[VariantFile] = []
         if quantized := [p for p in plans if not p.is_base]:
-            work = partial(
-                quantize_variants,
-                base,
-                imatrix,
-                quantized,
-                title,
-                max_size,
-                job.tools,
-                job.store,
-                job.settings,
-                hessians,
+            request = StageRequest(
+                base=base,
+                imatrix=imatrix,
+                plans=quantized,
+                title=title,
+                max_size=max_size,
+                tools=job.tools,
+                settings=job.settings,
+                hessians=hessians,
             )
+            work = partial(quantize_variants, request, job.store)
             names = [p.variant.name for p in quantized]
             variants += self.run("quantize", _name_or_count(names, "variants"), work)
         for p in plans:

@@ -103,16 +103,16 @@ def _kernels(tools: Toolchain) -> Iterator[Finding]:
     native = [
         t for t in TYPES.values() if any(kernels.native.has(i, t) for i in kernels.native.sets)
     ]
-    waiting = [t.name for t in native if kernels.waiting(t)]
-    served = {t.name: kernels.served(t) for t in native if t.name not in waiting}
+    waiting = [t.name for t in native if kernels.needs_slow_trial(t)]
+    served = {t.name: kernels.choice(t) for t in native if t.name not in waiting}
     for by in kernels.native.sets:
-        if names := [name for name, s in served.items() if s.by == by]:
+        if names := [name for name, s in served.items() if s.source == by]:
             yield Finding(True, "kernels", by, ", ".join(names))
     if waiting:
         yield Finding(True, "kernels", "", f"tried at their first use: {', '.join(waiting)}")
     for name, s in served.items():
-        if s.by == "ggml":
-            yield Finding(True, f"kernel of {name}", "ggml", s.why)
+        if s.source == "ggml":
+            yield Finding(True, f"kernel of {name}", "ggml", s.reason)
 
 
 def _version(name: str) -> str:

@@ -1,6 +1,6 @@
 """The commands that do one stage on files that are already there."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,65 +10,80 @@ from quant.cli import progress
 from quant.cli.options import (
     FILE,
     FOLDER,
+    require_absent,
+    collect_options,
     hessians_option,
     jobs_option,
-    make_engine_settings,
     memory_option,
-    parse_size_option,
     quant,
-    require_absent,
+    make_engine_settings,
+    parse_size_option,
     tools_option,
     variants_option,
 )
-from quant.core.format import to_canonical_json
 
 
 @quant.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", "-o", type=FILE, required=True, help="The GGUF to write.")
 @click.option(
-    "--model", help="Whose recipe says template patch and metadata.  [none: converted as it is]"
+    "--model", help="The recipe with template patch and metadata.  [none: converted as it is]"
 )
 @click.option(
     "--pre",
-    help="llama.cpp's name of the pre-tokenizer, where the converter does not know it (glm4).",
+    help="llama.cpp's name of the pre-tokenizer, if the converter does not know it (glm4).",
 )
-@click.option("--vision", is_flag=True, help="Its vision part instead, in F16 (mmproj).")
+@click.option("--vision", is_flag=True, help="Convert its vision part instead, to F16 (mmproj).")
 def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vision: bool) -> None:
     """Convert the checkpoint in a folder to one BF16 GGUF."""
     from quant.build import patched_template
     from quant.core import files
     from quant.errors import InputError
-    from quant.hub import checkpoint as source
+    from quant.hub.checkpoint import read_checkpoint
     from quant.llama.convert import FileMetadata, has_vision, write_base, write_vision
     from quant.plan.load import load_model
     from quant.release.metadata import make_file_metadata
 
     recipe = load_model(model)[0] if model else None
     stem = out.stem.removeprefix("mmproj-").removesuffix("-F16").removesuffix("-BF16")
-    said = make_file_metadata(recipe) if recipe else FileMetadata(stem, {})
-    said = replace(said, pre_tokenizer=pre or said.pre_tokenizer)
-    found = source.read_checkpoint(checkpoint.resolve())
-    if vision and not has_vision(found):
+    metadata = make_file_metadata(recipe) if recipe else FileMetadata(stem, {})
+    metadata = replace(metadata, pre_tokenizer=pre or metadata.pre_tokenizer)
+    source = read_checkpoint(checkpoint.resolve())
+    if vision and not has_vision(source):
         raise InputError(
             f"{checkpoint}/config.json: vision_config: missing; this model has no vision part"
         )
-    template = patched_template(recipe.template if recipe else "none", found)
+    template = patched_template(recipe.template if recipe else "none", source)
     with files.temp_folder(require_absent(out)) as folder:
-        made = folder / out.name
-        facts = (
-            write_vision(found, said, made)
-            if vision
-            else write_base(found, template.text if template else None, said, made)
-        )
-        files.replace_atomically(made, out)
+        partial_file = folder / out.name
+        if vision:
+            facts = write_vision(source, metadata, partial_file)
+        else:
+            facts = write_base(source, template.text if template else None, metadata, partial_file)
+        files.replace_atomically(partial_file, out)
     progress.print_line(f"{out}: {facts['tensors']} tensors, {facts['parameters']:,} weights")
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """The options of `quant quantize`."""
+
+    base: Path
+    imatrix: Path | None
+    hessians: Path | None
+    out: Path
+    tensor_types: Path | None
+    max_size: str | None
+    jobs: int | None
+    memory: int | None
+    variants: tuple[str, ...]
+    llama_cpp: Path | None
 
 
 @quant.command()
 @click.argument("base", type=FILE)
 @click.option(
-    "--imatrix", "matrix", type=FILE, help="Its importance matrix.  [none: types that need none]"
+    "--imatrix", type=FILE, help="The importance matrix of BASE.  [none: types that need none]"
 )
 @hessians_option
 @click.option("--out", "-o", type=FOLDER, required=True, help="The folder for the files.")
@@ -80,99 +95,46 @@ def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vis
 @click.option(
     "--max-size",
     metavar="SIZE",
-    help="Cut the files into shards of at most 50G, 500M ...  [whole files]",
+    help="Split the files into shards of at most 50G, 500M ...  [whole files]",
 )
 @jobs_option
 @memory_option
 @variants_option
 @tools_option
-def quantize(
-    base: Path,
-    matrix: Path | None,
-    hessians: Path | None,
-    out: Path,
-    tensor_types: Path | None,
-    max_size: str | None,
-    jobs: int | None,
-    memory: int | None,
-    variants: tuple[str, ...],
-    llama_cpp: Path | None,
-) -> None:
-    """Quantise BASE, a BF16 GGUF, into all variants in one pass: names of recipes/variants or paths to such files.
+@collect_options(QuantizeOptions)
+def quantize(options: QuantizeOptions) -> None:
+    """Quantize BASE, a BF16 GGUF, into all variants in one pass.
 
-    A run that was ended continues when it is called again. Beside each file, NAME.gguf.json says what every tensor is: its
-    type, its sha256, and the share of its weighted squares that was lost.
+    A variant is a name in recipes/variants, or the path of such a file. An interrupted run
+    continues when it is called again. Beside each file, NAME.gguf.json records the type, the sha256
+    and the relative weighted mean squared error of every tensor.
     """
-    from quant.calibration import imatrix as matrices
-    from quant.calibration.hessian_file import Hessians
-    from quant.core import files
-    from quant.core.store import Store
-    from quant.errors import InputError, raise_problems
-    from quant.llama import toolchain
-    from quant.llama.gguf import read_header
     from quant.plan.load import load_variant, read_type_file
-    from quant.plan.plan import make_plan
-    from quant.quantize.gptq import REVISION
-    from quant.quantize.variants import QuantizeTarget, is_written, write_variants
+    from quant.quantize.standalone import QuantizeRequest, quantize_model
 
-    parse_size_option(max_size)
-    chosen = [read_type_file(tensor_types)] if tensor_types else [load_variant(v) for v in variants]
-    if not chosen or (tensor_types and variants):
+    parse_size_option(options.max_size)
+    if bool(options.tensor_types) == bool(options.variants):
         raise click.UsageError("expected --variant or --tensor-types, and not both")
-    if bases := [v.name for v in chosen if v.is_base]:
-        raise InputError(
-            f"variant {bases[0]}: expected rules to quantise by, found none; that is {base} itself"
-        )
-    header = read_header(base)
-    if header.metadata.get("split.count", 1) > 1:
-        raise InputError(
-            f"{base}: expected the whole file, found a shard of one; `quant merge` puts it together"
-        )
-    covered = matrices.read_imatrix(matrix, header.tensors).covered if matrix else ()
-    plans = [make_plan(v, header.tensors, covered) for v in chosen]
-    stem = base.stem.removesuffix("-BF16")
-    targets = [
-        QuantizeTarget(p, out.resolve() / f"{stem}-{p.variant.name}.gguf", max_size) for p in plans
-    ]
-    if hessians:
-        Hessians.open(hessians, files.hash_file(base))
-    seen = [p.resolve().stat() for p in (base, matrix, hessians) if p]
-    how = [REVISION] if hessians else []
-    identity = to_canonical_json(
-        [*how, *((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in seen)]
+    variants = [load_variant(v) for v in options.variants]
+    if options.tensor_types:
+        variants = [read_type_file(options.tensor_types)]
+    request = QuantizeRequest(
+        base=options.base,
+        variants=variants,
+        out=options.out,
+        imatrix=options.imatrix,
+        hessians=options.hessians,
+        max_size=options.max_size,
+        settings=make_engine_settings(options.jobs, options.memory),
+        llama_cpp=options.llama_cpp,
     )
-    raise_problems(
-        f"{there}: exists already; name another folder or take it away"
-        for t in targets
-        if not is_written(t, identity)
-        for there in (
-            *t.path.parent.glob(t.path.name),
-            *t.path.parent.glob(f"{t.path.stem}-*-of-*.gguf"),
-        )
-    )
-    tools = toolchain.find_toolchain(llama_cpp)
-    work = Store(out.resolve() / ".quantize")
-    pass_over = partial(
-        write_variants,
-        base.resolve(),
-        matrix and matrix.resolve(),
-        targets,
-        identity,
-        tools,
-        work.root,
-        make_engine_settings(jobs, memory),
-        moments=hessians and hessians.resolve(),
-    )
-    with work.lock(), progress.show_progress(1) as do:
-        written = do("quantize", stem, pass_over)
-    files.remove(work.root)
-    for t, facts in zip(targets, written, strict=True):
-        paths = [t.path.with_name(name) for name in facts["files"]]
-        more = f" and {len(paths) - 1} more" if paths[1:] else ""
-        whole = sum(p.stat().st_size for p in paths)
-        progress.print_line(
-            f"{paths[0]}{more}: {whole:,} bytes, {t.plan.bits_per_weight:.2f} bits per weight"
-        )
+    with progress.show_progress(1) as run_stage:
+        written = run_stage("quantize", request.stem, partial(quantize_model, request))
+    for variant in written:
+        more = f" and {len(variant.paths) - 1} more" if len(variant.paths) > 1 else ""
+        length = sum(p.stat().st_size for p in variant.paths)
+        bpw = variant.plan.bits_per_weight
+        progress.print_line(f"{variant.paths[0]}{more}: {length:,} bytes, {bpw:.2f} bits per weight")
 
 
 @quant.command()
@@ -186,18 +148,17 @@ def quantize(
 )
 @tools_option
 def shard(gguf: Path, out: Path, max_size: str, llama_cpp: Path | None) -> None:
-    """Cut GGUF into shards, and compare every tensor with what it was."""
+    """Split GGUF into shards, and compare every tensor with the original."""
     from quant.core import files
-    from quant.llama import toolchain
+    from quant.llama.toolchain import find_toolchain
     from quant.plan.recipe import SIZE
     from quant.quantize.shard import split_file
 
     if not SIZE.fullmatch(max_size):
         raise click.UsageError(f"--max-size: expected a size like 50G or 500M, found {max_size!r}")
     with files.temp_folder(out / gguf.stem) as folder:
-        split_file(
-            gguf.resolve(), max_size, toolchain.find_toolchain(llama_cpp), folder / gguf.stem
-        )
-        for made in sorted(folder.glob("*.gguf")):
-            files.replace_atomically(made, require_absent(out / made.name))
-            progress.print_line(str(out / made.name))
+        split_file(gguf.resolve(), max_size, find_toolchain(llama_cpp), folder / gguf.stem)
+        for partial_file in sorted(folder.glob("*.gguf")):
+            final = require_absent(out / partial_file.name)
+            files.replace_atomically(partial_file, final)
+            progress.print_line(str(final))

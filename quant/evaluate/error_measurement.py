@@ -36,7 +36,7 @@ from quant.llama.types import TYPES
 from quant.plan.error_table import CANDIDATES, ErrorTable, TensorError, list_possible_types
 from quant.plan.plan import is_quantizable
 from quant.quantize.engine.chunks import Chunk
-from quant.quantize.engine.weights import ColumnImportance, WeightSource, finite
+from quant.quantize.engine.weights import ColumnImportance, WeightSource, all_finite
 from quant.quantize.kernels import Kernels
 
 if TYPE_CHECKING:
@@ -159,10 +159,10 @@ class _ErrorMeter:
 
     def _read(self, tensor: TensorSpec, parts: Sequence[Chunk]) -> Rows:
         """Return rows as floats, (rows, columns). Raise InputError if one is not finite."""
-        raw = np.concatenate([self.source.raw(tensor, part) for part in parts])
+        raw = np.concatenate([self.source.read_rows(tensor, part) for part in parts])
         rows = self.library.to_float(tensor.type, raw, tensor.shape[0])
-        if not finite(rows):
-            raise InputError(self.source.non_finite(tensor, self.library))
+        if not all_finite(rows):
+            raise InputError(self.source.describe_non_finite(tensor, self.library))
         return rows
 
 

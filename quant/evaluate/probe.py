@@ -35,7 +35,7 @@ from quant.plan.recipe import Rule, Variant
 from quant.plan.sensitivity import Probe, ProbeResult
 from quant.quantize.engine.job import EngineSettings
 from quant.quantize.gptq import REVISION
-from quant.quantize.variants import QuantizeTarget, write_variants
+from quant.quantize.variants import QuantizeTarget, WriteRequest, write_variants
 
 PROBE_TYPES = ("IQ1_S", "IQ2_XXS", "IQ3_S", "Q4_K")
 """From the coarsest type in use to one that costs almost nothing: how KLD grows with error."""
@@ -248,16 +248,16 @@ def _score(probes: Sequence[Probe], settings: ProbeSettings) -> list[TokenScores
         for n, p in enumerate(probes)
     ]
     try:
-        write_variants(
-            base.path,
-            settings.imatrix,
-            targets,
-            base.digest,
-            settings.tools,
-            folder / "work",
-            settings.engine,
-            moments=settings.hessians,
+        request = WriteRequest(
+            base=base,
+            targets=targets,
+            identity=base.digest,
+            tools=settings.tools,
+            imatrix=ModelFile.open(settings.imatrix) if settings.imatrix else None,
+            hessians=settings.hessians,
+            settings=settings.engine,
         )
+        write_variants(request, folder / "work")
         # What went into a file identifies it as well as its bytes, which need not be hashed.
         shared = [*_identify_compensation(settings).values()]
         identities = {

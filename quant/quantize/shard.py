@@ -1,7 +1,7 @@
-"""Cut a file into shards with llama-gguf-split, and put shards together again; both are verified tensor by tensor.
+"""Split a file into shards with llama-gguf-split, and merge shards; both verified by tensor.
 
-The tool checks none of its reads and writes, so nothing is believed because it returned 0: every tensor's sha256 before
-is compared with the one after.
+The tool checks none of its reads and writes, so its exit code proves nothing. Every tensor's
+sha256 before is compared with the one after.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from quant.core import files
 from quant.core.disk import find_space_problem
 from quant.core.files import Receipt
 from quant.core.store import Store, StoredResult
-from quant.errors import CheckError, InputError, convert_disk_errors
+from quant.errors import CheckError, InputError, convert_disk_errors, raise_problems
 from quant.llama.gguf import read_header, read_headers
 from quant.llama.model_file import ModelFile
 from quant.llama.toolchain import Toolchain
@@ -23,13 +23,14 @@ from quant.plan.recipe import parse_size
 
 @dataclass(frozen=True)
 class VariantFile:
-    """One variant as it is published: one file, or shards of which llama.cpp is given the first."""
+    """One variant as it is published: one file, or shards of which llama.cpp loads the first."""
 
     plan: Plan
     file: ModelFile
     tensor_digests: Mapping[str, str]
+    """The sha256 of each tensor's data."""
     errors: Mapping[str, float] = field(default_factory=dict)
-    """What each tensor lost when it was quantised, relative and weighted by the imatrix; nothing of what was only cut."""
+    """The relative weighted mean squared error of each tensor; empty if it was only split."""
 
     @property
     def name(self) -> str:
@@ -38,7 +39,7 @@ class VariantFile:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Its file, or its shards in their order."""
+        """Its file, or its shards in order."""
         return self.file.paths
 
     @property
@@ -48,58 +49,83 @@ class VariantFile:
 
     @property
     def bytes(self) -> int:
-        """Length of all files."""
+        """The length of all files together."""
         return self.file.bytes
 
 
 def shard_base(
     base: ModelFile, plan: Plan, title: str, max_size: str, tools: Toolchain, store: Store
 ) -> VariantFile:
-    """The BF16 file in shards of at most ``max_size``, or as it is when it fits one or its variant must not be split.
+    """Return the base as a variant, in shards if it may be split and does not fit one shard.
 
-    Variants that are quantised come in shards already. Raises CheckFailed with every tensor whose bytes changed.
+    The other variants need no such step: the engine writes them in shards.
+
+    Args:
+        base: The BF16 file.
+        plan: The plan of the BF16 variant.
+        title: The model's name in file names.
+        max_size: The size of the largest shard, such as ``50G``.
+        tools: Has llama-gguf-split.
+        store: Keeps the shards.
+
+    Raises:
+        InputError: A tensor fits no shard.
+        CheckError: The bytes of a tensor changed.
+        ToolError: llama-gguf-split failed.
     """
     variant = plan.variant
-    cut = variant.split and base.bytes > parse_size(max_size)
+    split = variant.split and base.bytes > parse_size(max_size)
     stem = f"{title}-{variant.name}"
     inputs = {
         "file": base.digest,
         "stem": stem,
-        "max_size": max_size if cut else None,
+        "max_size": max_size if split else None,
         "llama.cpp": str(tools.version),
     }
-    done = store.run_once(
+    stored = store.run_once(
         "shard",
         inputs,
-        lambda partial: split_file(base.path, max_size if cut else None, tools, partial / stem),
+        lambda partial: split_file(base.path, max_size if split else None, tools, partial / stem),
     )
-    return make_sharded(plan, done, done.facts["tensors"])
+    return make_variant_file(plan, stored, digests=stored.facts["tensors"])
 
 
-def make_sharded(
+def make_variant_file(
     plan: Plan,
-    done: StoredResult,
-    tensor_digests: Mapping[str, str],
+    stored: StoredResult,
+    *,
+    digests: Mapping[str, str],
     errors: Mapping[str, float] | None = None,
 ) -> VariantFile:
-    """What a finished folder of the store holds of a variant."""
-    receipts = tuple(r for r in done.receipts if r.path.endswith(".gguf"))
-    file = ModelFile(tuple(done.path(r.path) for r in receipts), receipts)
-    return VariantFile(plan, file, tensor_digests, errors or {})
+    """Return the variant that a finished folder of the store holds."""
+    receipts = tuple(r for r in stored.receipts if r.path.endswith(".gguf"))
+    file = ModelFile(tuple(stored.path(r.path) for r in receipts), receipts)
+    return VariantFile(plan=plan, file=file, tensor_digests=digests, errors=errors or {})
 
 
 def split_file(path: Path, max_size: str | None, tools: Toolchain, stem: Path) -> dict[str, Any]:
-    """Write shards of at most ``max_size`` as ``STEM-0000N-of-0000M.gguf``, or the one file STEM.gguf when none is given.
+    """Split a file into shards named ``STEM-0000N-of-0000M.gguf``.
 
-    The folder belongs to this work. Raises CheckFailed with every tensor whose bytes changed.
+    Args:
+        path: The file to split.
+        max_size: The size of the largest shard. None gives the file a second name, STEM.gguf.
+        tools: Has llama-gguf-split.
+        stem: The path of the shards without their suffixes. Its folder must hold no other GGUF.
+
+    Returns:
+        ``tensors``: the sha256 of each tensor.
+
+    Raises:
+        InputError: A tensor is larger than a shard.
+        CheckError: The bytes of a tensor changed.
+        ToolError: llama-gguf-split failed.
     """
     header = read_header(path)
-    if max_size and (large := [t for t in header.tensors if t.bytes > parse_size(max_size)]):
-        raise InputError(
-            *(
-                f"{path}: tensor {t.name}: expected at most {max_size} a shard, found {t.bytes} bytes"
-                for t in large
-            )
+    if max_size:
+        raise_problems(
+            f"{path}: tensor {t.name}: expected at most {max_size} a shard, found {t.bytes} bytes"
+            for t in header.tensors
+            if t.bytes > parse_size(max_size)
         )
     expected = header.hash_tensors()
     if max_size is None:
@@ -113,33 +139,44 @@ def split_file(path: Path, max_size: str | None, tools: Toolchain, stem: Path) -
     )
     written = sorted(stem.parent.glob("*.gguf"))
     if not written:
-        raise CheckError(
-            f"{stem.parent}: expected shards, found none; llama-gguf-split said nothing of it"
-        )
-    read_headers(written[0])  # all shards are there and count alike
-    if wrong := list(find_changed_tensors(expected, _digests(written), stem.parent)):
+        raise CheckError(f"{stem.parent}: expected shards, found none; llama-gguf-split wrote none")
+    read_headers(written[0])  # checks that all shards are there, with the same count
+    if wrong := list(find_changed_tensors(expected, _read_digests(written), stem.parent)):
         raise CheckError(*wrong)
     return {"tensors": expected}
 
 
 def merge_shards(first: Path, out: Path, tools: Toolchain) -> Receipt:
-    """All shards beside ``first`` as one file at ``out``, with every tensor as it was.
+    """Merge all shards beside ``first`` into one file. The shards stay.
 
-    The shards stay. Raises InputError for shards that are missing or do not belong together, and where there is no room;
-    CheckFailed when a tensor changed.
+    Args:
+        first: The first shard.
+        out: The file to write; it must not exist.
+        tools: Has llama-gguf-split.
+
+    Returns:
+        The length and sha256 of the file.
+
+    Raises:
+        InputError: A shard is missing, the shards do not belong together, ``out`` exists, or the
+            disk is too small.
+        CheckError: The bytes of a tensor changed.
+        ToolError: llama-gguf-split failed.
     """
     headers = read_headers(first)
     if len(headers) == 1:
         raise InputError(
-            f"{first}: expected the first shard of a split (…-00001-of-0000N.gguf), found a whole file"
+            f"{first}: expected the first shard of a split (…-00001-of-0000N.gguf), "
+            "found a whole file"
         )
     if out.exists():
-        raise InputError(f"{out}: exists already; name another file or take it away")
+        raise InputError(f"{out}: exists already; name another file or remove it")
+    # Asked before anything is read: a merge of hundreds of gigabytes must not end on a full disk.
     needed = sum(h.path.stat().st_size for h in headers)
     purpose = " for the merged file beside its shards"
     if problem := find_space_problem(out, needed, purpose=purpose):
         raise InputError(problem)
-    expected = _digests([h.path for h in headers])
+    expected = _read_digests([h.path for h in headers])
     partial = out.with_name(out.name + files.PARTIAL)
     log = out.with_name(out.name + ".log")
     with convert_disk_errors(partial):
@@ -168,11 +205,14 @@ def merge_shards(first: Path, out: Path, tools: Toolchain) -> Receipt:
 def find_changed_tensors(
     before: Mapping[str, str], after: Mapping[str, str], where: Path
 ) -> Iterator[str]:
-    """Every tensor whose bytes are not what they were."""
+    """Yield every tensor that changed, is missing or is new, by its sha256 before and after."""
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
-            yield f"{where}: tensor {name}: expected sha256 {before.get(name)}, found {after.get(name)}"
+            yield (
+                f"{where}: tensor {name}: expected sha256 {before.get(name)}, "
+                f"found {after.get(name)}"
+            )
 
 
-def _digests(paths: Sequence[Path]) -> dict[str, str]:
+def _read_digests(paths: Sequence[Path]) -> dict[str, str]:
     return {name: sha for path in paths for name, sha in read_header(path).hash_tensors().items()}

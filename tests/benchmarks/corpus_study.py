@@ -24,10 +24,11 @@ from quant.calibration.packing import shuffle_documents
 from quant.chat.template import ChatTemplate, patch_template, render_template
 from quant.llama import toolchain
 from quant.llama.gguf import read_header
+from quant.llama.model_file import ModelFile
 from quant.plan.load import load_variant
 from quant.plan.plan import make_plan
 from quant.plan.recipe import ImatrixRecipe, Variant
-from quant.quantize.variants import QuantizeTarget, write_variants
+from quant.quantize.variants import QuantizeTarget, WriteRequest, write_variants
 from tests.models import corpus
 from tests.models.conversion import convert
 from tests.models.twins import TINY_GLM
@@ -197,14 +198,14 @@ def quantised(base: Path, matrix: Path | None, variant: Variant, room: Path) -> 
         planned = make_plan(plain(variant), read_header(base).tensors, ())
     if planned is None:
         return None
-    write_variants(
-        base,
-        matrix,
-        [QuantizeTarget(planned, room / "made.gguf")],
-        "study",
-        toolchain.find_toolchain(),
-        room / "work",
+    request = WriteRequest(
+        base=ModelFile.open(base),
+        targets=[QuantizeTarget(planned, room / "made.gguf")],
+        identity="study",
+        tools=toolchain.find_toolchain(),
+        imatrix=ModelFile.open(matrix) if matrix else None,
     )
+    write_variants(request, room / "work")
     return room / "made.gguf"
 
 

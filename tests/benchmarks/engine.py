@@ -1,8 +1,8 @@
-"""The engine against llama-quantize on one machine: ``python -m tests.benchmarks.engine --help``.
+"""Compare the engine with llama-quantize on one machine: ``python -m tests.benchmarks.engine --help``.
 
-Every ratio is of two runs that follow each other, with the same types, threads and files; the source is in the page cache
-for both. The bound is what the shared work allows: each tensor's distinct types, at the speed that a core has for each while
-the others work too.
+Every ratio is of two runs that follow each other, with the same types, threads and files. The base
+is in the page cache for both. The bound is the time of the distinct work: each tensor once for each
+type, at the speed that a core has while the others work too.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from quant.llama.toolchain import find_toolchain
 from quant.llama.types import TYPES
 from quant.plan.load import load_variant
 from quant.plan.plan import Plan, make_plan
-from quant.quantize.engine.job import EngineJob, EngineSettings
+from quant.quantize.engine.job import EngineJob
 from quant.quantize.kernels import Kernels
 from quant.quantize.variants import QuantizeTarget
 from tests.benchmarks.measured import Measured, machine, measured
@@ -96,12 +96,12 @@ class Bench:
         self._cached()
         began = time.monotonic()
         process = subprocess.Popen(self._command(names, out), cwd=out)
-        while _share(out) < share:
+        while _read_progress(out) < share:
             time.sleep(0.02)
             assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
-        first, cut = time.monotonic() - began, _share(out)
+        first, cut = time.monotonic() - began, _read_progress(out)
         rest = measured(self._command(names, out), cwd=out)
         return rest, first + rest.wall_s, cut
 
@@ -131,16 +131,13 @@ class Bench:
         return sorted({t.type.name for n in names for t in self.plan(n).tensors} - {"F32", "BF16"})
 
     def _command(self, names: Sequence[str], out: Path) -> list[str | Path]:
-        wanted = tuple(QuantizeTarget(self.plan(n), out / f"{n}.gguf").wanted for n in names)
         job = EngineJob(
-            ggml.find_library(find_toolchain().bin),
-            self.base,
-            "benchmark",
-            self.matrix,
-            "imatrix.gguf",
-            wanted,
-            (),
-            EngineSettings(),
+            library=ggml.find_library(find_toolchain().bin),
+            base=self.base,
+            identity="benchmark",
+            imatrix=self.matrix,
+            imatrix_name="imatrix.gguf",
+            variants=tuple(QuantizeTarget(self.plan(n), out / f"{n}.gguf").request for n in names),
         )
         return child.write_job("quant.quantize.engine.worker", asdict(job), out)
 
@@ -156,9 +153,9 @@ class Bench:
                 pass
 
 
-def _share(out: Path) -> float:
+def _read_progress(out: Path) -> float:
     try:
-        return float((out / "share").read_text())
+        return float((out / child.PROGRESS).read_text())
     except (FileNotFoundError, ValueError):
         return 0.0
 

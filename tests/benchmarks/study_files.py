@@ -26,7 +26,7 @@ from quant.plan.error_table import ErrorTable
 from quant.plan.fold import fold_types
 from quant.plan.plan import make_plan
 from quant.quantize.engine.job import EngineSettings
-from quant.quantize.variants import QuantizeTarget, write_variants
+from quant.quantize.variants import QuantizeTarget, WriteRequest, write_variants
 from quant.release.metadata import make_file_metadata
 from tests.models import corpus
 
@@ -149,16 +149,16 @@ class StudyFolder:
         }
         paths = {name: self.out / "made" / f"{name}.gguf" for name in plans}
         inputs = [self.base.path, self.imatrix, *([hessians] if hessians else [])]
-        write_variants(
-            self.base.path,
-            self.imatrix,
-            [QuantizeTarget(plans[name], path) for name, path in paths.items()],
-            to_canonical_json([files.hash_file(p) for p in inputs]),
-            self.tools,
-            self.out / "work",
-            EngineSettings(self.threads),
-            moments=hessians,
+        request = WriteRequest(
+            base=self.base,
+            targets=[QuantizeTarget(plans[name], path) for name, path in paths.items()],
+            identity=to_canonical_json([files.hash_file(p) for p in inputs]),
+            tools=self.tools,
+            imatrix=ModelFile.open(self.imatrix),
+            hessians=hessians,
+            settings=EngineSettings(self.threads),
         )
+        write_variants(request, self.out / "work")
         return paths
 
     def _measure_errors(self, name: str, hessians: Path | None) -> ErrorTable:

@@ -1,10 +1,13 @@
-"""What a run is told, as one JSON that its process reads; and everything that can be wrong with it before work starts."""
+"""What a run of the engine does, as JSON for its process, and all that can be wrong with it before.
 
-import json
+Types have their names here (``Q4_K``), because the job crosses a process boundary and the records
+beside the files hold names as well. Within the engine a type is a ``GGMLType``.
+"""
+
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +17,36 @@ from quant.core.format import GIB
 from quant.llama.gguf import ALIGNMENT, TensorSpec
 from quant.llama.types import FLOATS, TYPES
 from quant.quantize.engine.layout import FileLayout
-from quant.quantize.engine.output import WrittenFile
-from quant.quantize.engine.reuse import FinishedFile
+from quant.quantize.engine.output import TensorRecord
+from quant.quantize.engine.reuse import ReusableFile
 from quant.quantize.engine.weights import ColumnImportance, WeightSource
 
 RESERVE_BYTES = 64 * 2**20
-"""Room that is left on the disk beside the planned files."""
+"""Disk space left free beside the planned files, for journals and records."""
 
 
 @dataclass(frozen=True)
-class TypeRequest:
-    """One variant that is to be made."""
+class VariantRequest:
+    """One variant to write."""
 
     path: Path
-    """Of the whole file; shards are called after it."""
+    """The path of the whole file; shards are named after it."""
     types: Mapping[str, str]
-    """The type of every tensor."""
+    """The type of every tensor, by the tensor's name."""
     file_type: str
+    """The name of llama.cpp's file type, such as Q4_K_M."""
     max_bytes: int | None = None
-    """Cut it into shards with at most so many bytes of tensors."""
+    """The most bytes of tensors in a shard; None writes one file."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How much of the machine a run may take; nothing here changes a byte of what it makes."""
+    """How much of the machine a run may use. No setting changes a byte of the result."""
 
     jobs: int | None = None
-    """Kernels that run at the same time; none means one a core."""
+    """Kernels that run at the same time; None means one per core."""
     memory: int = GIB
-    """Bytes beside the page cache."""
+    """Bytes of memory, the page cache not counted."""
 
     @property
     def threads(self) -> int:
@@ -50,114 +54,104 @@ class EngineSettings:
         return self.jobs or len(os.sched_getaffinity(0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineJob:
-    """One run."""
+    """One run: a base, and the variants to write from it in one pass."""
 
     library: Path
+    """The ggml library whose bytes are written."""
     base: Path
     identity: str
-    """Names the weights and the imatrix: what an interrupted run left is believed for the same ones only."""
-    matrix: Path | None
-    matrix_name: str
-    """What the files say that it was called."""
-    wanted: tuple[TypeRequest, ...]
-    finished: tuple[FinishedFile, ...] = ()
+    """Names the base, the imatrix and the Hessians. What an interrupted run left is continued only
+    under the same identity."""
+    imatrix: Path | None
+    imatrix_name: str
+    """The file name of the imatrix that is written into the variants."""
+    variants: tuple[VariantRequest, ...]
+    reusable: tuple[ReusableFile, ...] = ()
+    """Files of earlier runs with the same identity, whose tensors are copied."""
     settings: EngineSettings = field(default_factory=EngineSettings)
-    moments: Path | None = None
-    """The second moments of the matrices' inputs: with them, rounding is fed back, and the bytes are not ggml's."""
+    hessians: Path | None = None
+    """Refines rows with GPTQ; the bytes are then not llama-quantize's."""
 
 
-def write_job(path: Path, job: EngineJob) -> None:
-    """Write a job where its process finds it."""
-    files.write_text(path, json.dumps(asdict(job), default=str) + "\n")
-
-
-def read_job(path: Path) -> EngineJob:
-    """The job that was written there."""
-    return parse_job(json.loads(path.read_text()))
-
-
-def parse_job(told: Mapping[str, Any]) -> EngineJob:
-    """The job, from the JSON that it was written as."""
-    wanted = tuple(
-        TypeRequest(Path(w["path"]), w["types"], w["file_type"], w["max_bytes"])
-        for w in told["wanted"]
+def parse_job(value: Mapping[str, Any]) -> EngineJob:
+    """Return the job from its JSON: ``dataclasses.asdict`` with paths as text."""
+    imatrix, hessians = (
+        Path(p) if (p := value[name]) else None for name in ("imatrix", "hessians")
     )
-    finished = tuple(
-        FinishedFile(
-            Path(f["path"]), {name: WrittenFile(**made) for name, made in f["tensors"].items()}
-        )
-        for f in told["finished"]
-    )
-    matrix, moments = (Path(told[name]) if told[name] else None for name in ("matrix", "moments"))
     return EngineJob(
-        Path(told["library"]),
-        Path(told["base"]),
-        told["identity"],
-        matrix,
-        told["matrix_name"],
-        wanted,
-        finished,
-        EngineSettings(**told["settings"]),
-        moments,
+        library=Path(value["library"]),
+        base=Path(value["base"]),
+        identity=value["identity"],
+        imatrix=imatrix,
+        imatrix_name=value["imatrix_name"],
+        variants=tuple(VariantRequest(**v | {"path": Path(v["path"])}) for v in value["variants"]),
+        reusable=tuple(parse_reusable(Path(f["path"]), f["tensors"]) for f in value["reusable"]),
+        settings=EngineSettings(**value["settings"]),
+        hessians=hessians,
     )
+
+
+def parse_reusable(path: Path, tensors: Mapping[str, Mapping[str, Any]]) -> ReusableFile:
+    """Return a reusable file from the tensors of its record."""
+    return ReusableFile(path, {name: TensorRecord(**t) for name, t in tensors.items()})
 
 
 def find_job_problems(
-    job: EngineJob, source: WeightSource, matrix: ColumnImportance | None
+    job: EngineJob, source: WeightSource, imatrix: ColumnImportance | None
 ) -> Iterator[str]:
-    """Every reason why the job cannot be done that can be seen before it is begun, the disk left aside."""
-    if (found := source.header.metadata.get("general.alignment", ALIGNMENT)) != ALIGNMENT:
-        yield f"{job.base}: general.alignment: expected {ALIGNMENT}, found {found}"
-    if matrix:
-        yield from matrix.problems(source.header.tensors)
-    for wanted in job.wanted:
+    """Yield every reason why the job cannot be done, the disk aside."""
+    alignment = source.header.metadata.get("general.alignment", ALIGNMENT)
+    if alignment != ALIGNMENT:
+        yield f"{job.base}: general.alignment: expected {ALIGNMENT}, found {alignment}"
+    if imatrix:
+        yield from imatrix.problems(source.header.tensors)
+    for variant in job.variants:
         for tensor in source.header.tensors:
-            problem = _type_problem(tensor, wanted.types.get(tensor.name), matrix) or _size_problem(
-                tensor, wanted
-            )
-            if problem:
-                yield f"{wanted.path.name}: tensor {tensor.name}: {problem}"
+            type_problem = _find_type_problem(tensor, variant.types.get(tensor.name), imatrix)
+            if problem := type_problem or _find_size_problem(tensor, variant):
+                yield f"{variant.path.name}: tensor {tensor.name}: {problem}"
 
 
-def _type_problem(
-    tensor: TensorSpec, name: str | None, matrix: ColumnImportance | None
+def _find_type_problem(
+    tensor: TensorSpec, name: str | None, imatrix: ColumnImportance | None
 ) -> str | None:
     if name not in TYPES:
         return f"expected a type of ggml, found {name}"
-    kind = TYPES[name]
-    if kind == tensor.type:
+    ggml_type = TYPES[name]
+    if ggml_type == tensor.type:
         return None
     if tensor.type.name not in FLOATS:
         return f"{tensor.type.name} can only be kept, found {name}"
-    if not kind.fits(tensor.shape[0]):
+    if not ggml_type.fits(tensor.shape[0]):
         return (
-            f"expected a row that is a multiple of {kind.block} for {name}, found {tensor.shape[0]}"
+            f"expected a row that is a multiple of {ggml_type.block} for {name}, "
+            f"found {tensor.shape[0]}"
         )
     if math.prod(tensor.shape[3:]) > 1:
         return f"a tensor of four dimensions can only be kept, found {name}"
-    if kind.needs_imatrix and (matrix is None or matrix.columns(tensor, 0) is None):
+    if ggml_type.needs_imatrix and (imatrix is None or imatrix.columns(tensor, 0) is None):
         return f"{name} needs imatrix data, found none for this tensor"
     return None
 
 
-def _size_problem(tensor: TensorSpec, wanted: TypeRequest) -> str | None:
-    size = TYPES[wanted.types[tensor.name]].bytes(tensor.elements)
-    too_large = wanted.max_bytes is not None and size > wanted.max_bytes
-    return (
-        f"expected at most {wanted.max_bytes} bytes, a shard, found {size}" if too_large else None
-    )
+def _find_size_problem(tensor: TensorSpec, variant: VariantRequest) -> str | None:
+    size = TYPES[variant.types[tensor.name]].bytes(tensor.elements)
+    if variant.max_bytes is None or size <= variant.max_bytes:
+        return None
+    return f"expected at most {variant.max_bytes} bytes, a shard, found {size}"
 
 
-def room_problems(layouts: Mapping[Path, FileLayout]) -> Iterator[str]:
-    """The folders that cannot hold what is still to be written."""
+def find_space_problems(layouts: Mapping[Path, FileLayout]) -> Iterator[str]:
+    """Yield every folder whose disk cannot hold what is still to be written."""
     needed: dict[Path, int] = {}
     for path, layout in layouts.items():
-        names = layout.names(path.name.removesuffix(".gguf"))
+        names = layout.file_names(path.name.removesuffix(".gguf"))
         partials = (path.with_name(name + files.PARTIAL) for name in names)
-        there = sum(p.stat().st_blocks * 512 for p in partials if p.exists())
-        needed[path.parent] = needed.get(path.parent, 0) + max(layout.bytes - there, 0)
+        # Partial files are sparse: only their allocated blocks are written already.
+        written = sum(p.stat().st_blocks * 512 for p in partials if p.exists())
+        needed[path.parent] = needed.get(path.parent, 0) + max(layout.bytes - written, 0)
     for folder, size in needed.items():
         if problem := find_space_problem(folder, size + RESERVE_BYTES):
             yield problem

@@ -1,8 +1,12 @@
-"""Which chunks of a file are written: an append-only file of short records beside it.
+"""Which chunks of a file are written: an append-only journal of short records beside the file.
 
-A record is written as soon as the chunk's bytes are with the kernel, so whatever ends the process loses only chunks in
-work. What ends the machine loses more: so every second or so the data is flushed to the disk and a mark says how many
-records it covers. After a reboot (the boot id tells) only these are believed.
+A record is appended as soon as the kernel has the chunk's bytes. So a killed process loses only the
+chunks it was working on. A power cut loses more: every second the data is flushed to the disk, and
+a mark in the journal says how many records the flush covers. After a reboot, which the kernel's
+boot id shows, only those records are trusted.
+
+Kept by hand: a database (SQLite, LMDB) would flush at every commit, or need the same two-level
+trust on top. The format is 36 bytes a record and has tests for cuts and flips at every byte.
 """
 
 import errno
@@ -21,102 +25,119 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SUFFIX = ".journal"
 MAGIC = b"GFJ1"
 HEAD = struct.Struct("<4s32s36s")
+"""Magic, the sha256 of what the work is bound to, and the boot id."""
 RECORD = struct.Struct("<IIddI")
-"""Tensor, chunk, the two sums of its error, and a crc32 of these."""
+"""Tensor, chunk, the two sums of the chunk's error, and a crc32 of these."""
 MARK = 2**32 - 1
-"""Stands for the tensor in a record that says: as many records as its second field are on the disk."""
+"""In the field of the tensor: this record is a mark, and the error is the number it covers."""
 
 
-class BlockSums(NamedTuple):
-    """What a chunk lost, measured on some of its rows."""
+class ErrorSums(NamedTuple):
+    """The quantization error of a chunk, measured on some of its rows.
+
+    error / signal is the relative weighted mean squared error: Σ w (q - x)² / Σ w x², with the
+    imatrix (or the Hessian) as weights w.
+    """
 
     error: float
-    """Squared differences, weighted by the imatrix."""
-    whole: float
-    """Squared weights, weighted likewise."""
+    """Weighted squared differences."""
+    signal: float
+    """Weighted squared weights."""
 
 
-Entries = Mapping[tuple[int, int], BlockSums]
-"""By tensor, as the layout counts them, and chunk."""
+Entries = Mapping[tuple[int, int], ErrorSums]
+"""By tensor, in the order of the layout, and chunk."""
 
 
 @dataclass
 class Journal:
-    """The journal of one file, open for more."""
+    """The journal of one file, open for appending."""
 
     fd: int
     records: int
-    """How many were written; a flush covers those that were there when it began."""
+    """Records written. A flush covers those that were there when it began."""
     marked: int
-    """How many the last mark covers."""
+    """Records that the last mark covers."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, tensor: int, chunk: int, sums: BlockSums) -> None:
-        """The chunk's bytes are written."""
+    def add(self, tensor: int, chunk: int, sums: ErrorSums) -> None:
+        """Record that the kernel has the chunk's bytes."""
         with self.lock:
-            _write(self.fd, _record(tensor, chunk, sums))
+            _append(self.fd, _pack_record(tensor, chunk, sums))
             self.records += 1
 
     def mark(self, records: int) -> None:
-        """So many records are true even after a power cut."""
+        """Record that the data of so many records is on the disk."""
         with self.lock:
-            _write(self.fd, _record(MARK, 0, BlockSums(float(records), 0.0)))
+            _append(self.fd, _pack_record(MARK, 0, ErrorSums(float(records), 0.0)))
         os.fdatasync(self.fd)
         self.marked = records
 
     def close(self) -> None:
-        """Nothing more is written."""
+        """Close the file."""
         os.close(self.fd)
 
 
 def journal_path(output: Path) -> Path:
-    """Where the journal of a file is."""
+    """Return the path of a file's journal."""
     return output.with_name(output.name + SUFFIX)
 
 
 def read_boot_id() -> bytes:
-    """Names the time since the machine was started."""
+    """Return the 36 bytes that the kernel draws at every start of the machine."""
     return BOOT_ID.read_bytes().strip().ljust(36)[:36]
 
 
-def read_journal(path: Path, bound: bytes, now: bytes) -> dict[tuple[int, int], BlockSums]:
-    """What can be believed of a journal: nothing where it is bound to something else, or is not there."""
+def read_journal(path: Path, bound_to: bytes, boot_id: bytes) -> dict[tuple[int, int], ErrorSums]:
+    """Return the entries of a journal that can be trusted.
+
+    Args:
+        path: The journal; it may be missing.
+        bound_to: The sha256 of what the work depends on. A journal of other work has no entries.
+        boot_id: The machine's boot id. If it changed, only marked entries are returned.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return {}
-    if len(data) < HEAD.size or HEAD.unpack_from(data)[:2] != (MAGIC, bound):
+    if len(data) < HEAD.size or HEAD.unpack_from(data)[:2] != (MAGIC, bound_to):
         return {}
-    found: list[tuple[tuple[int, int], BlockSums]] = []
+    entries: list[tuple[tuple[int, int], ErrorSums]] = []
     covered = 0
-    for at in range(HEAD.size, len(data) - RECORD.size + 1, RECORD.size):
-        tensor, chunk, error, whole, crc = RECORD.unpack_from(data, at)
-        if crc != zlib.crc32(data[at : at + RECORD.size - 4]):
-            break  # cut short by whatever ended the run
+    for offset in range(HEAD.size, len(data) - RECORD.size + 1, RECORD.size):
+        tensor, chunk, error, signal, crc = RECORD.unpack_from(data, offset)
+        if crc != zlib.crc32(data[offset : offset + RECORD.size - 4]):
+            break  # The record was cut short when the run ended. Nothing after it is trusted.
         if tensor == MARK:
             covered = int(error)
         else:
-            found.append(((tensor, chunk), BlockSums(error, whole)))
-    same_boot = HEAD.unpack_from(data)[2] == now
-    return dict(found if same_boot else found[:covered])
+            entries.append(((tensor, chunk), ErrorSums(error, signal)))
+    same_boot = HEAD.unpack_from(data)[2] == boot_id
+    return dict(entries if same_boot else entries[:covered])
 
 
-def start_journal(path: Path, bound: bytes, now: bytes, entries: Entries) -> Journal:
-    """A journal that begins with these entries, whose chunks are on the disk; it replaces what was there."""
+def start_journal(path: Path, bound_to: bytes, boot_id: bytes, entries: Entries) -> Journal:
+    """Return a new journal with these entries, all of them marked. It replaces an older one.
+
+    The data of the entries must be on the disk already.
+    """
     with files.open_atomic(path) as f:
-        f.write(HEAD.pack(MAGIC, bound, now))
+        f.write(HEAD.pack(MAGIC, bound_to, boot_id))
         for (tensor, chunk), sums in entries.items():
-            f.write(_record(tensor, chunk, sums))
-        f.write(_record(MARK, 0, BlockSums(float(len(entries)), 0.0)))
+            f.write(_pack_record(tensor, chunk, sums))
+        f.write(_pack_record(MARK, 0, ErrorSums(float(len(entries)), 0.0)))
     return Journal(os.open(path, os.O_WRONLY | os.O_APPEND), len(entries), len(entries))
 
 
-def _record(tensor: int, chunk: int, sums: BlockSums) -> bytes:
-    packed = RECORD.pack(tensor, chunk, sums.error, sums.whole, 0)[:-4]
+def _pack_record(tensor: int, chunk: int, sums: ErrorSums) -> bytes:
+    packed = RECORD.pack(tensor, chunk, sums.error, sums.signal, 0)[:-4]
     return packed + struct.pack("<I", zlib.crc32(packed))
 
 
-def _write(fd: int, record: bytes) -> None:
-    """Raises OSError for a full disk; what is half there is no record, and what follows it is never read."""
+def _append(fd: int, record: bytes) -> None:
+    """Write one record. Raise OSError if the disk is full.
+
+    Half a record fails its checksum, and what follows it is never read.
+    """
     if os.write(fd, record) != len(record):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,10 +1,12 @@
-"""Where every byte of a variant's files will lie: their heads, as llama-quantize writes them, and each tensor's place.
+"""Where every byte of a variant's files lies: their headers, as llama-quantize writes them. Pure.
 
-Pure: the head of the BF16 file and a table of types in, a layout out. Every length is known before anything is written.
+The header of the base and a table of types go in, a layout comes out. Every length is known before
+anything is written.
 
-llama-quantize copies the keys of its input in their order; a key that it sets is taken out and stands at the end again
-(gguf_set_val_*): version and file type first, then what it says of the imatrix (src/llama-quant.cpp and
-tools/quantize/quantize.cpp). Shards are those of llama-gguf-split (tools/gguf-split): the first repeats all keys.
+llama-quantize copies the keys of its input in their order. A key that it sets itself is removed and
+appended (gguf_set_val_* in ggml/src/gguf.cpp): version and file type first, then what it knows of
+the imatrix (src/llama-quant.cpp, tools/quantize/quantize.cpp). Shards are those of llama-gguf-split
+(tools/gguf-split): the first repeats all keys.
 """
 
 import hashlib
@@ -39,25 +41,25 @@ HEAD = struct.Struct("<4sIQQ")
 
 
 @dataclass(frozen=True)
-class PlacedTensor:
-    """One tensor of a file."""
+class TensorPlacement:
+    """One tensor of a variant, and where its data lies."""
 
     source: TensorSpec
-    """As it is in the BF16 file."""
+    """The tensor of the base."""
     type: GGMLType
     part: int
-    """Which of the files holds it."""
+    """Index of the file that holds it."""
     offset: int
-    """From the start of that file."""
+    """Bytes from the start of that file."""
 
     @property
     def name(self) -> str:
-        """What it is called in both files."""
+        """Its name, the same in the base and the variant."""
         return self.source.name
 
     @property
     def bytes(self) -> int:
-        """Size of its data, without padding."""
+        """Size of its data without padding."""
         return self.type.bytes(self.source.elements)
 
     @property
@@ -73,12 +75,13 @@ class PlacedTensor:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """The files of one variant, which are still to be written: a whole one, or shards."""
+    """The planned files of one variant: one file, or shards."""
 
     heads: tuple[bytes, ...]
-    """Of each file, everything before the data, padding included."""
-    tensors: tuple[PlacedTensor, ...]
+    """Everything before the data of each file, padding included."""
+    tensors: tuple[TensorPlacement, ...]
     split: bool
+    """Whether the files are named as shards, even if there is only one."""
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -95,12 +98,12 @@ class FileLayout:
 
     @cached_property
     def digest(self) -> str:
-        """The sha256 of all that it says: the heads hold every name, shape, type and offset."""
+        """The sha256 of the layout: the heads hold every name, shape, type and offset."""
         sources = "".join(f"{t.source.type.name} {t.source.offset}\n" for t in self.tensors)
         return hashlib.sha256(b"".join(self.heads) + sources.encode()).hexdigest()
 
-    def names(self, stem: str) -> tuple[str, ...]:
-        """What the files are called, by llama.cpp's rule for shards."""
+    def file_names(self, stem: str) -> tuple[str, ...]:
+        """Return the names of the files, by llama.cpp's rule for shards (llama_split_path)."""
         count = len(self.heads)
         return (
             tuple(f"{stem}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1))
@@ -114,132 +117,149 @@ def make_layout(
     head: bytes,
     types: Mapping[str, str],
     file_type: str,
-    about: Mapping[str, Any],
+    imatrix_metadata: Mapping[str, Any],
     max_bytes: int | None = None,
 ) -> FileLayout:
-    """The file that a table of types makes of a BF16 file, whose first bytes are ``head``.
+    """Return the files that a table of types makes of a base.
 
-    ``about`` is what is said of the imatrix: :func:`about_matrix`, or nothing where there is none. With ``max_bytes``
-    it is cut into shards with at most so many bytes of tensors, which each tensor has to fit into.
+    Args:
+        base: The header of the base.
+        head: The first bytes of the base, from which keys are copied as they are.
+        types: The type of every tensor, by its name.
+        file_type: The name of llama.cpp's file type, such as Q4_K_M.
+        imatrix_metadata: What :func:`make_imatrix_metadata` returns; empty without an imatrix.
+        max_bytes: The most bytes of tensors in a shard, in which each tensor must fit. None leaves
+            the file whole.
     """
     added = {
         "general.quantization_version": QUANTIZATION_VERSION,
         "general.file_type": FILE_TYPES[file_type],
-        **about,
+        **imatrix_metadata,
     }
-    kept = [
-        raw for name, raw in metadata_keys(head) if name not in added and name not in SPLIT_KEYS
+    copied = [
+        raw for name, raw in iterate_metadata(head) if name not in added and name not in SPLIT_KEYS
     ]
-    entries = [*kept, *(_entry(name, value) for name, value in added.items())]
-    order = [
+    entries = [*copied, *(_pack_entry(name, value) for name, value in added.items())]
+    tensors = [
         replace(t, type=TYPES[types[t.name]], shape=stored_shape(t))
         for t in sort_tensors(base.tensors)
     ]
-    shards = (
-        [len(run) for run in split_into_shards((pad(t.bytes) for t in order), max_bytes)]
-        if max_bytes
-        else [len(order)]
-    )
-    heads, placed, first = [], [], 0
+    if max_bytes:
+        runs = split_into_shards((pad(t.bytes) for t in tensors), max_bytes)
+        shards = [len(run) for run in runs]
+    else:
+        shards = [len(tensors)]
+    heads: list[bytes] = []
+    placements: list[TensorPlacement] = []
+    first = 0
     for part, count in enumerate(shards):
-        about_split = _split_entries(part, len(shards), len(order)) if max_bytes else []
-        start, offsets = _head(
-            [*(entries if part == 0 else []), *about_split], order[first : first + count]
-        )
-        heads.append(start)
-        for made, offset in zip(order[first : first + count], offsets, strict=True):
-            placed.append(PlacedTensor(base.by_name[made.name], made.type, part, offset))
+        split = _pack_split_entries(part, len(shards), len(tensors)) if max_bytes else []
+        in_part = tensors[first : first + count]
+        part_head, offsets = _pack_head([*(entries if part == 0 else []), *split], in_part)
+        heads.append(part_head)
+        for t, offset in zip(in_part, offsets, strict=True):
+            placements.append(TensorPlacement(base.by_name[t.name], t.type, part, offset))
         first += count
-    return FileLayout(tuple(heads), tuple(placed), max_bytes is not None)
+    return FileLayout(tuple(heads), tuple(placements), max_bytes is not None)
 
 
-def _head(entries: Sequence[bytes], tensors: Sequence[TensorSpec]) -> tuple[bytes, list[int]]:
-    """Everything before the data of a file that holds these keys and tensors, and where each of them begins."""
+def make_imatrix_metadata(metadata: Mapping[str, Any], entries: int, name: str) -> dict[str, Any]:
+    """Return the keys that llama-quantize writes about an imatrix, in its order.
+
+    Args:
+        metadata: The metadata of the imatrix.
+        entries: Tensors that it has data for.
+        name: The file name to publish, instead of a path of this machine.
+    """
+    keys: dict[str, Any] = {"quantize.imatrix.file": name}
+    if datasets := metadata.get("imatrix.datasets"):
+        keys["quantize.imatrix.dataset"] = datasets[0]
+    keys["quantize.imatrix.entries_count"] = entries
+    if (chunks := metadata.get("imatrix.chunk_count", 0)) > 0:
+        keys["quantize.imatrix.chunks_count"] = chunks
+    return keys
+
+
+def iterate_metadata(head: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield the name of every key, and the key as llama-quantize repeats it.
+
+    The head must have been checked before (:func:`quant.llama.gguf.read_header`).
+    """
+    _, _, _, count = HEAD.unpack_from(head)
+    offset = HEAD.size
+    for _ in range(count):
+        name, offset = _read_string(head, offset)
+        (kind,) = struct.unpack_from("<I", head, offset)
+        value, offset = _read_value(head, offset + 4, kind)
+        yield name.decode(), _pack_string(name) + struct.pack("<I", kind) + value
+
+
+def _pack_head(entries: Sequence[bytes], tensors: Sequence[TensorSpec]) -> tuple[bytes, list[int]]:
+    """Return everything before the data of a file, and the offset of each of its tensors."""
     offsets = [0, *accumulate(pad(t.bytes) for t in tensors)]
-    infos = b"".join(_info(t, offset) for t, offset in zip(tensors, offsets, strict=False))
+    infos = b"".join(_pack_info(t, offset) for t, offset in zip(tensors, offsets, strict=False))
     head = HEAD.pack(MAGIC, VERSION, len(tensors), len(entries)) + b"".join(entries) + infos
     head += bytes(-len(head) % ALIGNMENT)
     return head, [len(head) + offset for offset in offsets[:-1]]
 
 
-def _split_entries(part: int, parts: int, tensors: int) -> list[bytes]:
-    """What llama-gguf-split says in every shard, in its order: it writes the count last."""
-    said = (
+def _pack_split_entries(part: int, parts: int, tensors: int) -> list[bytes]:
+    """Return the keys of a shard in llama-gguf-split's order, which writes the count last."""
+    keys = (
         ("split.no", UINT16, "H", part),
         ("split.tensors.count", INT32, "i", tensors),
         ("split.count", UINT16, "H", parts),
     )
     return [
-        _text(name.encode()) + struct.pack(f"<I{code}", kind, value)
-        for name, kind, code, value in said
+        _pack_string(name.encode()) + struct.pack(f"<I{code}", kind, value)
+        for name, kind, code, value in keys
     ]
 
 
-def imatrix_keys(metadata: Mapping[str, Any], entries: int, name: str) -> dict[str, Any]:
-    """What llama-quantize says of an imatrix that was called by that name, in its order."""
-    about: dict[str, Any] = {"quantize.imatrix.file": name}
-    if datasets := metadata.get("imatrix.datasets"):
-        about["quantize.imatrix.dataset"] = datasets[0]
-    about["quantize.imatrix.entries_count"] = entries
-    if (chunks := metadata.get("imatrix.chunk_count", 0)) > 0:
-        about["quantize.imatrix.chunks_count"] = chunks
-    return about
-
-
-def metadata_keys(head: bytes) -> Iterator[tuple[str, bytes]]:
-    """Every key of a head that was checked before, with its name and its value as llama-quantize repeats them."""
-    _, _, _, count = HEAD.unpack_from(head)
-    at = HEAD.size
-    for _ in range(count):
-        name, at = _string(head, at)
-        (kind,) = struct.unpack_from("<I", head, at)
-        value, at = _value(head, at + 4, kind)
-        yield name.decode(), _text(name) + struct.pack("<I", kind) + value
-
-
-def _value(head: bytes, at: int, kind: int) -> tuple[bytes, int]:
+def _read_value(head: bytes, offset: int, kind: int) -> tuple[bytes, int]:
+    """Return a value as llama-quantize repeats it, and the offset of what follows."""
     if kind == STRING:
-        text, end = _string(head, at)
-        return _text(_as_c(text)), end
+        text, end = _read_string(head, offset)
+        return _pack_string(_cut_at_zero(text)), end
     if kind != ARRAY:
-        end = at + struct.calcsize(SCALARS[kind])
-        return head[at:end], end
-    inner, count = struct.unpack_from("<IQ", head, at)
-    start = at + struct.calcsize("<IQ")
-    if inner != STRING:
-        end = start + count * struct.calcsize(SCALARS[inner])
-        return head[at:end], end
-    parts, end = [head[at:start]], start
+        end = offset + struct.calcsize(SCALARS[kind])
+        return head[offset:end], end
+    item_kind, count = struct.unpack_from("<IQ", head, offset)
+    start = offset + struct.calcsize("<IQ")
+    if item_kind != STRING:
+        end = start + count * struct.calcsize(SCALARS[item_kind])
+        return head[offset:end], end
+    parts, end = [head[offset:start]], start
     for _ in range(count):
-        text, end = _string(head, end)
-        parts.append(_text(_as_c(text)))
+        text, end = _read_string(head, end)
+        parts.append(_pack_string(_cut_at_zero(text)))
     return b"".join(parts), end
 
 
-def _as_c(text: bytes) -> bytes:
-    """A string as it comes through a C function: up to its first zero."""
+def _cut_at_zero(text: bytes) -> bytes:
+    """Return a string as llama-quantize passes it on, as a C string: up to its first zero."""
     return text.split(b"\0", 1)[0]
 
 
-def _string(head: bytes, at: int) -> tuple[bytes, int]:
-    (length,) = struct.unpack_from("<Q", head, at)
-    return head[at + 8 : at + 8 + length], at + 8 + length
+def _read_string(head: bytes, offset: int) -> tuple[bytes, int]:
+    (length,) = struct.unpack_from("<Q", head, offset)
+    return head[offset + 8 : offset + 8 + length], offset + 8 + length
 
 
-def _text(raw: bytes) -> bytes:
+def _pack_string(raw: bytes) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _entry(name: str, value: int | str) -> bytes:
+def _pack_entry(name: str, value: int | str) -> bytes:
     if isinstance(value, int):
-        return _text(name.encode()) + struct.pack("<II", UINT32, value)
-    return (
-        _text(name.encode()) + struct.pack("<I", STRING) + _text(_as_c(value.encode())[:MAX_STRING])
-    )
+        return _pack_string(name.encode()) + struct.pack("<II", UINT32, value)
+    # llama_model_kv_override holds texts in 128 bytes, the last of which is zero.
+    text = _cut_at_zero(value.encode())[:MAX_STRING]
+    return _pack_string(name.encode()) + struct.pack("<I", STRING) + _pack_string(text)
 
 
-def _info(tensor: TensorSpec, offset: int) -> bytes:
+def _pack_info(tensor: TensorSpec, offset: int) -> bytes:
     shape = tensor.shape
-    return _text(tensor.name.encode()) + struct.pack(
+    return _pack_string(tensor.name.encode()) + struct.pack(
         f"<I{len(shape)}QIQ", len(shape), *shape, tensor.type.id, offset
     )

@@ -1,7 +1,9 @@
-"""A variant's files while they are written: at full length beside their final names, filled in any order, the heads last.
+"""A variant's files while they are written, from full length to final name.
 
-Until its head is there a file is no GGUF file, so a half-written one cannot be taken for a whole one; and final names
-come after everything is on the disk and was read back.
+Files have a temporary name beside the final one and their full length from the start. Chunks are
+written in any order, the headers last. Until its header is there a file is not a GGUF, so a
+half-written one cannot be mistaken for a whole one. Final names are given when everything is on the
+disk and was read back.
 """
 
 import hashlib
@@ -20,70 +22,75 @@ from quant.llama.gguf import read_header
 from quant.llama.tensors import stored_shape
 from quant.quantize.engine import chunks, journal
 from quant.quantize.engine.chunks import Chunk
-from quant.quantize.engine.journal import BlockSums, Journal
-from quant.quantize.engine.layout import FileLayout, PlacedTensor
+from quant.quantize.engine.journal import ErrorSums, Journal
+from quant.quantize.engine.layout import FileLayout, TensorPlacement
 
 RECORD = ".json"
-"""Ends the name of what is said of a finished variant."""
+"""Suffix of a finished variant's record."""
 READ_BYTES = 2**18
-"""Of a file whose digest is made, at a time: so much stays in the cache of a core."""
+"""Bytes read at a time for a digest: so many stay in the cache of a core."""
 
 
 @dataclass(frozen=True)
-class WrittenFile:
-    """What one tensor of a finished file is."""
+class TensorRecord:
+    """One tensor of a finished variant, as its record NAME.gguf.json describes it."""
 
     type: str
     sha256: str
     error: float
-    """What was lost, relative: the weighted squares of the differences over those of the weights, on some rows."""
+    """Relative weighted mean squared error, measured on some rows."""
 
 
-class Output:
-    """One variant in work: a file, or its shards."""
+class VariantOutput:
+    """The files of one variant while they are written: one, or its shards."""
 
-    def __init__(self, layout: FileLayout, path: Path, bound: str) -> None:
-        """Go on with what an earlier run left, where its journal is bound to the same; else begin anew.
+    def __init__(self, layout: FileLayout, path: Path, identity: str) -> None:
+        """Continue what an interrupted run left for the same work, or begin anew.
 
-        ``path`` is that of the whole file; shards are called after it.
+        Args:
+            layout: Where every byte belongs.
+            path: The path of the whole file; shards are named after it.
+            identity: What the bytes depend on besides the layout: base, imatrix and Hessians.
         """
         self.layout, self.path = layout, path
         self.paths = [
-            path.with_name(name) for name in layout.names(path.name.removesuffix(".gguf"))
+            path.with_name(name) for name in layout.file_names(path.name.removesuffix(".gguf"))
         ]
         self.partials = [p.with_name(p.name + files.PARTIAL) for p in self.paths]
-        digest = hashlib.sha256(f"{bound} {layout.digest} {chunks.CHUNK_WEIGHTS}".encode()).digest()
-        self.done: dict[tuple[int, int], BlockSums] = self._left(digest)
+        # The chunk size is part of it: a journal counts chunks.
+        bound_to = hashlib.sha256(
+            f"{identity} {layout.digest} {chunks.CHUNK_WEIGHTS}".encode()
+        ).digest()
+        self.done: dict[tuple[int, int], ErrorSums] = self._read_journal(bound_to)
         if not self.done:
             for old in (journal.journal_path(path), record_path(path), *self.partials):
                 files.remove(old)
         self.fds = [os.open(p, os.O_RDWR | os.O_CREAT, 0o644) for p in self.partials]
         for fd, size in zip(self.fds, layout.sizes, strict=True):
             os.ftruncate(fd, size)
-            os.fdatasync(fd)  # what was done before is marked as safe below
+            os.fdatasync(fd)  # The new journal marks the older chunks as being on the disk.
         self.journal: Journal = journal.start_journal(
-            journal.journal_path(path), digest, journal.read_boot_id(), self.done
+            journal.journal_path(path), bound_to, journal.read_boot_id(), self.done
         )
 
-    def _left(self, digest: bytes) -> dict[tuple[int, int], BlockSums]:
-        pairs = zip(self.partials, self.layout.sizes, strict=True)
-        if not all(p.is_file() and p.stat().st_size == size for p, size in pairs):
-            return {}
-        return journal.read_journal(journal.journal_path(self.path), digest, journal.read_boot_id())
+    def write_chunk(self, tensor: int, chunk: Chunk, data: Bytes, sums: ErrorSums) -> None:
+        """Write a chunk of a tensor, and record it in the journal."""
+        placement = self.layout.tensors[tensor]
+        offset = placement.offset + chunk.first_row * placement.row_bytes
+        self.write_bytes(placement.part, offset, data.data)
+        self.record_chunk(tensor, chunk.index, sums)
 
-    def write(self, tensor: int, chunk: Chunk, data: Bytes, sums: BlockSums) -> None:
-        """Put a chunk's bytes where they belong, and say so in the journal."""
-        placed = self.layout.tensors[tensor]
-        self.put(placed.part, placed.offset + chunk.first_row * placed.row_bytes, data.data)
-        self.note(tensor, chunk.no, sums)
-
-    def note(self, tensor: int, chunk: int, sums: BlockSums) -> None:
-        """The chunk's bytes are in the file."""
+    def record_chunk(self, tensor: int, chunk: int, sums: ErrorSums) -> None:
+        """Record in the journal that the chunk's bytes are in the file."""
         self.journal.add(tensor, chunk, sums)
         self.done[tensor, chunk] = sums
 
-    def put(self, part: int, offset: int, view: memoryview) -> None:
-        """Write all of it. Raises OSError that names the file when there is no room."""
+    def write_bytes(self, part: int, offset: int, view: memoryview) -> None:
+        """Write all bytes to one of the files.
+
+        Raises:
+            OSError: The disk is full; its ``filename`` is that of the file.
+        """
         try:
             while view:
                 n = os.pwrite(self.fds[part], view, offset)
@@ -93,10 +100,11 @@ class Output:
             raise
 
     def sync(self) -> None:
-        """Flush what was written, and mark it in the journal.
+        """Flush the data to the disk, and mark it in the journal.
 
-        After a flush that failed nobody knows what is on the disk, and the kernel does not tell twice: then the journal
-        is taken away, and the next run begins this variant anew.
+        After a failed flush nobody knows what is on the disk, and the kernel reports the failure
+        only once (fsyncgate). The journal is then removed, so the next run begins this variant
+        anew.
         """
         records = self.journal.records
         if records == self.journal.marked:
@@ -109,52 +117,69 @@ class Output:
             raise
         self.journal.mark(records)
 
-    def digest(self, tensor: int) -> str:
-        """The sha256 of a tensor, as it is read back from its file."""
-        placed = self.layout.tensors[tensor]
-        return read_digest(self.fds[placed.part], placed.offset, placed.bytes)
+    def hash_tensor(self, tensor: int) -> str:
+        """Return the sha256 of a tensor, read back from its file."""
+        placement = self.layout.tensors[tensor]
+        return hash_range(self.fds[placement.part], placement.offset, placement.bytes)
 
-    def finish(self, made: Mapping[str, WrittenFile], facts: Mapping[str, Any]) -> None:
-        """The heads, everything on the disk, read back, and then the final names. Raises CheckFailed for a wrong head."""
+    def finish(self, tensors: Mapping[str, TensorRecord], facts: Mapping[str, Any]) -> None:
+        """Write the headers, flush, read back, write the record, and give the final names.
+
+        Args:
+            tensors: A record of every tensor.
+            facts: What the variant's record says besides its files and tensors.
+
+        Raises:
+            CheckError: A header that was read back is not the planned one.
+        """
         for part, head in enumerate(self.layout.heads):
-            self.put(part, 0, memoryview(head))
+            self.write_bytes(part, 0, memoryview(head))
             os.fsync(self.fds[part])
         if wrong := [line for part in range(len(self.paths)) for line in self._differences(part)]:
             raise CheckError(*wrong)
-        named = {**facts, "files": [p.name for p in self.paths]}
-        files.write_text(
-            record_path(self.path),
-            to_pretty_json({**named, "tensors": {name: asdict(m) for name, m in made.items()}}),
-        )
+        record = {
+            **facts,
+            "files": [p.name for p in self.paths],
+            "tensors": {name: asdict(t) for name, t in tensors.items()},
+        }
+        files.write_text(record_path(self.path), to_pretty_json(record))
         for partial, path in zip(self.partials, self.paths, strict=True):
             files.replace_atomically(partial, path)
         files.remove(journal.journal_path(self.path))
 
     def close(self) -> None:
-        """Nothing more is written."""
+        """Close the files."""
         for fd in self.fds:
             os.close(fd)
         self.journal.close()
 
+    def _read_journal(self, bound_to: bytes) -> dict[tuple[int, int], ErrorSums]:
+        pairs = zip(self.partials, self.layout.sizes, strict=True)
+        if not all(p.is_file() and p.stat().st_size == size for p, size in pairs):
+            return {}
+        path = journal.journal_path(self.path)
+        return journal.read_journal(path, bound_to, journal.read_boot_id())
+
     def _differences(self, part: int) -> Iterator[str]:
         path, partial = self.paths[part], self.partials[part]
         header = read_header(partial)
-        found = [
+        actual = [
             (t.name, t.shape, t.type.name, header.data_start + t.offset) for t in header.tensors
         ]
-        expected = [_told(t) for t in self.layout.tensors if t.part == part]
-        pairs = zip(expected, found, strict=False)
-        yield from (f"{path}: read back: expected {e}, found {f}" for e, f in pairs if e != f)
-        if len(found) != len(expected):
-            yield f"{path}: read back: expected {len(expected)} tensors, found {len(found)}"
+        expected = [_describe(t) for t in self.layout.tensors if t.part == part]
+        pairs = zip(expected, actual, strict=False)
+        yield from (f"{path}: read back: expected {e}, found {a}" for e, a in pairs if e != a)
+        if len(actual) != len(expected):
+            yield f"{path}: read back: expected {len(expected)} tensors, found {len(actual)}"
         if (size := partial.stat().st_size) != self.layout.sizes[part]:
             yield f"{path}: expected {self.layout.sizes[part]} bytes, found {size}"
 
 
-def read_finished(path: Path, identity: str) -> Mapping[str, Any] | None:
-    """The record of a variant whose files stand, or can stand: its run was ended while they got their final names.
+def recover_record(path: Path, identity: str) -> Mapping[str, Any] | None:
+    """Return the record of a variant that an earlier run of the same work finished, or None.
 
-    The record is written when all of them are complete and on the disk.
+    The record is written when all files are complete and on the disk. If the run ended while the
+    files got their final names, the rest of them is renamed here.
     """
     try:
         record: Mapping[str, Any] = json.loads(record_path(path).read_text())
@@ -173,12 +198,12 @@ def read_finished(path: Path, identity: str) -> Mapping[str, Any] | None:
 
 
 def record_path(path: Path) -> Path:
-    """Where the record of a finished variant is."""
+    """Return the path of a variant's record."""
     return path.with_name(path.name + RECORD)
 
 
-def read_digest(fd: int, offset: int, size: int) -> str:
-    """The sha256 of some bytes of an open file."""
+def hash_range(fd: int, offset: int, size: int) -> str:
+    """Return the sha256 of a range of an open file."""
     sha, view = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
     while size and (n := os.preadv(fd, [view[: min(size, READ_BYTES)]], offset)):
         sha.update(view[:n])
@@ -186,5 +211,5 @@ def read_digest(fd: int, offset: int, size: int) -> str:
     return sha.hexdigest()
 
 
-def _told(t: PlacedTensor) -> tuple[str, tuple[int, ...], str, int]:
+def _describe(t: TensorPlacement) -> tuple[str, tuple[int, ...], str, int]:
     return t.name, stored_shape(t.source), t.type.name, t.offset

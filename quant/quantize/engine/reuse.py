@@ -1,4 +1,4 @@
-"""Tensors that need not be quantised again: a finished file of the same weights and the same imatrix has them."""
+"""Tensors that need no quantizing: a finished file of the same base and imatrix has them."""
 
 import errno
 import os
@@ -9,93 +9,102 @@ from pathlib import Path
 from quant.errors import InputError
 from quant.llama.gguf import Header, TensorSpec, read_header
 from quant.quantize.engine.chunks import split_into_chunks
-from quant.quantize.engine.journal import BlockSums
-from quant.quantize.engine.layout import PlacedTensor
-from quant.quantize.engine.output import Output, WrittenFile, read_digest
+from quant.quantize.engine.journal import ErrorSums
+from quant.quantize.engine.layout import TensorPlacement
+from quant.quantize.engine.output import TensorRecord, VariantOutput, hash_range
 
 COPY_BYTES = 2**30
-_ELSEWHERE = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""The kernel cannot copy between these two file systems by itself."""
+BUFFER_BYTES = 4 * 2**20
+_NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""Errors with which copy_file_range says that it cannot copy between these two file systems."""
 
 
 @dataclass(frozen=True)
-class FinishedFile:
-    """A file that was made before, of the same weights, imatrix and tools."""
+class ReusableFile:
+    """A file that an earlier run wrote from the same base, imatrix and tools."""
 
     path: Path
-    tensors: Mapping[str, WrittenFile]
+    tensors: Mapping[str, TensorRecord]
 
 
 class ReusableTensors:
-    """What finished files have, by tensor and type."""
+    """The tensors of reusable files, by name and type."""
 
-    def __init__(self, finished: Sequence[FinishedFile]) -> None:
-        self.headers: list[tuple[Header, Mapping[str, WrittenFile]]] = []
-        for f in finished:
+    def __init__(self, reusable: Sequence[ReusableFile]) -> None:
+        """Read the headers. A file that is gone or damaged is skipped: it was only a shortcut."""
+        self.headers: list[tuple[Header, Mapping[str, TensorRecord]]] = []
+        for file in reusable:
             try:
-                self.headers.append((read_header(f.path), f.tensors))
+                self.headers.append((read_header(file.path), file.tensors))
             except InputError:
-                continue  # gone or damaged: it is only a shorter way
-
-    def find(self, tensor: TensorSpec, type_name: str) -> Iterator[tuple[Path, int, WrittenFile]]:
-        """Files that have the tensor in that type, and at which byte."""
-        for header, made in self.headers:
-            told, there = made.get(tensor.name), header.by_name.get(tensor.name)
-            if (
-                told
-                and there
-                and told.type == there.type.name == type_name
-                and there.elements == tensor.elements
-            ):
-                yield header.path, header.data_start + there.offset, told
-
-    def fill(self, tensor: int, outputs: Sequence[Output]) -> None:
-        """Copy a tensor into those of the files that lack it and want the type that a finished file has."""
-        for output in outputs:
-            placed = output.layout.tensors[tensor]
-            pieces = split_into_chunks(placed.source)
-            if any((tensor, c.no) in output.done for c in pieces):
                 continue
-            for path, offset, made in self.find(placed.source, placed.type.name):
-                if _copied(path, offset, output, tensor, made.sha256):
-                    for c in pieces:
-                        output.note(tensor, c.no, BlockSums(made.error, 1.0))
+
+    def find_copies(
+        self, tensor: TensorSpec, type_name: str
+    ) -> Iterator[tuple[Path, int, TensorRecord]]:
+        """Yield each file that has the tensor in that type, the byte offset, and its record."""
+        for header, records in self.headers:
+            record, spec = records.get(tensor.name), header.by_name.get(tensor.name)
+            if (
+                record
+                and spec
+                and record.type == spec.type.name == type_name
+                and spec.elements == tensor.elements
+            ):
+                yield header.path, header.data_start + spec.offset, record
+
+    def copy_tensor(self, tensor: int, outputs: Sequence[VariantOutput]) -> None:
+        """Copy a tensor into every output that has none of it and needs it in a type found here."""
+        for output in outputs:
+            placement = output.layout.tensors[tensor]
+            chunks = split_into_chunks(placement.source)
+            if any((tensor, c.index) in output.done for c in chunks):
+                continue
+            for path, offset, record in self.find_copies(placement.source, placement.type.name):
+                if _copy_if_intact(path, offset, output, tensor, record.sha256):
+                    # The chunks' own sums are unknown; equal ones give the tensor's error again.
+                    for c in chunks:
+                        output.record_chunk(tensor, c.index, ErrorSums(record.error, 1.0))
                     break
 
 
-def _copied(path: Path, offset: int, output: Output, tensor: int, sha256: str) -> bool:
-    """Whether the bytes at that place are what was once written there, and are now in the output."""
-    placed = output.layout.tensors[tensor]
+def _copy_if_intact(
+    path: Path, offset: int, output: VariantOutput, tensor: int, sha256: str
+) -> bool:
+    """Copy a tensor if its bytes still have that digest. Return whether they do."""
+    placement = output.layout.tensors[tensor]
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError:
         return False
     try:
-        if read_digest(fd, offset, placed.bytes) != sha256:
+        if hash_range(fd, offset, placement.bytes) != sha256:
             return False
-        _copy(fd, offset, output, placed)
+        _copy(fd, offset, output, placement)
     finally:
         os.close(fd)
     return True
 
 
-def _copy(fd: int, offset: int, output: Output, placed: PlacedTensor) -> None:
-    """By the kernel, which shares the blocks where the file system can; else through memory."""
-    to, size = placed.offset, placed.bytes
+def _copy(fd: int, offset: int, output: VariantOutput, placement: TensorPlacement) -> None:
+    """Copy with copy_file_range, which shares blocks where the file system can; else by reading."""
+    to, size = placement.offset, placement.bytes
     while size:
         try:
-            n = os.copy_file_range(fd, output.fds[placed.part], min(size, COPY_BYTES), offset, to)
+            n = os.copy_file_range(
+                fd, output.fds[placement.part], min(size, COPY_BYTES), offset, to
+            )
         except OSError as e:
-            if e.errno not in _ELSEWHERE:
-                e.filename = str(output.partials[placed.part])
+            if e.errno not in _NO_KERNEL_COPY:
+                e.filename = str(output.partials[placement.part])
                 raise
             n = 0
         if not n:
-            data = os.pread(fd, min(size, 4 * 2**20), offset)
+            data = os.pread(fd, min(size, BUFFER_BYTES), offset)
             if not data:
                 raise InputError(
                     f"{output.path}: a finished file became shorter while it was copied"
                 )
-            output.put(placed.part, to, memoryview(data))
+            output.write_bytes(placement.part, to, memoryview(data))
             n = len(data)
         offset, to, size = offset + n, to + n, size - n

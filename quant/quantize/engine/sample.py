@@ -1,4 +1,4 @@
-"""What a type loses: a few rows of a piece are read back from what was stored, and compared with what they were."""
+"""The quantization error of a chunk: a few of its rows, read back and compared with the original."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,55 +8,67 @@ from numpy.typing import NDArray
 
 from quant.llama.ggml import Bytes, Library, Rows
 from quant.llama.types import GGMLType
-from quant.quantize.engine.journal import BlockSums
+from quant.quantize.engine.journal import ErrorSums
 
 if TYPE_CHECKING:
     from quant.quantize.gptq.hessian import Hessian
 
 SAMPLED_ROWS = 8
-"""Rows of a piece that are compared."""
+"""Rows of a chunk that are compared. All rows would take as long as the fast kernels."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Some rows of a piece, by which is told what each type loses."""
+class RowSample:
+    """Evenly spaced rows of a chunk, with which every type's error is measured."""
 
     rows: int
-    """Of the whole piece."""
+    """Rows of the whole chunk."""
     step: int
-    """Every so many rows, one is taken."""
+    """Distance from one sampled row to the next."""
     values: NDArray[np.float64]
+    """The original weights, of shape (sampled rows, row)."""
     weights: NDArray[np.float64] | float
-    """Of the columns, as the kernel weights them."""
-    whole: float
-    """The weighted squares of the values."""
-    metric: "Hessian | None" = None
-    """How errors of different columns add up, where that is known; then it stands for the weights."""
+    """The weight of each column's squared error, as the kernel gets it from the imatrix."""
+    signal: float
+    """The weighted sum of squares of the values."""
+    hessian: "Hessian | None" = None
+    """If known, the error is e H eᵀ instead, and the column weights are not used."""
 
-    @staticmethod
-    def of(rows: Rows, columns: Rows | None, metric: "Hessian | None" = None) -> "Sample":
-        """A few rows, evenly spread."""
+    @classmethod
+    def take(
+        cls, rows: Rows, columns: Rows | None, hessian: "Hessian | None" = None
+    ) -> "RowSample":
+        """Return a sample of the rows of a chunk.
+
+        Args:
+            rows: The original weights, of shape (rows, row).
+            columns: The imatrix data of the columns, of shape (row,).
+            hessian: The Hessian of the chunk's expert.
+        """
         step = -(-len(rows) // SAMPLED_ROWS)
         values = rows[::step].astype(np.float64)
-        if metric:
-            return Sample(
-                len(rows),
-                step,
-                values,
-                1.0,
-                float(metric.loss(rows[::step].T).sum(dtype=np.float64)),
-                metric,
-            )
-        weights = 1.0 if columns is None else columns.astype(np.float64)
-        return Sample(len(rows), step, values, weights, float((values * values * weights).sum()))
+        if hessian:
+            weights: NDArray[np.float64] | float = 1.0
+            signal = float(hessian.loss(rows[::step].T).sum(dtype=np.float64))
+        else:
+            weights = 1.0 if columns is None else columns.astype(np.float64)
+            signal = float((values * values * weights).sum())
+        return cls(
+            rows=len(rows),
+            step=step,
+            values=values,
+            weights=weights,
+            signal=signal,
+            hessian=hessian,
+        )
 
-    def loss(self, library: Library, ggml_type: GGMLType, data: Bytes) -> BlockSums:
-        """What these rows lost in a type, ``data`` being the stored rows of the whole piece."""
+    def measure_error(self, library: Library, ggml_type: GGMLType, data: Bytes) -> ErrorSums:
+        """Return the error of the sampled rows; ``data`` is the whole chunk as it is stored."""
         stored = np.ascontiguousarray(data.reshape(self.rows, -1)[:: self.step]).reshape(-1)
-        lost = np.subtract(library.to_float(ggml_type, stored, self.values.shape[1]), self.values)
-        if self.metric:
-            return BlockSums(
-                float(self.metric.loss(lost.T.astype(np.float32)).sum(dtype=np.float64)), self.whole
-            )
-        np.multiply(lost, lost, out=lost)
-        return BlockSums(float((lost.sum(0) * self.weights).sum()), self.whole)
+        values = library.to_float(ggml_type, stored, self.values.shape[1])
+        error = np.subtract(values, self.values)
+        if self.hessian:
+            loss = self.hessian.loss(error.T.astype(np.float32)).sum(dtype=np.float64)
+            return ErrorSums(float(loss), self.signal)
+        np.multiply(error, error, out=error)
+        return ErrorSums(float((error.sum(0) * self.weights).sum()), self.signal)

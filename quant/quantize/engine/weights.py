@@ -1,6 +1,8 @@
-"""What a run reads: the rows of the BF16 file, and the importance of their columns.
+"""What a run reads: rows of the base, and the importance of their columns.
 
-Both files are read with ``pread`` at known places, a chunk at a time, so their size does not count in memory.
+Both files are read with ``pread``, a chunk at a time. So memory does not grow with their size, and
+threads share one file descriptor. A mapping would be as fast, but a file that becomes shorter under
+it ends the process with SIGBUS, where ``pread`` returns an error that names the tensor.
 """
 
 import os
@@ -30,33 +32,38 @@ from quant.quantize.engine.chunks import Chunk, split_into_chunks
 READ_BYTES: Final = 4 * 2**20
 
 
-class WatchedFile:
-    """A file that is read and may not change while it is."""
+class InputFile:
+    """A file that is read during a run and must not change meanwhile."""
 
     def __init__(self, path: Path) -> None:
+        """Open the file, and remember its length, times and inode."""
         self.path = path
         self.fd = os.open(path, os.O_RDONLY)
         self.state = self._state()
 
-    def read(self, offset: int, size: int, what: str) -> Bytes:
-        """Exactly so many bytes. Raises InputError where the file ends before."""
+    def read(self, offset: int, size: int, subject: str) -> Bytes:
+        """Return exactly ``size`` bytes. Raise InputError if the file ends before.
+
+        ``subject`` says in the error what is read.
+        """
         buffer = np.empty(size, np.uint8)
         view, done = buffer.data, 0
         while done < size:
             n = os.preadv(self.fd, [view[done:]], offset + done)
             if not n:
                 raise InputError(
-                    f"{self.path}: {what}: expected {size} bytes at byte {offset}, found {done}; it was cut short"
+                    f"{self.path}: {subject}: expected {size} bytes at byte {offset}, "
+                    f"found {done}; it was cut short"
                 )
             done += n
         return buffer
 
-    def expect(self, offset: int, size: int) -> None:
-        """Ask for bytes that will be read soon; nobody waits for them here."""
+    def prefetch(self, offset: int, size: int) -> None:
+        """Ask the kernel to read bytes in the background that will be needed soon."""
         os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
-        """Raise InputError when someone wrote to it since it was opened, or put another in its place."""
+        """Raise InputError if the file was written to or replaced since it was opened."""
         now = self._state()
         if now != self.state:
             raise InputError(f"{self.path}: changed while it was read; run again when it rests")
@@ -68,40 +75,43 @@ class WatchedFile:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """The BF16 file: rows by tensor."""
+    """The base: its rows, by tensor and chunk."""
 
     header: Header
-    file: WatchedFile
+    file: InputFile
 
-    @staticmethod
-    def open(path: Path) -> "WeightSource":
-        """Its head is read and checked."""
-        file = WatchedFile(path)
-        return WeightSource(read_header(path), file)
+    @classmethod
+    def open(cls, path: Path) -> "WeightSource":
+        """Open a base, and read and check its header."""
+        file = InputFile(path)
+        return cls(read_header(path), file)
 
-    def raw(self, tensor: TensorSpec, chunk: Chunk) -> Bytes:
-        """The bytes of some rows, as they are stored."""
-        return self.file.read(*self._place(tensor, chunk), f"tensor {tensor.name}")
+    def read_rows(self, tensor: TensorSpec, chunk: Chunk) -> Bytes:
+        """Return the rows of a chunk as they are stored."""
+        return self.file.read(*self._locate(tensor, chunk), f"tensor {tensor.name}")
 
-    def expect(self, tensor: TensorSpec, chunk: Chunk) -> None:
-        """These rows will be read soon."""
-        self.file.expect(*self._place(tensor, chunk))
+    def prefetch(self, tensor: TensorSpec, chunk: Chunk) -> None:
+        """Ask the kernel to read the rows of a chunk in the background."""
+        self.file.prefetch(*self._locate(tensor, chunk))
 
-    def _place(self, tensor: TensorSpec, chunk: Chunk) -> tuple[int, int]:
-        """From which byte, and how many."""
+    def _locate(self, tensor: TensorSpec, chunk: Chunk) -> tuple[int, int]:
+        """Return the offset and the size of a chunk in bytes."""
         row = tensor.type.bytes(tensor.shape[0])
         return self.header.data_start + tensor.offset + chunk.first_row * row, chunk.rows * row
 
-    def non_finite(self, tensor: TensorSpec, library: Library) -> str:
-        """How many weights of a tensor are no numbers, and where the first is."""
+    def describe_non_finite(self, tensor: TensorSpec, library: Library) -> str:
+        """Return an error text: how many weights are NaN or infinite, and which is the first."""
         count, first, before = 0, -1, 0
         for chunk in split_into_chunks(tensor):
-            rows = library.to_float(tensor.type, self.raw(tensor, chunk), tensor.shape[0])
+            rows = library.to_float(tensor.type, self.read_rows(tensor, chunk), tensor.shape[0])
             bad = np.flatnonzero(~np.isfinite(rows))
             if bad.size and first < 0:
                 first = before + int(bad[0])
             count, before = count + bad.size, before + rows.size
-        return f"{self.file.path}: tensor {tensor.name}: {count} of {before} weights are NaN or infinite, the first at {first}"
+        return (
+            f"{self.file.path}: tensor {tensor.name}: {count} of {before} weights are NaN or "
+            f"infinite, the first at {first}"
+        )
 
 
 @dataclass(frozen=True)
@@ -113,13 +123,13 @@ class ColumnImportance:
     """
 
     header: Header
-    file: WatchedFile
+    file: InputFile
 
-    @staticmethod
-    def open(path: Path) -> "ColumnImportance":
+    @classmethod
+    def open(cls, path: Path) -> "ColumnImportance":
         """Open an imatrix and read its header."""
-        file = WatchedFile(path)
-        return ColumnImportance(read_header(path), file)
+        file = InputFile(path)
+        return cls(read_header(path), file)
 
     @cached_property
     def entries(self) -> Mapping[str, EntryTensors]:
@@ -139,9 +149,10 @@ class ColumnImportance:
                 yield f"{where}: {name}: {problem}"
 
     def columns(self, tensor: TensorSpec, expert: int) -> NDArray[np.float32] | None:
-        """What each column of an expert's rows weighs; nothing where there is no data.
+        """Return the weight of each column of an expert, of shape (row,), or None without data.
 
-        As llama-quantize has it: the mean of the squares, and 1 for experts that saw no token.
+        That is Σ x² / n, the mean square of the column's input, and 1 for an expert that no token
+        reached, as llama-quantize loads it (load_imatrix in tools/quantize/quantize.cpp).
         """
         entry = self.entries.get(tensor.name)
         if entry is None or not _fits(entry, tensor):
@@ -149,6 +160,7 @@ class ColumnImportance:
         row = tensor.shape[0]
         sums = self._read(entry.sums, expert * row, row)
         per_count = entry.sums.elements // entry.counts.elements
+        # One count may stand for the whole expert, or for all experts.
         which = np.arange(expert * row, (expert + 1) * row) // per_count
         counts = np.rint(self._read(entry.counts, int(which[0]), int(which[-1] - which[0]) + 1))[
             which - which[0]
@@ -171,8 +183,8 @@ class ColumnImportance:
         return self.file.read(start, 4 * count, tensor.name).view(np.float32)
 
 
-def finite(rows: Rows) -> bool:
-    """Whether every weight is a number."""
+def all_finite(rows: Rows) -> bool:
+    """Return whether no weight is NaN or infinite."""
     return bool(np.isfinite(rows).all())
 
 

@@ -1,9 +1,11 @@
-"""The threads of a run: each takes a piece, reads its rows once, and writes them in every type to every file.
+"""The threads of a run: each reads a chunk once, and writes it in every type to every file.
 
-There is one thread more than cores are to be kept busy, so that one computes where another waits for the disk or wakes;
-a thread holds one piece and nothing else, which bounds the memory. What comes soon is asked for before it is its turn.
+There is one thread more than cores, so that one computes while another waits for the disk. A thread
+holds one chunk and nothing else, which bounds the memory. What was measured and rejected (a
+semaphore, two or three threads more, other flush times) is in tests/benchmarks/README.md.
 """
 
+import contextvars
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,298 +15,338 @@ from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quant.core import files
+from quant.core import files, progress
 from quant.core.format import to_pretty_json
 from quant.errors import CheckError, InputError, raise_problems
 from quant.llama import ggml
 from quant.llama.ggml import Bytes, Kernel, Library, Rows
 from quant.llama.types import FLOATS, TYPES, GGMLType
-from quant.quantize.engine import job as jobs
-from quant.quantize.engine import slots
-from quant.quantize.engine.chunks import Piece, estimate_costs, order_pieces, split_into_chunks
-from quant.quantize.engine.job import EngineJob
-from quant.quantize.engine.journal import BlockSums
-from quant.quantize.engine.layout import HEAD, FileLayout, imatrix_keys, make_layout
-from quant.quantize.engine.output import Output, WrittenFile
+from quant.quantize.engine import status
+from quant.quantize.engine.chunks import (
+    WorkItem,
+    order_work,
+    select_costs,
+    split_into_chunks,
+)
+from quant.quantize.engine.job import EngineJob, find_job_problems, find_space_problems
+from quant.quantize.engine.journal import ErrorSums
+from quant.quantize.engine.layout import HEAD, FileLayout, make_imatrix_metadata, make_layout
+from quant.quantize.engine.output import TensorRecord, VariantOutput
 from quant.quantize.engine.reuse import ReusableTensors
-from quant.quantize.engine.sample import Sample
-from quant.quantize.engine.weights import ColumnImportance, WeightSource, finite
+from quant.quantize.engine.sample import RowSample
+from quant.quantize.engine.weights import ColumnImportance, WeightSource, all_finite
 from quant.quantize.kernels import Kernels
 
 if TYPE_CHECKING:
     from quant.quantize.gptq.compensator import ErrorCompensator
 
 KERNELS = "kernels.json"
-"""By what each type was quantised, and in which tensors a fault of ggml's was met; beside the job."""
-SPARE = 1
+"""File beside the job: which kernels quantized each type, and which tensors met a fault of ggml."""
+EXTRA_THREADS = 1
 """Threads beside one for each core."""
-AHEAD = 16
-"""So many pieces before its turn, the disk is asked for the rows of one."""
+PREFETCH_ITEMS = 16
+"""How many items before its turn a chunk is asked of the disk."""
 FLUSH_SECONDS = 1.0
 FIXED_BYTES = 96 * 2**20
-"""Interpreter, numpy and the tables of the kernels: twice what the whole ladder was seen to take."""
-WEIGHT_BYTES = 12
-"""A piece in memory: its rows as stored, as floats, and quantised, with what numpy needs in between (7 were seen)."""
-REFINED_BYTES, METRIC_BYTES = 64, 40
-"""The same for a weight whose rounding is fed back, and for each pair of columns in its metric."""
+"""Interpreter, numpy and the kernels' tables: twice what all types together were measured to take."""
+BYTES_PER_WEIGHT = 12
+"""Memory of a chunk: its rows as stored, as floats, and quantized, with numpy's temporary arrays.
+
+Seven were measured.
+"""
+GPTQ_BYTES_PER_WEIGHT, BYTES_PER_HESSIAN_ENTRY = 64, 40
+"""The same with error compensation, and for each entry of the Hessian."""
 
 
 def quantize_job(job: EngineJob, folder: Path) -> None:
-    """Make the files of a job, whose process lives in ``folder``.
+    """Write all files of a job, in this process.
 
-    Raises InputError or CheckFailed; then no file that was begun has its final name.
+    Args:
+        job: What to write.
+        folder: Holds the status file and the report of the kernels.
+
+    Raises:
+        InputError: The base, the imatrix, a type or the disk does not allow it.
+        CheckError: ggml finds rows invalid, or a header read back is not the planned one.
+
+    After an error no unfinished file has its final name.
     """
     source = WeightSource.open(job.base)
-    matrix = ColumnImportance.open(job.matrix) if job.matrix else None
-    raise_problems(jobs.find_job_problems(job, source, matrix))
-    layouts = {
-        w.path: layout for w, layout in zip(job.wanted, _layouts(job, source, matrix), strict=True)
-    }
+    imatrix = ColumnImportance.open(job.imatrix) if job.imatrix else None
+    raise_problems(find_job_problems(job, source, imatrix))
+    layouts = dict(zip((v.path for v in job.variants), _layouts(job, source, imatrix), strict=True))
     for path in layouts:
         path.parent.mkdir(parents=True, exist_ok=True)
-    raise_problems(jobs.room_problems(layouts))
-    outputs = [Output(layout, path, job.identity) for path, layout in layouts.items()]
-    library = ggml.load_ggml(job.library)
+    raise_problems(find_space_problems(layouts))
     run = EngineRun(
-        source,
-        matrix,
-        outputs,
-        library,
-        ReusableTensors(job.finished),
-        slots.Slots(folder / slots.NAME),
-        folder / slots.SHARE,
-        _refiner(job.moments) if job.moments else None,
+        source=source,
+        imatrix=imatrix,
+        outputs=[VariantOutput(layout, path, job.identity) for path, layout in layouts.items()],
+        library=ggml.load_ggml(job.library),
+        reusable=ReusableTensors(job.reusable),
+        folder=folder,
+        compensator=_open_compensator(job.hessians) if job.hessians else None,
     )
-    run.go(job.settings.threads, job.settings.memory)
-    files.write_text(folder / KERNELS, to_pretty_json(run.fastest.report()))
+    run.run(job.settings.threads, job.settings.memory)
+    files.write_text(folder / KERNELS, to_pretty_json(run.kernels.report()))
     source.file.check_unchanged()
-    if matrix:
-        matrix.file.check_unchanged()
-    for output in outputs:
-        output.finish(run.made_of(output), {"identity": job.identity})
+    if imatrix:
+        imatrix.file.check_unchanged()
+    for output in run.outputs:
+        output.finish(run.make_records(output), {"identity": job.identity})
         output.close()
 
 
-def _refiner(moments: Path) -> "ErrorCompensator":
-    from quant.quantize.gptq.compensator import (
-        ErrorCompensator,  # a run of ggml's bytes starts without it
-    )
+def _open_compensator(hessians: Path) -> "ErrorCompensator":
+    # Imported here: without error compensation a run starts without safetensors and gguf-py.
+    from quant.quantize.gptq.compensator import ErrorCompensator
 
-    return ErrorCompensator.open(moments)
+    return ErrorCompensator.open(hessians)
 
 
 def _layouts(
-    job: EngineJob, source: WeightSource, matrix: ColumnImportance | None
+    job: EngineJob, source: WeightSource, imatrix: ColumnImportance | None
 ) -> Iterator[FileLayout]:
     head = source.file.read(0, source.header.head_bytes, "head").tobytes()
     assert len(head) >= HEAD.size
-    about = (
-        imatrix_keys(matrix.header.metadata, len(matrix.entries), job.matrix_name) if matrix else {}
+    imatrix_metadata = (
+        make_imatrix_metadata(imatrix.header.metadata, len(imatrix.entries), job.imatrix_name)
+        if imatrix
+        else {}
     )
-    for wanted in job.wanted:
+    for v in job.variants:
         yield make_layout(
-            source.header, head, wanted.types, wanted.file_type, about, wanted.max_bytes
+            source.header, head, v.types, v.file_type, imatrix_metadata, max_bytes=v.max_bytes
         )
 
 
 @dataclass
 class EngineRun:
-    """What the threads share."""
+    """What the threads of a run share."""
 
     source: WeightSource
-    matrix: ColumnImportance | None
-    outputs: Sequence[Output]
+    imatrix: ColumnImportance | None
+    outputs: Sequence[VariantOutput]
     library: Library
-    shelf: ReusableTensors
-    slots: slots.Slots
-    share: Path
-    """Where it is told how much is done."""
-    refiner: "ErrorCompensator | None" = None
-    """What feeds rounding back, where that is wanted."""
+    reusable: ReusableTensors
+    folder: Path
+    """Holds the status file."""
+    compensator: "ErrorCompensator | None" = None
+    """Refines rows with GPTQ; None writes ggml's bytes."""
     digests: dict[tuple[int, str], str] = field(default_factory=dict)
-    """By tensor and type."""
+    """The sha256 of finished tensors, by tensor and type."""
     failure: BaseException | None = None
+    """The first error of a thread."""
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
-        self.over = threading.Event()
+        self.stop = threading.Event()
+        self.status = status.WorkStatus(self.folder / status.IN_WORK)
         self.tensors = self.outputs[0].layout.tensors
-        self.index = {placed.name: i for i, placed in enumerate(self.tensors)}
-        self.fastest = Kernels(self.library)
-        self.kernels: dict[str, Kernel] = {}
+        self.index = {placement.name: i for i, placement in enumerate(self.tensors)}
+        self.kernels = Kernels(self.library)
+        self.kernel_of: dict[str, Kernel] = {}
 
-    def go(self, jobs: int, memory: int) -> None:
-        """Write all that is missing in the files. Raises what the first thread that failed raised."""
-        with ThreadPoolExecutor(jobs) as copiers:  # hashing and copying let go of Python's lock
-            list(
-                copiers.map(
-                    lambda tensor: self.shelf.fill(tensor, self.outputs), range(len(self.tensors))
-                )
-            )
-        pieces = self.missing()
-        for ggml_type in {t for p in pieces for t in p.types if t != p.tensor.type}:
-            self.kernels[ggml_type.name] = self.fastest.kernel(ggml_type)
-        here = estimate_costs(
-            {name for name in self.kernels if self.fastest.served(TYPES[name]).by == "ggml"}
+    def run(self, jobs: int, memory: int) -> None:
+        """Write everything that is missing in the files.
+
+        Args:
+            jobs: Cores to keep busy.
+            memory: Bytes that the run may take.
+
+        Raises:
+            BaseException: Whatever the first thread that failed raised.
+        """
+        self._copy_reusable(jobs)
+        items = self._choose_kernels(self.list_missing_work())
+        self.left = Counter(self.index[item.tensor.name] for item in items)
+        self.queue = deque(items)
+        self.total_cost, self.done_cost = sum(item.cost for item in items), 0.0
+        self.to_hash = deque(
+            pair for i in range(len(self.tensors)) if not self.left[i] for pair in self._by_type(i)
         )
-        pieces = order_pieces([replace(p, costs=here) for p in pieces])
-        self.left = Counter(self.index[p.tensor.name] for p in pieces)
-        self.queue = deque(pieces)
-        self.all_cost, self.done_cost = sum(p.cost for p in pieces), 0.0
-        self.to_digest = deque(
-            d for i in range(len(self.tensors)) if not self.left[i] for d in self.distinct(i)
-        )
-        n = min(jobs + SPARE, choose_threads(pieces, memory, refined=self.refiner is not None))
-        threads = [threading.Thread(target=self.thread, args=(i,)) for i in range(n)]
-        flusher = threading.Thread(target=self.flush)
+        fitting = count_threads(items, memory, compensated=self.compensator is not None)
+        count = min(jobs + EXTRA_THREADS, fitting)
+        threads = [threading.Thread(target=self._run_thread, args=(i,)) for i in range(count)]
+        # A thread starts with an empty context; the listener to the progress is in this one.
+        context = contextvars.copy_context()
+        flusher = threading.Thread(target=context.run, args=(self._run_flusher,))
         for thread in (*threads, flusher):
             thread.start()
         for thread in threads:
             thread.join()
-        self.over.set()
+        self.stop.set()
         flusher.join()
         if self.failure:
             raise self.failure
 
-    def missing(self) -> list[Piece]:
-        """What is to be done, in the order of the file."""
-        found = []
-        for i, placed in enumerate(self.tensors):
-            for chunk in split_into_chunks(placed.source):
-                wanting = {
+    def _copy_reusable(self, jobs: int) -> None:
+        # Threads are enough: hashing and copying release Python's lock.
+        with ThreadPoolExecutor(jobs) as pool:
+            copies = pool.map(
+                lambda i: self.reusable.copy_tensor(i, self.outputs), range(len(self.tensors))
+            )
+            list(copies)
+
+    def list_missing_work(self) -> list[WorkItem]:
+        """Return an item for every chunk that some file lacks, in file order."""
+        items = []
+        for i, placement in enumerate(self.tensors):
+            for chunk in split_into_chunks(placement.source):
+                missing = {
                     o.layout.tensors[i].type.name
                     for o in self.outputs
-                    if (i, chunk.no) not in o.done
+                    if (i, chunk.index) not in o.done
                 }
-                if wanting:
-                    found.append(
-                        Piece(placed.source, chunk, tuple(TYPES[name] for name in sorted(wanting)))
-                    )
-        return found
+                if missing:
+                    types = tuple(TYPES[name] for name in sorted(missing))
+                    items.append(WorkItem(placement.source, chunk, types))
+        return items
 
-    def thread(self, no: int) -> None:
-        """Do pieces until there are none, or another thread failed."""
+    def _choose_kernels(self, items: Sequence[WorkItem]) -> list[WorkItem]:
+        """Choose a kernel for every type, and order the items by what they cost with these."""
+        for ggml_type in {t for item in items for t in item.types if t != item.tensor.type}:
+            self.kernel_of[ggml_type.name] = self.kernels.kernel(ggml_type)
+        by_ggml = {n for n in self.kernel_of if self.kernels.choice(TYPES[n]).source == "ggml"}
+        costs = select_costs(by_ggml)
+        return order_work([replace(item, costs=costs) for item in items])
+
+    def _run_thread(self, number: int) -> None:
+        """Do items until none is left, or another thread failed."""
         try:
-            while not self.over.is_set():
+            while not self.stop.is_set():
                 with self.lock:
-                    complete = self.to_digest.popleft() if self.to_digest else None
-                    piece = self.queue.popleft() if complete is None and self.queue else None
-                    later = self.queue[AHEAD] if piece and len(self.queue) > AHEAD else None
+                    # Hash first: the tensor's last chunks are still in the page cache.
+                    complete = self.to_hash.popleft() if self.to_hash else None
+                    item = self.queue.popleft() if complete is None and self.queue else None
+                    ahead = len(self.queue) > PREFETCH_ITEMS
+                    later = self.queue[PREFETCH_ITEMS] if item and ahead else None
                 if later:
-                    self.source.expect(later.tensor, later.chunk)
+                    self.source.prefetch(later.tensor, later.chunk)
                 if complete:
-                    self.digest(*complete)
-                elif piece:
-                    self.do(piece, no)
+                    self._hash_tensor(*complete)
+                elif item:
+                    self._do_item(item, number)
                 else:
                     return
         except BaseException as e:
             with self.lock:
                 self.failure = self.failure or e
-            self.over.set()
+            self.stop.set()
 
-    def do(self, piece: Piece, no: int) -> None:
-        """Read the rows of a piece, and write them wherever they are wanted."""
-        tensor, chunk = piece.tensor, piece.chunk
+    def _do_item(self, item: WorkItem, thread: int) -> None:
+        """Read the rows of a chunk, and write them wherever they are missing."""
+        tensor, chunk = item.tensor, item.chunk
         index = self.index[tensor.name]
-        raw = self.source.raw(tensor, chunk)
-        rows, columns, sample, metric = None, None, None, None
+        raw = self.source.read_rows(tensor, chunk)
+        rows, columns, sample, hessian = None, None, None, None
         if tensor.type.name in FLOATS:
             rows = self.library.to_float(tensor.type, raw, tensor.shape[0])
-            if not finite(rows):
-                raise InputError(self.source.non_finite(tensor, self.library))
-            columns = self.matrix.columns(tensor, chunk.expert) if self.matrix else None
-            metric = self.refiner.find_hessian(tensor, chunk.expert) if self.refiner else None
-            sample = Sample.of(rows, columns, metric)
-        for ggml_type in piece.types:
-            if self.over.is_set():
+            if not all_finite(rows):
+                raise InputError(self.source.describe_non_finite(tensor, self.library))
+            columns = self.imatrix.columns(tensor, chunk.expert) if self.imatrix else None
+            if self.compensator:
+                hessian = self.compensator.find_hessian(tensor, chunk.expert)
+            sample = RowSample.take(rows, columns, hessian)
+        for ggml_type in item.types:
+            if self.stop.is_set():
                 return
             if ggml_type == tensor.type:
-                data, sums = raw, BlockSums(0.0, 0.0)
+                data, sums = raw, ErrorSums(0.0, 0.0)
             else:
                 assert rows is not None and sample is not None
-                working = self.slots.working(no, f"{tensor.name} as {ggml_type.name}")
-                with working, self.fastest.at(tensor.name):
-                    data = self.quantized(piece, ggml_type, rows, columns)
-                    if self.refiner and metric:
-                        data = self.refiner.refine(ggml_type, rows, data, metric)
-                sums = sample.loss(self.library, ggml_type, data)
-            self.check(piece, ggml_type, data)
+                shown = self.status.show(thread, f"{tensor.name} as {ggml_type.name}")
+                with shown, self.kernels.attribute_to(tensor.name):
+                    data = self._quantize(item, ggml_type, rows, columns)
+                    if self.compensator and hessian:
+                        data = self.compensator.refine(ggml_type, rows, data, hessian)
+                sums = sample.measure_error(self.library, ggml_type, data)
+            self._check_rows(item, ggml_type, data)
             for output in self.outputs:
                 if (
                     output.layout.tensors[index].type == ggml_type
-                    and (index, chunk.no) not in output.done
+                    and (index, chunk.index) not in output.done
                 ):
-                    output.write(index, chunk, data, sums)
+                    output.write_chunk(index, chunk, data, sums)
         with self.lock:
-            self.done_cost += piece.cost
+            self.done_cost += item.cost
             self.left[index] -= 1
             if not self.left[index]:
-                self.to_digest.extend(self.distinct(index))
+                self.to_hash.extend(self._by_type(index))
 
-    def quantized(
-        self, piece: Piece, ggml_type: GGMLType, rows: Rows, columns: Rows | None
+    def _quantize(
+        self, item: WorkItem, ggml_type: GGMLType, rows: Rows, columns: Rows | None
     ) -> Bytes:
-        """The stored rows of a piece. Raises InputError for rows on which ggml would end the process."""
+        """Return the stored rows. Raise InputError for rows on which ggml would abort."""
         try:
-            return self.kernels[ggml_type.name](rows, columns)
+            return self.kernel_of[ggml_type.name](rows, columns)
         except InputError as e:
-            raise InputError(*(f"{self.where(piece)}: {problem}" for problem in e.problems)) from e
+            where = self._describe_rows(item)
+            raise InputError(*(f"{where}: {problem}" for problem in e.problems)) from e
 
-    def check(self, piece: Piece, ggml_type: GGMLType, data: Bytes) -> None:
-        """Raise CheckFailed for stored rows in which ggml finds something wrong."""
+    def _check_rows(self, item: WorkItem, ggml_type: GGMLType, data: Bytes) -> None:
+        """Raise CheckError if ggml finds the stored rows invalid (ggml_validate_row_data)."""
         if not self.library.is_valid(ggml_type, data):
-            raise CheckError(f"{self.where(piece)} are not valid as {ggml_type.name}")
+            raise CheckError(f"{self._describe_rows(item)} are not valid as {ggml_type.name}")
 
-    def where(self, piece: Piece) -> str:
-        """The rows of a piece, for people."""
-        first = piece.chunk.first_row
-        rows = f"rows {first} to {first + piece.chunk.rows - 1}"
-        return f"{self.source.file.path}: tensor {piece.tensor.name}: {rows}"
+    def _describe_rows(self, item: WorkItem) -> str:
+        first = item.chunk.first_row
+        rows = f"rows {first} to {first + item.chunk.rows - 1}"
+        return f"{self.source.file.path}: tensor {item.tensor.name}: {rows}"
 
-    def distinct(self, tensor: int) -> Iterator[tuple[int, Output]]:
-        """One file for every type that the files have a tensor in."""
+    def _by_type(self, tensor: int) -> Iterator[tuple[int, VariantOutput]]:
+        """Yield the tensor with one file for each type that the files have it in."""
         yield from {
             o.layout.tensors[tensor].type.name: (tensor, o) for o in reversed(self.outputs)
         }.values()
 
-    def digest(self, tensor: int, output: Output) -> None:
-        """The digest of a tensor that is complete; what lies on the disk is what is read."""
-        self.digests[tensor, output.layout.tensors[tensor].type.name] = output.digest(tensor)
+    def _hash_tensor(self, tensor: int, output: VariantOutput) -> None:
+        """Hash a complete tensor from its file, so that what was written is what is recorded."""
+        type_name = output.layout.tensors[tensor].type.name
+        self.digests[tensor, type_name] = output.hash_tensor(tensor)
 
-    def flush(self) -> None:
-        """Every second, put what is written on the disk and mark it, and say how much is done."""
+    def _run_flusher(self) -> None:
+        """Flush the files and report the progress every second."""
         try:
-            while not self.over.wait(FLUSH_SECONDS):
-                slots.report_slots(self.share, self.done_cost / max(self.all_cost, 1))
+            while not self.stop.wait(FLUSH_SECONDS):
+                progress.report_progress(self.done_cost / max(self.total_cost, 1))
                 for output in self.outputs:
                     output.sync()
         except OSError as e:
             with self.lock:
                 self.failure = self.failure or e
-            self.over.set()
+            self.stop.set()
 
-    def made_of(self, output: Output) -> Mapping[str, WrittenFile]:
-        """What every tensor of a complete file is."""
-        made = {}
-        for i, placed in enumerate(output.layout.tensors):
-            sums = [output.done[i, c.no] for c in split_into_chunks(placed.source)]
-            whole = fsum(s.whole for s in sums)
-            error = fsum(s.error for s in sums) / whole if whole else 0.0
-            # Six digits: the last ones depend on how numpy adds on this machine.
-            made[placed.name] = WrittenFile(
-                placed.type.name, self.digests[i, placed.type.name], float(f"{error:.6g}")
+    def make_records(self, output: VariantOutput) -> Mapping[str, TensorRecord]:
+        """Return the record of every tensor of a complete variant."""
+        records = {}
+        for i, placement in enumerate(output.layout.tensors):
+            sums = [output.done[i, c.index] for c in split_into_chunks(placement.source)]
+            signal = fsum(s.signal for s in sums)
+            error = fsum(s.error for s in sums) / signal if signal else 0.0
+            records[placement.name] = TensorRecord(
+                type=placement.type.name,
+                sha256=self.digests[i, placement.type.name],
+                # Six digits: the last ones depend on the order in which numpy adds here.
+                error=float(f"{error:.6g}"),
             )
-        return made
+        return records
 
 
-def choose_threads(pieces: Sequence[Piece], memory: int, *, refined: bool = False) -> int:
-    """How many threads fit into the memory, one at least."""
-    if refined:
-        sizes = (
-            p.chunk.rows * p.tensor.shape[0] * REFINED_BYTES + p.tensor.shape[0] ** 2 * METRIC_BYTES
-            for p in pieces
-        )
+def count_threads(items: Sequence[WorkItem], memory: int, *, compensated: bool = False) -> int:
+    """Return how many threads fit into the memory, at least one.
+
+    Args:
+        items: The work; its largest item counts.
+        memory: Bytes.
+        compensated: Whether rows are refined with GPTQ, which needs the Hessian in memory.
+    """
+    if compensated:
+        sizes = [
+            item.weights * GPTQ_BYTES_PER_WEIGHT
+            + item.tensor.shape[0] ** 2 * BYTES_PER_HESSIAN_ENTRY
+            for item in items
+        ]
     else:
-        sizes = (p.chunk.rows * p.tensor.shape[0] * WEIGHT_BYTES for p in pieces)
+        sizes = [item.weights * BYTES_PER_WEIGHT for item in items]
     return max((memory - FIXED_BYTES) // max(sizes, default=1), 1)

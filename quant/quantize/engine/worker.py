@@ -1,4 +1,4 @@
-"""The process of a run: a child program, see :mod:`quant.core.child`. ggml may end it, and nobody else with it."""
+"""The process of a run, a child program (see :mod:`quant.core.child`): ggml may abort it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Any
 
 from quant.core import child
 from quant.errors import convert_disk_errors
-from quant.quantize.engine import job as jobs
+from quant.quantize.engine.job import parse_job
 from quant.quantize.engine.work import quantize_job
 
 
 def quantize_in_child(value: Mapping[str, Any], folder: Path) -> None:
-    """Do the job, with what is in work in its folder."""
-    job = jobs.parse_job(value)
-    with convert_disk_errors(job.wanted[0].path):
+    """Do the job whose JSON is ``value``."""
+    job = parse_job(value)
+    with convert_disk_errors(job.variants[0].path):
         quantize_job(job, folder)
 
 

@@ -1,8 +1,18 @@
 """ggml's bytes, sooner: for every type the fastest kernel that writes what the loaded ggml writes.
 
-The kernels of this package (native/) do the arithmetic of ggml's quantisers in its own order, on many superblocks side by
-side. A type is served by one of them only after it wrote the same bytes as the ggml that is loaded for some hundred
-blocks; otherwise, and for every type that has none, ggml itself serves, and the reason is told.
+```
+native/  the kernels in C++: ggml's arithmetic in ggml's order, for many superblocks side by side
+library  loads them, and says which instruction sets this processor has
+trial    compares a kernel with the loaded ggml on some hundred blocks, and keeps the outcome
+```
+
+A kernel quantizes a type only after it wrote the same bytes as the loaded ggml in a trial.
+Otherwise ggml itself does, and :attr:`KernelChoice.reason` says why. So another ggml, compiler or
+processor never changes bytes, only speed.
+
+The engine and error measurement call :class:`Kernels`; ``quant doctor`` prints its choices. Read
+native/lanes.h and native/kernel.h before you change a kernel; tests/quant/quantize/kernels compares
+it with ggml. `QUANT_KERNELS` chooses an instruction set, or ggml.
 """
 
 import threading
@@ -25,107 +35,112 @@ from quant.quantize.kernels.library import CountedKernel, NativeLibrary, load_li
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """By what a type is quantised."""
+    """What quantizes a type."""
 
-    by: str
+    source: str
     """An instruction set, or ``ggml``."""
-    why: str = ""
-    """Why it is ggml; empty otherwise."""
+    reason: str = ""
+    """Why it is ggml; empty for a kernel of the project."""
 
 
 @dataclass
 class Kernels:
-    """The kernels for one ggml library. May be shared by threads.
+    """The kernels for one ggml library. Threads may share it.
 
-    Raises ToolError in a process whose arithmetic would change ggml's bytes.
+    Raises:
+        ToolError: This process's arithmetic would change ggml's bytes.
     """
 
     library: ggml.Library
     native: NativeLibrary = field(default_factory=load_library)
     odd: Counter[str] = field(default_factory=Counter)
-    """By type: blocks that were left to ggml because of the numbers in them."""
+    """Blocks that were left to ggml because of their numbers (infinities, denormals), by type."""
     faulty: dict[str, Counter[str]] = field(default_factory=dict)
-    """By type and place: blocks that met a fault of ggml's, which is written as ggml writes it."""
+    """Blocks that met a fault of ggml, which is reproduced, by type and tensor."""
 
     def __post_init__(self) -> None:
-        if self.native.flushes():
+        if self.native.flushes_denormals():
             raise ToolError(
-                "this process takes denormal numbers for zero, or does not round to nearest: quantised bytes would not "
-                "be llama-quantize's; a library that it loaded was built with -ffast-math"
+                "this process takes denormal numbers for zero, or does not round to nearest: "
+                "quantized bytes would not be llama-quantize's; a library that it loaded was built "
+                "with -ffast-math"
             )
         self.lock = threading.Lock()
-        self.here = threading.local()
-        self.chosen: dict[str, tuple[KernelChoice, Kernel]] = {}
+        self.context = threading.local()
+        self.choices: dict[str, tuple[KernelChoice, Kernel]] = {}
 
     def kernel(self, ggml_type: GGMLType) -> Kernel:
-        """What turns rows into stored rows of that type, the fastest way that there is."""
+        """Return the fastest function that stores rows in the type with ggml's bytes."""
         return self._choose(ggml_type)[1]
 
-    def served(self, ggml_type: GGMLType) -> KernelChoice:
-        """By what that type is quantised."""
+    def choice(self, ggml_type: GGMLType) -> KernelChoice:
+        """Return what quantizes the type."""
         return self._choose(ggml_type)[0]
 
-    def waiting(self, ggml_type: GGMLType) -> bool:
-        """Whether a kernel for that type was never tried, and trying it takes long."""
+    def needs_slow_trial(self, ggml_type: GGMLType) -> bool:
+        """Return whether a kernel of the type has no trial yet, and the trial takes seconds."""
         names = [f"{i} {ggml_type.name}" for i in self.native.sets if self.native.has(i, ggml_type)]
-        tried = (
-            trial.is_cached(self.library, name, self.native.path) is not None for name in names
-        )
-        return bool(names) and ggml_type.name in trial.SLOW and not any(tried)
+        outcomes = (trial.read_cached(self.library, name, self.native.path) for name in names)
+        is_slow = bool(names) and ggml_type.name in trial.SLOW_TYPES
+        return is_slow and all(outcome is None for outcome in outcomes)
 
     @contextmanager
-    def at(self, place: str) -> Iterator[None]:
-        """What this thread meets meanwhile is met there: in a tensor, say."""
-        self.here.place = place
+    def attribute_to(self, tensor: str) -> Iterator[None]:
+        """Count faults that this thread meets while the block runs under the tensor's name."""
+        self.context.tensor = tensor
         try:
             yield
         finally:
-            self.here.place = ""
+            self.context.tensor = ""
 
     def report(self) -> Mapping[str, Any]:
-        """By what the types were quantised so far, and what was met."""
+        """Return, as plain JSON, the choices so far and the counts of odd and faulty blocks."""
         with self.lock:
-            served = {name: vars(served) for name, (served, _) in sorted(self.chosen.items())}
+            choices = {name: vars(choice) for name, (choice, _) in sorted(self.choices.items())}
             return {
-                "served": served,
+                "choices": choices,
                 "odd": dict(self.odd),
                 "faulty": {t: dict(c) for t, c in self.faulty.items()},
             }
 
     def _choose(self, ggml_type: GGMLType) -> tuple[KernelChoice, Kernel]:
         with self.lock:
-            if ggml_type.name not in self.chosen:
-                self.chosen[ggml_type.name] = self._tried(ggml_type)
-            return self.chosen[ggml_type.name]
+            if ggml_type.name not in self.choices:
+                self.choices[ggml_type.name] = self._try_kernels(ggml_type)
+            return self.choices[ggml_type.name]
 
-    def _tried(self, ggml_type: GGMLType) -> tuple[KernelChoice, Kernel]:
-        """The first kernel for that type that passes its trial, else ggml.
+    def _try_kernels(self, ggml_type: GGMLType) -> tuple[KernelChoice, Kernel]:
+        """Return the first kernel of the type that passes its trial, else ggml's function.
 
-        ggml builds its tables here only where it serves; otherwise when the first odd block needs them.
+        ggml's tables, which take seconds for some types, are built here only if ggml is chosen.
+        Otherwise the first odd block builds them.
         """
-        why = self.native.problem or f"there is no kernel for {ggml_type.name}"
+        reason = self.native.problem or f"there is no kernel for {ggml_type.name}"
         for instructions in self.native.sets:
             if not self.native.has(instructions, ggml_type):
                 continue
             kernel = self.native.kernel(self.library, instructions, ggml_type)
             name = f"{instructions} {ggml_type.name}"
-            wrong = trial.cached_difference(self.library, ggml_type, kernel, name, self.native.path)
-            if not wrong:
-                return KernelChoice(instructions), self._counting(ggml_type, kernel)
-            why = f"{instructions}: {wrong}"
+            difference = trial.find_difference(
+                self.library, ggml_type, kernel, name, self.native.path
+            )
+            if not difference:
+                return KernelChoice(instructions), self._count_blocks(ggml_type, kernel)
+            reason = f"{instructions}: {difference}"
         self.library.initialize(ggml_type)
-        return KernelChoice("ggml", why), self.library.kernel(ggml_type)
+        return KernelChoice("ggml", reason), self.library.kernel(ggml_type)
 
-    def _counting(self, ggml_type: GGMLType, kernel: CountedKernel) -> Kernel:
+    def _count_blocks(self, ggml_type: GGMLType, kernel: CountedKernel) -> Kernel:
+        """Return the kernel as a plain function; its counts are added up here."""
+
         def quantize(rows: Rows, weights: NDArray[np.float32] | None) -> Bytes:
             data, counts = kernel(rows, weights)
             if counts.odd or counts.faulty:
                 with self.lock:
                     self.odd[ggml_type.name] += counts.odd
                     if counts.faulty:
-                        self.faulty.setdefault(ggml_type.name, Counter())[
-                            getattr(self.here, "place", "")
-                        ] += counts.faulty
+                        tensors = self.faulty.setdefault(ggml_type.name, Counter())
+                        tensors[getattr(self.context, "tensor", "")] += counts.faulty
             return data
 
         return quantize

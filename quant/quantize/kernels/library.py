@@ -1,7 +1,7 @@
-"""The door to the project's own kernels: the shared library that lies beside this file, when it was built.
+"""Load the project's kernels: the shared library beside this file, if it was built.
 
-Its exported names are the table of what there is: ``avx512_iq4_nl`` writes IQ4_NL with AVX-512. ctypes releases Python's
-lock while a kernel runs, and a kernel shares nothing with another call but tables that are built once.
+Its exported names say what there is: ``avx512_iq4_nl`` writes IQ4_NL with AVX-512. ctypes releases
+Python's lock while a kernel runs. Calls share nothing but tables that are built once.
 """
 
 import ctypes
@@ -22,19 +22,19 @@ from quant.llama.types import GGMLType
 
 PATH = Path(__file__).with_name("libkernels.so")
 SETS = {"avx512": 2, "avx2": 1, "neon": 4}
-"""Instruction sets, the widest first, and what says in the library's answer that the processor has them."""
+"""Instruction sets, the widest first, with the bit of quant_processor() that stands for each."""
 SETTING = "QUANT_KERNELS"
-"""The environment variable that names the one to use, or ``ggml``."""
+"""The environment variable that chooses an instruction set, or ``ggml``."""
 
 
 @dataclass(frozen=True)
 class KernelCounts:
-    """What a call met."""
+    """What a call of a kernel met."""
 
     odd: int
-    """Blocks (or rows) that ggml itself wrote, because of numbers that only it need answer for."""
+    """Blocks (or rows) that ggml itself wrote, because of infinities, NaN, denormals and the like."""
     faulty: int
-    """Blocks that meet a fault of ggml's, which is written as ggml writes it."""
+    """Blocks that met a fault of ggml, which the kernel reproduces."""
 
 
 class _Counts(ctypes.Structure):
@@ -42,27 +42,28 @@ class _Counts(ctypes.Structure):
 
 
 CountedKernel = Callable[[Rows, NDArray[np.float32] | None], tuple[Bytes, KernelCounts]]
-"""A kernel that also says what it met. Raises InputError for rows on which ggml would end the process."""
+"""A kernel that also returns its counts. Raises InputError for rows on which ggml would abort."""
 
 
 @dataclass(frozen=True)
 class NativeLibrary:
-    """The loaded library, or why there is none."""
+    """The loaded library, or the reason why there is none."""
 
     dll: Any
     sets: tuple[str, ...]
-    """What this processor can run, the fastest first."""
+    """Instruction sets that this processor can run, the fastest first."""
     problem: str = ""
+    """Why no kernel can be used; empty if some can."""
     path: Path = PATH
 
     def has(self, instructions: str, ggml_type: GGMLType) -> bool:
-        """Whether there is a kernel for that type."""
+        """Return whether there is a kernel for the type."""
         return self.dll is not None and hasattr(self.dll, _name(instructions, ggml_type))
 
     def kernel(
         self, library: ggml.Library, instructions: str, ggml_type: GGMLType
     ) -> CountedKernel:
-        """A kernel, with ``library`` for the blocks that it leaves to ggml."""
+        """Return a kernel; ``library`` is the ggml to which it leaves odd blocks."""
         function = getattr(self.dll, _name(instructions, ggml_type))
         function.restype = None
         function.argtypes = (
@@ -77,7 +78,7 @@ class NativeLibrary:
         chunk = ctypes.cast(library.functions["ggml_quantize_chunk"], ctypes.c_void_p)
 
         def quantize(rows: Rows, weights: NDArray[np.float32] | None) -> tuple[Bytes, KernelCounts]:
-            _check(ggml_type, rows, weights)
+            _check_arrays(ggml_type, rows, weights)
             out, counts = np.empty(ggml_type.bytes(rows.size), np.uint8), _Counts()
             address = weights.ctypes.data if weights is not None else None
             function(
@@ -85,15 +86,16 @@ class NativeLibrary:
             )
             if counts.refused:
                 raise InputError(
-                    f"{counts.refused} of {rows.size // ggml_type.block} blocks cannot be made {ggml_type.name}, and ggml "
-                    "would end the process: their weights or those of the imatrix are too large, or no numbers"
+                    f"{counts.refused} of {rows.size // ggml_type.block} blocks cannot be made "
+                    f"{ggml_type.name}, and ggml would abort: their weights or those of the "
+                    "imatrix are too large, or not finite"
                 )
             return out, KernelCounts(counts.odd, counts.faulty)
 
         return quantize
 
-    def flushes(self) -> bool:
-        """Whether this thread's arithmetic is not the plain one: denormals flushed, or another rounding."""
+    def flushes_denormals(self) -> bool:
+        """Return whether this thread flushes denormals to zero, or does not round to nearest."""
         return self.dll is not None and bool(self.dll.quant_floats_are_odd())
 
 
@@ -101,8 +103,8 @@ def _name(instructions: str, ggml_type: GGMLType) -> str:
     return f"{instructions}_{ggml_type.name.lower()}"
 
 
-def _check(ggml_type: GGMLType, rows: Rows, weights: NDArray[np.float32] | None) -> None:
-    """Native code reads what it is told to; so the arrays have to be what they are taken for."""
+def _check_arrays(ggml_type: GGMLType, rows: Rows, weights: NDArray[np.float32] | None) -> None:
+    # Native code trusts the pointers: a wrong type or shape here would be a wrong memory access.
     assert rows.dtype == np.float32 and rows.ndim == 2 and rows.flags.c_contiguous, (
         rows.dtype,
         rows.shape,
@@ -118,14 +120,15 @@ def _check(ggml_type: GGMLType, rows: Rows, weights: NDArray[np.float32] | None)
 
 @cache
 def load_library(path: Path = PATH) -> NativeLibrary:
-    """The library at that path, with what of it this processor can run, in the order of preference.
+    """Load the library at a path, and find which of its instruction sets this processor can run.
 
-    Raises InputError for an instruction set in ``QUANT_KERNELS`` that there is not.
+    Raises:
+        InputError: ``QUANT_KERNELS`` names an instruction set that does not exist or cannot run.
     """
-    wanted = os.environ.get(SETTING, "")
-    if wanted and wanted not in (*SETS, "ggml"):
-        raise InputError(f"{SETTING}: expected one of ggml, {', '.join(SETS)}, found {wanted!r}")
-    if wanted == "ggml":
+    chosen = os.environ.get(SETTING, "")
+    if chosen and chosen not in (*SETS, "ggml"):
+        raise InputError(f"{SETTING}: expected one of ggml, {', '.join(SETS)}, found {chosen!r}")
+    if chosen == "ggml":
         return NativeLibrary(None, (), f"{SETTING} says ggml")
     if not path.is_file():
         return NativeLibrary(
@@ -137,12 +140,12 @@ def load_library(path: Path = PATH) -> NativeLibrary:
     except (OSError, AttributeError) as e:
         return NativeLibrary(None, (), f"{path} cannot be loaded ({e})")
     usable = tuple(name for name, bit in SETS.items() if has & bit)
-    if wanted:
-        if wanted not in usable:
+    if chosen:
+        if chosen not in usable:
             raise InputError(
-                f"{SETTING}={wanted}: this processor has {', '.join(usable) or 'none of them'}"
+                f"{SETTING}={chosen}: this processor has {', '.join(usable) or 'none of them'}"
             )
-        return NativeLibrary(dll, (wanted,), path=path)
+        return NativeLibrary(dll, (chosen,), path=path)
     return NativeLibrary(
         dll, usable, "" if usable else "the processor has none of " + ", ".join(SETS), path
     )

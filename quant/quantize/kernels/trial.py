@@ -1,8 +1,9 @@
-"""The trial of a kernel: some hundred blocks, compared byte for byte with what the loaded ggml writes.
+"""The trial of a kernel: some hundred blocks, compared byte for byte with the loaded ggml.
 
-It finds a ggml that was built otherwise (with fused multiply-adds, say) or whose algorithm is another by now, and a
-processor or compiler on which a kernel is not what it was where it was tested. What came out is kept in the user's cache,
-under the digest of everything that took part; for some types ggml takes seconds before it writes its first block.
+It notices a ggml that was built otherwise (with fused multiply-adds, say) or whose algorithm
+changed, and a processor or compiler on which a kernel does not do what it did where it was tested.
+The outcome is kept in the user's cache, under the digests of both libraries and of this file,
+because for some types ggml takes seconds before it writes its first block.
 """
 
 import json
@@ -22,13 +23,13 @@ from quant.llama.types import GGMLType
 from quant.quantize.kernels.library import CountedKernel
 
 ROWS, ROW = 40, 768
-SLOW = frozenset({"IQ1_S", "IQ1_M", "IQ2_S", "IQ2_XS", "IQ2_XXS"})
+SLOW_TYPES = frozenset({"IQ1_S", "IQ1_M", "IQ2_S", "IQ2_XS", "IQ2_XXS"})
 """Types for which ggml computes for seconds before its first block."""
 
 
 @cache
 def make_rows() -> Rows:
-    """Rows of different nature: smooth, heavy-tailed, shifted, coarse, with outliers, partly empty."""
+    """Return rows of many distributions: heavy-tailed, shifted, coarse, with outliers, with zeros."""
     random = np.random.default_rng(20)
     x = random.normal(0, 0.02, (ROWS, ROW))
     x[4:12] = random.standard_t(2, (8, ROW)) * 0.01
@@ -43,64 +44,67 @@ def make_rows() -> Rows:
 
 
 def make_weights(ggml_type: GGMLType) -> tuple[NDArray[np.float32] | None, ...]:
-    """Weights of the columns: uneven ones, and none where the type does without."""
+    """Return column weights to try: uneven ones, and None if the type needs no imatrix."""
     uneven = np.random.default_rng(21).lognormal(0, 1, ROW).astype(np.float32)
     return (uneven,) if ggml_type.needs_imatrix else (uneven, None)
 
 
-def find_kernel_difference(
-    library: ggml.Library, ggml_type: GGMLType, kernel: CountedKernel
-) -> str:
-    """In what a kernel differs from ggml; empty when in nothing."""
+def compare_with_ggml(library: ggml.Library, ggml_type: GGMLType, kernel: CountedKernel) -> str:
+    """Return how a kernel's bytes differ from ggml's; an empty string if they do not."""
     for w in make_weights(ggml_type):
         expected = library.kernel(ggml_type)(make_rows(), w).reshape(-1, ggml_type.block_bytes)
-        found = kernel(make_rows(), w)[0].reshape(expected.shape)
-        wrong = int((expected != found).any(axis=1).sum())
+        actual = kernel(make_rows(), w)[0].reshape(expected.shape)
+        wrong = int((expected != actual).any(axis=1).sum())
         if wrong:
             how = "with" if w is not None else "without"
-            return f"{wrong} of {len(expected)} blocks {how} weights of the columns are not as {library.path} writes them"
+            return (
+                f"{wrong} of {len(expected)} blocks {how} weights of the columns are not as "
+                f"{library.path} writes them"
+            )
     return ""
 
 
-def cached_difference(
+def find_difference(
     library: ggml.Library, ggml_type: GGMLType, kernel: CountedKernel, name: str, native: Path
 ) -> str:
-    """The same, from the cache if these two libraries were compared before for the kernel of that name."""
-    found = is_cached(library, name, native)
-    if found is None:
-        found = find_kernel_difference(library, ggml_type, kernel)
-        place = _place(library, name, native)
-        with suppress(
-            OSError
-        ):  # no place to keep it, or another process is keeping it: the next one tries again
-            files.write_text(
-                place,
-                to_pretty_json({"kernel": name, "library": str(library.path), "difference": found}),
-            )
-    return found
+    """Return how a kernel's bytes differ from ggml's, from the cache if the trial was made before.
+
+    Args:
+        library: The loaded ggml.
+        ggml_type: The type to try.
+        kernel: The kernel to try.
+        name: The kernel's name, such as ``avx2 Q4_K``.
+        native: The path of the kernels' shared library.
+    """
+    difference = read_cached(library, name, native)
+    if difference is None:
+        difference = compare_with_ggml(library, ggml_type, kernel)
+        outcome = {"kernel": name, "library": str(library.path), "difference": difference}
+        # If it cannot be kept, or another process keeps it now, the next process tries again.
+        with suppress(OSError):
+            files.write_text(_cache_path(library, name, native), to_pretty_json(outcome))
+    return difference
 
 
-def is_cached(library: ggml.Library, name: str, native: Path) -> str | None:
-    """What an earlier trial found, if there was one."""
+def read_cached(library: ggml.Library, name: str, native: Path) -> str | None:
+    """Return the outcome of an earlier trial, or None."""
     try:
-        return str(json.loads(_place(library, name, native).read_text())["difference"])
+        outcome = json.loads(_cache_path(library, name, native).read_text())
+        return str(outcome["difference"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _place(library: ggml.Library, name: str, native: Path) -> Path:
+def _cache_path(library: ggml.Library, name: str, native: Path) -> Path:
     key = [_digest(library.path), _digest(native), name, _digest(Path(__file__))]
     return cache_folder() / hash_texts(key)
 
 
 def cache_folder() -> Path:
-    """Where outcomes are kept; may be deleted at any time."""
+    """Return the folder of the outcomes. It may be deleted at any time."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (
-        (Path(base) if Path(base).is_absolute() else Path.home() / ".cache")
-        / "gguf-foundry"
-        / "kernels"
-    )
+    root = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
+    return root / "gguf-foundry" / "kernels"
 
 
 @cache

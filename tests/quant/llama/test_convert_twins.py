@@ -19,13 +19,14 @@ from quant.hub import checkpoint as source
 from quant.llama import toolchain
 from quant.llama.convert import FileMetadata, write_vision
 from quant.llama.gguf import Header, read_header
+from quant.llama.model_file import ModelFile
 from quant.llama.server import ServerSettings, serve_model
 from quant.plan.load import list_recipes, load_variant
 from quant.plan.plan import make_plan
 from quant.plan.recipe import ImatrixRecipe, Variant
 from quant.plan.sizes import forecast_file_bytes, forecast_shard_bytes
 from quant.quantize.shard import split_file
-from quant.quantize.variants import QuantizeTarget, write_variants
+from quant.quantize.variants import QuantizeTarget, WriteRequest, write_variants
 from tests.llama_quantize import type_file
 from tests.models import twins
 from tests.models.checkpoints import add_prediction, dequantised, in_fp8
@@ -86,20 +87,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     }
 
 
+def make_request(model: Made, target: QuantizeTarget) -> WriteRequest:
+    return WriteRequest(
+        base=ModelFile.open(model.base),
+        targets=[target],
+        identity="twin",
+        tools=toolchain.find_toolchain(),
+        imatrix=ModelFile.open(model.matrix),
+    )
+
+
 def quantised(model: Made, variant: Variant, out: Path) -> Header:
     """A variant, written and compared with its plan and its forecast."""
     out.parent.mkdir()
     planned = make_plan(
         variant, read_header(model.base).tensors, imatrix.read_imatrix(model.matrix).covered
     )
-    write_variants(
-        model.base,
-        model.matrix,
-        [QuantizeTarget(planned, out)],
-        "twin",
-        toolchain.find_toolchain(),
-        out.parent / "work",
-    )
+    write_variants(make_request(model, QuantizeTarget(planned, out)), out.parent / "work")
     return read_header(out)
 
 
@@ -193,18 +197,10 @@ def test_every_matrix_of_a_twin_that_is_read_can_be_fed_back(
     )
     header, covered = read_header(model.base), imatrix.read_imatrix(model.matrix).covered
     planned = make_plan(load_variant("UD-Q2_K_XL"), header.tensors, covered)
-    target, tools = QuantizeTarget(planned, tmp_path / "V.gguf"), toolchain.find_toolchain()
-    (facts,) = write_variants(
-        model.base, model.matrix, [target], "twin", tools, tmp_path / "work", moments=seen
-    )
-    (plain,) = write_variants(
-        model.base,
-        model.matrix,
-        [replace(target, path=tmp_path / "P.gguf")],
-        "twin",
-        tools,
-        tmp_path / "work",
-    )
+    request = make_request(model, QuantizeTarget(planned, tmp_path / "V.gguf"))
+    (facts,) = write_variants(replace(request, hessians=seen), tmp_path / "work")
+    request = make_request(model, QuantizeTarget(planned, tmp_path / "P.gguf"))
+    (plain,) = write_variants(request, tmp_path / "work")
     changed = {
         n for n, t in facts["tensors"].items() if t["sha256"] != plain["tensors"][n]["sha256"]
     }

@@ -1,4 +1,4 @@
-"""Tiny BF16 files and imatrix files for the engine, which llama-quantize reads too. Written by gguf-py, no weights trained."""
+"""Tiny BF16 and imatrix files with random weights, which llama-quantize reads too."""
 
 import math
 from pathlib import Path
@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from quant.llama import ggml
 from quant.llama.gguf import TensorSpec, read_header
 from quant.llama.toolchain import find_toolchain
+from quant.llama.types import TYPES
 from quant.plan.plan import is_quantizable
-from quant.quantize.engine.job import EngineJob, EngineSettings, TypeRequest
+from quant.quantize.engine.job import EngineJob, EngineSettings, VariantRequest
 
 MATRIX_NAME = "imatrix.gguf"
 SHAPES = {
@@ -32,24 +33,24 @@ SHAPES = {
     "blk.10.ffn_down.weight": (768, 129),
     "blk.2.ffn_up.weight": (1024, 61),
 }
-"""Rows that no power of two divides, two blocks that are not in the order of their names, one matrix of a single row."""
+"""Odd numbers of rows, blocks 2 and 10 out of the order of their digits, a matrix of one row."""
 LARGE = {
     "token_embd.weight": (512, 1500),
     "output.weight": (512, 1500),
     "output_norm.weight": (512,),
     **{f"blk.{n}.ffn_{part}.weight": (768, 700) for n in (0, 2, 10) for part in ("up", "down")},
 }
-"""Several tensors of a megabyte, for shards."""
+"""Several tensors of a megabyte, to be split into shards."""
 IN_F32 = ("_norm.weight", "ffn_gate_inp.weight", ".bias", "blk.2.ffn_up.weight")
 IN_F16 = ("blk.0.attn_v.weight",)
 BLIND = ("blk.10.ffn_down.weight",)
-"""Tensors that the imatrix says nothing of."""
+"""Tensors without imatrix data."""
 UNSEEN = (1, 4)
-"""Experts without a token."""
+"""Experts that no token reached."""
 
 
 def write_base(path: Path, shapes: dict[str, tuple[int, ...]] | None = None, seed: int = 1) -> Path:
-    """A model in BF16, with some tensors in F16 and F32."""
+    """Write a model in BF16, with some tensors in F16 and F32."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("engine")
@@ -81,7 +82,7 @@ def write_base(path: Path, shapes: dict[str, tuple[int, ...]] | None = None, see
 
 
 def write_matrix(path: Path, base: Path, seed: int = 2) -> Path:
-    """An imatrix of that model, with experts that saw no token, and data of a wrong size for the embeddings."""
+    """Write its imatrix: some experts without tokens, data of a wrong size for the embedding."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
@@ -104,20 +105,19 @@ def write_matrix(path: Path, base: Path, seed: int = 2) -> Path:
 
 
 def as_bf16(weights: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The upper halves; what is cut off does not matter here."""
+    """Return the upper halves of the floats; rounding does not matter here."""
     return (weights.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
 
 
-def types(base: Path, name: str, narrow: str = "Q8_0", *, blind: bool = False) -> dict[str, str]:
-    """One type for all that can have it, another for the rest; ``blind``: the imatrix has no data for them."""
-    from quant.llama.types import TYPES
+def types(base: Path, name: str, fallback: str = "Q8_0", *, covered: bool = True) -> dict[str, str]:
+    """Return one type for all tensors that can have it, and a fallback type for the others."""
 
     def of(t: TensorSpec) -> str:
         if not is_quantizable(t):
             return t.type.name
         needs_none = not TYPES[name].needs_imatrix
-        covered = not blind and t.name not in (*BLIND, "token_embd.weight")
-        return name if needs_none or covered else narrow
+        has_data = covered and t.name not in (*BLIND, "token_embd.weight")
+        return name if needs_none or has_data else fallback
 
     return {t.name: of(t) for t in read_header(base).tensors}
 
@@ -125,25 +125,24 @@ def types(base: Path, name: str, narrow: str = "Q8_0", *, blind: bool = False) -
 def job(
     base: Path,
     matrix: Path | None,
-    wanted: dict[Path, dict[str, str]],
+    variants: dict[Path, dict[str, str]],
     file_type: str = "Q8_0",
     **settings: int,
 ) -> EngineJob:
-    """What the engine is told."""
+    """Return a job of the engine for variants with these types, by path."""
     return EngineJob(
-        ggml.find_library(find_toolchain().bin),
-        base,
-        "weights",
-        matrix,
-        MATRIX_NAME,
-        tuple(TypeRequest(path, chosen, file_type) for path, chosen in wanted.items()),
-        (),
-        EngineSettings(**settings),
+        library=ggml.find_library(find_toolchain().bin),
+        base=base,
+        identity="weights",
+        imatrix=matrix,
+        imatrix_name=MATRIX_NAME,
+        variants=tuple(VariantRequest(path, t, file_type) for path, t in variants.items()),
+        settings=EngineSettings(**settings),
     )
 
 
 def replace_weight(base: Path, name: str, at: int, bits: int) -> None:
-    """Put these 16 bits in the place of one weight of a BF16 tensor."""
+    """Replace one weight of a BF16 tensor by these 16 bits."""
     header = read_header(base)
     tensor = header.by_name[name]
     assert tensor.type.name == "BF16" and at < math.prod(tensor.shape)

@@ -1,4 +1,4 @@
-"""The work in pieces: every row once, never of two experts, the longest first."""
+"""The work in chunks: every row once, never of two experts, the longest first."""
 
 import itertools
 import math
@@ -13,13 +13,13 @@ from quant.quantize.engine.chunks import (
     CHUNK_WEIGHTS,
     COST,
     KERNEL_COST,
-    Piece,
+    WorkItem,
     estimate_cost,
-    order_pieces,
+    order_work,
+    select_costs,
     split_into_chunks,
 )
-from quant.quantize.engine.chunks import estimate_costs as costs
-from quant.quantize.engine.work import FIXED_BYTES, WEIGHT_BYTES, choose_threads
+from quant.quantize.engine.work import BYTES_PER_WEIGHT, FIXED_BYTES, count_threads
 from quant.quantize.kernels.library import load_library
 
 SHAPES = st.tuples(
@@ -33,11 +33,11 @@ def tensor(shape: tuple[int, ...], name: str = "a.weight", offset: int = 0) -> T
 
 @given(SHAPES)
 def test_every_row_is_in_one_chunk_of_its_own_expert(shape: tuple[int, ...]) -> None:
-    found = split_into_chunks(tensor(shape))
+    chunks = split_into_chunks(tensor(shape))
     rows = shape[1] if len(shape) > 1 else 1
     at = 0
-    for no, chunk in enumerate(found):
-        assert (chunk.no, chunk.first_row) == (no, at)
+    for no, chunk in enumerate(chunks):
+        assert (chunk.index, chunk.first_row) == (no, at)
         assert chunk.rows > 0
         assert chunk.first_row // rows == (chunk.first_row + chunk.rows - 1) // rows == chunk.expert
         assert chunk.rows * shape[0] <= CHUNK_WEIGHTS or chunk.rows == 1
@@ -53,19 +53,24 @@ def test_every_row_is_in_one_chunk_of_its_own_expert(shape: tuple[int, ...]) -> 
     )
 )
 def test_the_longest_come_first_and_none_is_lost(
-    wanted: list[tuple[tuple[int, ...], set[str]]],
+    requests: list[tuple[tuple[int, ...], set[str]]],
 ) -> None:
-    pieces = [
-        Piece(tensor(shape, f"t{i}.weight", i * 32), chunk, tuple(TYPES[t] for t in sorted(types)))
-        for i, (shape, types) in enumerate(wanted)
+    items = [
+        WorkItem(
+            tensor(shape, f"t{i}.weight", i * 32), chunk, tuple(TYPES[t] for t in sorted(types))
+        )
+        for i, (shape, types) in enumerate(requests)
         for chunk in split_into_chunks(tensor(shape))[:20]
     ]
-    ordered = order_pieces(pieces[::-1])
-    assert Counter(ordered) == Counter(pieces)
+    ordered = order_work(items[::-1])
+    assert Counter(ordered) == Counter(items)
     costs = [p.cost for p in ordered]
     assert costs == sorted(costs, reverse=True)
     for a, b in itertools.pairwise(ordered):
-        assert a.cost > b.cost or (a.tensor.offset, a.chunk.no) < (b.tensor.offset, b.chunk.no)
+        assert a.cost > b.cost or (a.tensor.offset, a.chunk.index) < (
+            b.tensor.offset,
+            b.chunk.index,
+        )
 
 
 def test_every_type_that_can_be_written_has_a_measured_cost() -> None:
@@ -73,19 +78,19 @@ def test_every_type_that_can_be_written_has_a_measured_cost() -> None:
     assert estimate_cost(2**20, [TYPES["Q8_0"], TYPES["Q4_K"]]) == COST["Q8_0"] + COST["Q4_K"]
 
 
-def test_what_the_kernels_serve_costs_less_than_what_is_left_to_ggml() -> None:
-    assert costs(set(COST)) == COST
-    here = costs({"Q4_K"})
+def test_the_kernels_types_cost_less_than_the_same_types_by_ggml() -> None:
+    assert select_costs(set(COST)) == COST
+    here = select_costs({"Q4_K"})
     assert set(here) == set(COST)
     assert {name for name in COST if here[name] != COST[name]} == set(KERNEL_COST) - {"Q4_K"}
     assert all(here[name] < COST[name] for name in KERNEL_COST if name != "Q4_K")
-    piece = Piece(
+    item = WorkItem(
         tensor((4096, 256)),
         split_into_chunks(tensor((4096, 256)))[0],
         (TYPES["Q4_K"], TYPES["IQ4_XS"]),
         here,
     )
-    assert piece.cost == COST["Q4_K"] + KERNEL_COST["IQ4_XS"]
+    assert item.cost == COST["Q4_K"] + KERNEL_COST["IQ4_XS"]
 
 
 def test_every_kernel_has_a_measured_cost() -> None:
@@ -96,12 +101,12 @@ def test_every_kernel_has_a_measured_cost() -> None:
     )
 
 
-def test_threads_are_as_many_as_fit_into_the_memory() -> None:
-    pieces = [
-        Piece(tensor((4096, 256)), split_into_chunks(tensor((4096, 256)))[0], (TYPES["Q8_0"],))
+def test_there_are_as_many_threads_as_fit_into_the_memory() -> None:
+    items = [
+        WorkItem(tensor((4096, 256)), split_into_chunks(tensor((4096, 256)))[0], (TYPES["Q8_0"],))
     ]
-    piece_bytes = 2**20 * WEIGHT_BYTES
-    assert choose_threads(pieces, FIXED_BYTES + 3 * piece_bytes) == 3
-    assert choose_threads(pieces, FIXED_BYTES + 4 * piece_bytes - 1) == 3
-    assert choose_threads(pieces, 0) == 1
-    assert choose_threads([], 2**30) > 1
+    item_bytes = 2**20 * BYTES_PER_WEIGHT
+    assert count_threads(items, FIXED_BYTES + 3 * item_bytes) == 3
+    assert count_threads(items, FIXED_BYTES + 4 * item_bytes - 1) == 3
+    assert count_threads(items, 0) == 1
+    assert count_threads([], 2**30) > 1

@@ -1,4 +1,4 @@
-"""Where the bytes of a file lie, held against the header reader and against gguf-py; llama-quantize has a test of its own."""
+"""Where the bytes of a file lie, compared with the header reader and gguf-py."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 
 from quant.llama.gguf import TensorSpec, pad, read_header, read_headers
 from quant.llama.types import TYPES
-from quant.quantize.engine.layout import FileLayout, imatrix_keys, make_layout, metadata_keys
+from quant.quantize.engine.layout import (
+    FileLayout,
+    iterate_metadata,
+    make_imatrix_metadata,
+    make_layout,
+)
 from tests.gguf_files import ARRAY, LLAMA, STRING, Key, Tensor, array, content, key, text, write
 
 NAMES = (
@@ -24,21 +29,26 @@ COMPUTED = ("general.quantization_version", "general.file_type")
 QUANTIZE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 
 
-def laid(
+def lay_out(
     base: Path,
     types: dict[str, str],
-    about: dict[str, Any] | None = None,
+    imatrix_metadata: dict[str, Any] | None = None,
     max_bytes: int | None = None,
 ) -> FileLayout:
     header = read_header(base)
     return make_layout(
-        header, base.read_bytes()[: header.head_bytes], types, "Q4_K_M", about or {}, max_bytes
+        header,
+        base.read_bytes()[: header.head_bytes],
+        types,
+        "Q4_K_M",
+        imatrix_metadata or {},
+        max_bytes,
     )
 
 
 @st.composite
 def models(draw: st.DrawFn) -> tuple[list[Tensor], dict[str, str]]:
-    """Tensors in any order, and a type for each."""
+    """Draw tensors in any order, and a type for each."""
     names = draw(st.permutations(NAMES))[: draw(st.integers(1, len(NAMES)))]
     shapes = st.tuples(st.sampled_from((256, 512, 768)), st.integers(1, 5), st.integers(1, 3)).map(
         lambda s: s[:2] if s[2] == 1 else s
@@ -51,15 +61,15 @@ def models(draw: st.DrawFn) -> tuple[list[Tensor], dict[str, str]]:
 
 @QUANTIZE
 @given(models())
-def test_a_file_of_a_layout_is_what_was_asked_for(
+def test_a_file_of_a_layout_has_the_requested_tensors(
     tmp_path: Path, model: tuple[list[Tensor], dict[str, str]]
 ) -> None:
     tensors, types = model
     base = write(tmp_path / "base.gguf", tensors)
-    layout = laid(base, types)
-    made = tmp_path / "made.gguf"
-    made.write_bytes(layout.heads[0] + bytes(layout.bytes - len(layout.heads[0])))
-    header = read_header(made)  # refuses gaps, overlaps and tensors beyond the end
+    layout = lay_out(base, types)
+    path = tmp_path / "written.gguf"
+    path.write_bytes(layout.heads[0] + bytes(layout.bytes - len(layout.heads[0])))
+    header = read_header(path)  # refuses gaps, overlaps and tensors beyond the end
     assert header.data_start == len(layout.heads[0]) and len(layout.heads[0]) % 32 == 0
     assert {t.name: t.type.name for t in header.tensors} == types
     assert [header.data_start + t.offset for t in header.tensors] == [
@@ -67,7 +77,7 @@ def test_a_file_of_a_layout_is_what_was_asked_for(
     ]
     last = header.tensors[-1]
     assert layout.bytes == header.data_start + pad(last.offset + last.bytes)
-    theirs = gguf.GGUFReader(made).tensors
+    theirs = gguf.GGUFReader(path).tensors
     assert [(t.name, t.data_offset, t.tensor_type) for t in theirs] == [
         (t.name, t.offset, t.type.id) for t in layout.tensors
     ]
@@ -79,27 +89,29 @@ def test_a_file_of_a_layout_is_what_was_asked_for(
 
 @QUANTIZE
 @given(models(), st.integers(12_000, 40_000))
-def test_shards_hold_every_tensor_once_in_order_and_no_more_than_the_limit(
+def test_shards_hold_every_tensor_once_in_order_up_to_the_limit(
     tmp_path: Path, model: tuple[list[Tensor], dict[str, str]], limit: int
 ) -> None:
     tensors, types = model
     base = write(tmp_path / "base.gguf", tensors)
-    whole, cut = laid(base, types), laid(base, types, max_bytes=limit)
+    whole, cut = lay_out(base, types), lay_out(base, types, max_bytes=limit)
     written: list[TensorSpec] = []
-    for name, head, size in zip(cut.names("M"), cut.heads, cut.sizes, strict=True):
+    for name, head, size in zip(cut.file_names("M"), cut.heads, cut.sizes, strict=True):
         (tmp_path / name).write_bytes(head + bytes(size - len(head)))
         header = read_header(tmp_path / name)
         written += header.tensors
         assert size - header.data_start <= limit or len(header.tensors) == 1
     assert [(t.name, t.type) for t in written] == [(t.name, t.type) for t in whole.tensors]
-    headers = read_headers(tmp_path / cut.names("M")[0])  # refuses shards that do not count alike
+    headers = read_headers(
+        tmp_path / cut.file_names("M")[0]
+    )  # refuses shards that do not count alike
     assert {h.metadata["split.tensors.count"] for h in headers} == {len(tensors)}
     assert read_header(base).metadata.items() <= headers[0].metadata.items()
 
 
-def test_tensors_stand_by_the_number_of_their_block_and_not_by_its_digits(tmp_path: Path) -> None:
+def test_tensors_are_ordered_by_block_number_not_by_its_digits(tmp_path: Path) -> None:
     base = write(tmp_path / "base.gguf", [Tensor(name, (256, 2)) for name in NAMES])
-    layout = laid(base, dict.fromkeys(NAMES, "Q8_0"))
+    layout = lay_out(base, dict.fromkeys(NAMES, "Q8_0"))
     assert [t.name for t in layout.tensors] == [
         "output.weight",
         "token_embd.weight",
@@ -110,7 +122,7 @@ def test_tensors_stand_by_the_number_of_their_block_and_not_by_its_digits(tmp_pa
     ]
 
 
-def test_keys_that_are_set_stand_at_the_end_and_split_keys_are_gone(tmp_path: Path) -> None:
+def test_added_keys_come_last_and_split_keys_are_dropped(tmp_path: Path) -> None:
     base_keys = [
         key("general.file_type", 32),
         key("split.no", 0),
@@ -121,31 +133,34 @@ def test_keys_that_are_set_stand_at_the_end_and_split_keys_are_gone(tmp_path: Pa
         key("last", 1.5),
     ]
     base = write(tmp_path / "base.gguf", [Tensor()], base_keys)
-    about = imatrix_keys(
+    imatrix_metadata = make_imatrix_metadata(
         {"imatrix.datasets": ["d" * 200], "imatrix.chunk_count": 3}, 12, "imatrix.gguf"
     )
-    layout = laid(base, {"a.weight": "F32"}, about)
-    made = tmp_path / "made.gguf"
-    made.write_bytes(layout.heads[0] + bytes(layout.bytes - len(layout.heads[0])))
-    found = read_header(made).metadata
-    given = read_header(base).metadata
-    kept = [k for k in given if k not in COMPUTED and not k.startswith("split.")]
-    assert list(found) == [
+    layout = lay_out(base, {"a.weight": "F32"}, imatrix_metadata)
+    path = tmp_path / "written.gguf"
+    path.write_bytes(layout.heads[0] + bytes(layout.bytes - len(layout.heads[0])))
+    written = read_header(path).metadata
+    original = read_header(base).metadata
+    kept = [k for k in original if k not in COMPUTED and not k.startswith("split.")]
+    assert list(written) == [
         *kept,
         *COMPUTED,
         *(f"quantize.imatrix.{k}" for k in ("file", "dataset", "entries_count", "chunks_count")),
     ]
-    assert all(found[k] == given[k] for k in kept)
-    assert found["general.file_type"] == 15 and found["general.quantization_version"] == 2
-    assert found["quantize.imatrix.dataset"] == "d" * 127
-    assert (found["quantize.imatrix.entries_count"], found["quantize.imatrix.chunks_count"]) == (
+    assert all(written[k] == original[k] for k in kept)
+    assert written["general.file_type"] == 15 and written["general.quantization_version"] == 2
+    assert written["quantize.imatrix.dataset"] == "d" * 127
+    assert (
+        written["quantize.imatrix.entries_count"],
+        written["quantize.imatrix.chunks_count"],
+    ) == (
         12,
         3,
     )
 
 
-def test_what_an_imatrix_does_not_say_is_not_said(tmp_path: Path) -> None:
-    assert imatrix_keys({}, 3, "m") == {
+def test_keys_that_an_imatrix_lacks_are_not_written(tmp_path: Path) -> None:
+    assert make_imatrix_metadata({}, 3, "m") == {
         "quantize.imatrix.file": "m",
         "quantize.imatrix.entries_count": 3,
     }
@@ -161,6 +176,7 @@ VALUES = (
 )
 
 
+@settings(max_examples=50)
 @given(
     st.dictionaries(
         st.text(st.characters(codec="ascii", min_codepoint=97), min_size=1, max_size=6),
@@ -168,7 +184,9 @@ VALUES = (
         max_size=5,
     )
 )
-def test_keys_are_repeated_to_the_byte_up_to_a_strings_first_zero(metadata: dict[str, Any]) -> None:
+def test_keys_are_copied_to_the_byte_up_to_the_first_zero_of_a_string(
+    metadata: dict[str, Any],
+) -> None:
     def through_c(value: Any) -> Any:
         if isinstance(value, str):
             return value.split("\0")[0]
@@ -176,23 +194,28 @@ def test_keys_are_repeated_to_the_byte_up_to_a_strings_first_zero(metadata: dict
 
     head = content([], [key(k, v) for k, v in metadata.items()])
     expected = content([], [key(k, through_c(v)) for k, v in metadata.items()])
-    found = list(metadata_keys(head))
-    assert [name for name, _ in found] == list(metadata)
-    assert b"".join(raw for _, raw in found) == expected[24:].rstrip(b"\0").ljust(
-        sum(len(raw) for _, raw in found), b"\0"
+    copied = list(iterate_metadata(head))
+    assert [name for name, _ in copied] == list(metadata)
+    assert b"".join(raw for _, raw in copied) == expected[24:].rstrip(b"\0").ljust(
+        sum(len(raw) for _, raw in copied), b"\0"
     )
 
 
-def test_empty_arrays_of_strings_are_repeated(tmp_path: Path) -> None:
+def test_empty_arrays_of_strings_are_copied(tmp_path: Path) -> None:
     head = content([], [Key("none", ARRAY, array(STRING, 0, b"")), Key("x", STRING, text("y"))])
-    assert [name for name, _ in metadata_keys(head)] == ["none", "x"]
+    assert [name for name, _ in iterate_metadata(head)] == ["none", "x"]
 
 
-def test_another_type_or_place_is_another_digest(tmp_path: Path) -> None:
+def test_another_type_or_offset_changes_the_digest(tmp_path: Path) -> None:
     tensors = [Tensor("a.weight", (256, 2)), Tensor("b.weight", (256, 2))]
     base, other = write(tmp_path / "a.gguf", tensors), write(tmp_path / "b.gguf", tensors[::-1])
     types = {"a.weight": "Q8_0", "b.weight": "Q4_K"}
-    assert laid(base, types).digest == laid(base, types).digest
-    assert laid(base, types).digest != laid(base, {"a.weight": "Q4_K", "b.weight": "Q8_0"}).digest
-    assert laid(base, types).digest != laid(other, types).digest
-    assert laid(base, types).tensors[0].source == TensorSpec("a.weight", (256, 2), TYPES["F32"], 0)
+    assert lay_out(base, types).digest == lay_out(base, types).digest
+    assert (
+        lay_out(base, types).digest
+        != lay_out(base, {"a.weight": "Q4_K", "b.weight": "Q8_0"}).digest
+    )
+    assert lay_out(base, types).digest != lay_out(other, types).digest
+    assert lay_out(base, types).tensors[0].source == TensorSpec(
+        "a.weight", (256, 2), TYPES["F32"], 0
+    )

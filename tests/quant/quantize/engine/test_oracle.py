@@ -1,4 +1,4 @@
-"""Whole files, byte for byte those of llama-quantize: every type, with and without an imatrix, dense and with experts."""
+"""Whole files equal llama-quantize's: every type, with and without an imatrix or experts."""
 
 import re
 import subprocess
@@ -25,7 +25,7 @@ from tests.quant.quantize.engine.models import (
 
 pytestmark = pytest.mark.tools
 
-TRIED = [t.name for t in TYPES.values() if t.name not in ("F64", "I8", "I16", "I32", "I64")]
+ALL_TYPES = [t.name for t in TYPES.values() if t.name not in ("F64", "I8", "I16", "I32", "I64")]
 
 
 def test_names_are_escaped_and_anchored() -> None:
@@ -33,7 +33,7 @@ def test_names_are_escaped_and_anchored() -> None:
     assert lines == [r"^blk\.1\.ffn_down\.weight$=q4_k", r"^a\+b\[0\]\.weight$=iq2_xxs"]
 
 
-def test_every_line_speaks_of_one_tensor_however_it_is_searched() -> None:
+def test_every_line_matches_one_tensor() -> None:
     names = [
         f"blk.{n}.ffn_{part}.weight" for n in (1, 11, 111) for part in ("up", "up_exps", "gate_up")
     ]
@@ -47,25 +47,25 @@ def test_no_types_are_an_empty_file() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and its imatrix."""
-    made = tmp_path_factory.mktemp("oracle")
-    write_matrix(made / MATRIX_NAME, write_base(made / "base.gguf"))
-    return made
+    """Return the folder of a model and its imatrix."""
+    folder = tmp_path_factory.mktemp("oracle")
+    write_matrix(folder / MATRIX_NAME, write_base(folder / "base.gguf"))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def with_matrix(folder: Path) -> dict[str, Path]:
-    """Every type in one pass, in a process of its own."""
-    wanted = {name: folder / f"{name}.gguf" for name in TRIED}
+    """Write every type in one pass, in a process of its own."""
+    paths = {name: folder / f"{name}.gguf" for name in ALL_TYPES}
     base = folder / "base.gguf"
     run_engine(
-        job(base, folder / MATRIX_NAME, {p: types(base, n) for n, p in wanted.items()}),
+        job(base, folder / MATRIX_NAME, {p: types(base, n) for n, p in paths.items()}),
         folder / "work",
     )
-    return wanted
+    return paths
 
 
-@pytest.mark.parametrize("name", TRIED)
+@pytest.mark.parametrize("name", ALL_TYPES)
 def test_with_an_imatrix(name: str, folder: Path, with_matrix: dict[str, Path]) -> None:
     base, matrix = folder / "base.gguf", folder / MATRIX_NAME
     expected = llama_quantize(base, matrix, types(base, name), "Q8_0", folder / f"{name}.oracle")
@@ -74,24 +74,24 @@ def test_with_an_imatrix(name: str, folder: Path, with_matrix: dict[str, Path]) 
 
 @pytest.fixture(scope="module")
 def without_matrix(folder: Path) -> dict[str, Path]:
-    """Every type that needs none, in one pass over chunks of few rows, within this process."""
-    wanted = {
-        name: folder / f"{name}-static.gguf" for name in TRIED if not TYPES[name].needs_imatrix
+    """Write every type that needs no imatrix, in small chunks, in this process."""
+    paths = {
+        name: folder / f"{name}-static.gguf" for name in ALL_TYPES if not TYPES[name].needs_imatrix
     }
     base = folder / "base.gguf"
     before = chunks.CHUNK_WEIGHTS
     chunks.CHUNK_WEIGHTS = 512 * 7
     try:
         quantize_job(
-            job(base, None, {p: types(base, n) for n, p in wanted.items()}, "Q4_K_M", jobs=3),
+            job(base, None, {p: types(base, n) for n, p in paths.items()}, "Q4_K_M", jobs=3),
             folder,
         )
     finally:
         chunks.CHUNK_WEIGHTS = before
-    return wanted
+    return paths
 
 
-@pytest.mark.parametrize("name", [n for n in TRIED if not TYPES[n].needs_imatrix])
+@pytest.mark.parametrize("name", [n for n in ALL_TYPES if not TYPES[n].needs_imatrix])
 def test_without_an_imatrix_in_chunks_that_do_not_divide_the_rows(
     name: str, folder: Path, without_matrix: dict[str, Path]
 ) -> None:
@@ -107,10 +107,14 @@ def test_shards_are_those_of_llama_gguf_split(size: str, tmp_path: Path) -> None
     base = write_base(tmp_path / "base.gguf", LARGE)
     matrix = write_matrix(tmp_path / MATRIX_NAME, base)
     whole, cut = tmp_path / "whole" / "M-V.gguf", tmp_path / "cut" / "M-V.gguf"
-    doing = job(base, matrix, {whole: types(base, "Q8_0"), cut: types(base, "Q8_0")})
+    request = job(base, matrix, {whole: types(base, "Q8_0"), cut: types(base, "Q8_0")})
     quantize_job(
         replace(
-            doing, wanted=(doing.wanted[0], replace(doing.wanted[1], max_bytes=parse_size(size)))
+            request,
+            variants=(
+                request.variants[0],
+                replace(request.variants[1], max_bytes=parse_size(size)),
+            ),
         ),
         tmp_path,
     )
@@ -120,6 +124,6 @@ def test_shards_are_those_of_llama_gguf_split(size: str, tmp_path: Path) -> None
     subprocess.run(
         [find_toolchain().path("llama-gguf-split"), *command], check=True, capture_output=True
     )
-    found = {p.name: p.read_bytes() for p in cut.parent.glob("*.gguf")}
-    assert found == {p.name: p.read_bytes() for p in expected.iterdir()}
-    assert len(found) > 1
+    written = {p.name: p.read_bytes() for p in cut.parent.glob("*.gguf")}
+    assert written == {p.name: p.read_bytes() for p in expected.iterdir()}
+    assert len(written) > 1

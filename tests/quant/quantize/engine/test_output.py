@@ -1,4 +1,4 @@
-"""What is believed of an earlier run: its record, where every file stands or only lacks its final name."""
+"""The record of an earlier run: it counts if every file exists, or only lacks its final name."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from quant.quantize.engine import journal
-from quant.quantize.engine.output import read_finished, record_path
+from quant.quantize.engine.output import record_path, recover_record
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """A variant of two shards, whose run was ended after the first of them got its final name."""
+    """Return the path of a variant of two shards, of which the second lacks its final name."""
     path = tmp_path / "V.gguf"
     (tmp_path / "V-00001-of-00002.gguf").write_bytes(b"one")
     (tmp_path / "V-00002-of-00002.gguf.partial").write_bytes(b"two")
@@ -21,10 +21,10 @@ def shards(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_run_that_was_ended_while_its_shards_got_their_names_is_finished_by_naming_them(
+def test_shards_that_lack_their_final_names_get_them(
     shards: Path,
 ) -> None:
-    record = read_finished(shards, "weights")
+    record = recover_record(shards, "weights")
     assert record and record["tensors"] == {}
     assert sorted(p.name for p in shards.parent.glob("*.gguf*")) == [
         "V-00001-of-00002.gguf",
@@ -34,17 +34,17 @@ def test_a_run_that_was_ended_while_its_shards_got_their_names_is_finished_by_na
     assert (shards.parent / "V-00002-of-00002.gguf").read_bytes() == b"two"
 
 
-def test_what_was_made_of_other_weights_is_not_taken(shards: Path) -> None:
-    assert read_finished(shards, "other weights") is None
+def test_a_variant_of_another_base_does_not_count(shards: Path) -> None:
+    assert recover_record(shards, "other weights") is None
     assert not (shards.parent / "V-00002-of-00002.gguf").exists()
 
 
-def test_a_record_whose_files_are_gone_is_not_believed(shards: Path) -> None:
+def test_a_record_whose_files_are_gone_does_not_count(shards: Path) -> None:
     (shards.parent / "V-00001-of-00002.gguf").unlink()
-    assert read_finished(shards, "weights") is None
+    assert recover_record(shards, "weights") is None
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"identity": "weights", "fil'])
-def test_a_record_that_is_cut_short_is_none(shards: Path, text: str) -> None:
+def test_a_record_that_is_cut_short_does_not_count(shards: Path, text: str) -> None:
     record_path(shards).write_text(text)
-    assert read_finished(shards, "weights") is None
+    assert recover_record(shards, "weights") is None

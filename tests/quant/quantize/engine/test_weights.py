@@ -1,4 +1,4 @@
-"""The importance of columns, as llama-quantize computes it."""
+"""The importance of columns as llama-quantize computes it, and input files that must not change."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from quant.llama.gguf import TensorSpec
 from quant.llama.types import TYPES
 from quant.quantize.engine import weights
 from quant.quantize.engine.chunks import split_into_chunks
-from quant.quantize.engine.weights import ColumnImportance, WatchedFile, WeightSource
+from quant.quantize.engine.weights import ColumnImportance, InputFile, WeightSource
 from tests.gguf_files import Tensor, write
 from tests.quant.quantize.engine.models import _finish
 
@@ -31,7 +31,7 @@ def spec(name: str, *shape: int) -> TensorSpec:
     return TensorSpec(f"{name}.weight", shape, TYPES["BF16"])
 
 
-def test_each_expert_has_its_own_mean_and_an_unseen_one_weighs_one(tmp_path: Path) -> None:
+def test_each_expert_has_its_own_mean_and_one_without_tokens_weighs_1(tmp_path: Path) -> None:
     sums = np.array([[3, 6, 9, 1], [5, 5, 5, 5], [7, 1, 0, 2]])
     found = matrix(tmp_path / "m.gguf", a=(sums, np.array([[3], [0], [7]])))
     columns = [found.columns(spec("a", 4, 2, 3), expert) for expert in range(3)]
@@ -123,20 +123,20 @@ def test_reading_columns_loads_no_library_for_recipes_or_whole_files() -> None:
     assert not {"pydantic", "gguf", "quant.plan.recipe", "quant.calibration.text"} & {*names}
 
 
-def test_rows_are_read_from_where_they_lie(tmp_path: Path) -> None:
+def test_rows_are_read_from_their_place(tmp_path: Path) -> None:
     tensors = [Tensor("a.weight", (32, 3), "BF16"), Tensor("b.weight", (256, 9, 2), "BF16")]
     source = WeightSource.open(write(tmp_path / "base.gguf", tensors))
     found = b"".join(
-        source.raw(source.header.by_name["b.weight"], c).tobytes()
+        source.read_rows(source.header.by_name["b.weight"], c).tobytes()
         for c in split_into_chunks(spec("b", 256, 9, 2))
     )
     assert found == tensors[1].bytes()
 
 
-def test_a_file_that_is_written_to_has_changed(tmp_path: Path) -> None:
+def test_a_file_that_was_written_to_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"12345678")
-    file = WatchedFile(path)
+    file = InputFile(path)
     file.check_unchanged()
     path.write_bytes(b"1234567")
     with pytest.raises(InputError, match="changed while it was read"):

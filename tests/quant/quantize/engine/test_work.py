@@ -1,4 +1,4 @@
-"""One pass: each chunk is read once and quantised once for each type, whoever wants it; what is there is copied."""
+"""One pass: each chunk is read once and quantized once per type; finished tensors are copied."""
 
 import json
 import os
@@ -15,12 +15,12 @@ import pytest
 from quant.llama import ggml
 from quant.llama.gguf import TensorSpec, read_header
 from quant.llama.types import TYPES, GGMLType
-from quant.quantize.engine import slots
+from quant.quantize.engine import status
 from quant.quantize.engine.chunks import Chunk
-from quant.quantize.engine.job import EngineJob, EngineSettings
-from quant.quantize.engine.output import WrittenFile, record_path
-from quant.quantize.engine.reuse import FinishedFile
-from quant.quantize.engine.weights import WeightSource
+from quant.quantize.engine.job import EngineJob, EngineSettings, parse_reusable
+from quant.quantize.engine.output import record_path
+from quant.quantize.engine.reuse import ReusableFile
+from quant.quantize.engine.weights import ColumnImportance, WeightSource
 from quant.quantize.engine.work import quantize_job
 from quant.quantize.kernels import Kernels
 from tests.quant.quantize.engine.models import MATRIX_NAME, job, types, write_base, write_matrix
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.tools
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, its imatrix, and what is made of them."""
+    """Return the folder of a model, its imatrix, and two variants."""
     folder = tmp_path_factory.mktemp("model")
     base = write_base(folder / "base.gguf")
     write_matrix(folder / MATRIX_NAME, base)
@@ -47,52 +47,54 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[Any]]:
-    """Counts what is read, by tensor and chunk, and what is quantised, by type."""
-    seen: Counter[Any] = Counter()
+    """Count reads by tensor and chunk, and calls of kernels by type."""
+    counts: Counter[Any] = Counter()
     lock = threading.Lock()
-    real_raw, real_kernel = WeightSource.raw, Kernels.kernel
+    real_read_rows, real_kernel = WeightSource.read_rows, Kernels.kernel
 
-    def raw(source: WeightSource, tensor: TensorSpec, chunk: Chunk) -> ggml.Bytes:
+    def read_rows(source: WeightSource, tensor: TensorSpec, chunk: Chunk) -> ggml.Bytes:
         with lock:
-            seen[tensor.name, chunk.no] += 1
-        return real_raw(source, tensor, chunk)
+            counts[tensor.name, chunk.index] += 1
+        return real_read_rows(source, tensor, chunk)
 
     def kernel(kernels: Kernels, kind: GGMLType) -> ggml.Kernel:
         inner = real_kernel(kernels, kind)
 
         def counted(rows: ggml.Rows, weights: ggml.Rows | None) -> ggml.Bytes:
             with lock:
-                seen[kind.name] += 1
+                counts[kind.name] += 1
             return inner(rows, weights)
 
         return counted
 
-    monkeypatch.setattr(WeightSource, "raw", raw)
+    monkeypatch.setattr(WeightSource, "read_rows", read_rows)
     monkeypatch.setattr(Kernels, "kernel", kernel)
-    yield seen
+    yield counts
 
 
-def told(model: Path, out: Path, **wanted: dict[str, str]) -> EngineJob:
+def make_job(model: Path, out: Path, **variants: dict[str, str]) -> EngineJob:
     return job(
-        model / "base.gguf", model / MATRIX_NAME, {out / f"{n}.gguf": t for n, t in wanted.items()}
+        model / "base.gguf",
+        model / MATRIX_NAME,
+        {out / f"{n}.gguf": t for n, t in variants.items()},
     )
 
 
-def finished(path: Path) -> FinishedFile:
+def make_reusable(path: Path) -> ReusableFile:
     record = json.loads(record_path(path).read_text())
-    return FinishedFile(
-        path, {name: WrittenFile(**made) for name, made in record["tensors"].items()}
-    )
+    return parse_reusable(path, record["tensors"])
 
 
-def test_shared_work_is_done_once(model: Path, tmp_path: Path, calls: Counter[Any]) -> None:
+def test_work_that_variants_share_is_done_once(
+    model: Path, tmp_path: Path, calls: Counter[Any]
+) -> None:
     base = model / "base.gguf"
-    quantize_job(told(model, tmp_path, a=types(base, "Q8_0")), tmp_path)
+    quantize_job(make_job(model, tmp_path, a=types(base, "Q8_0")), tmp_path)
     alone = calls["Q8_0"]
     calls.clear()
     mixed = types(base, "Q8_0") | {"output.weight": "Q4_K"}
     quantize_job(
-        told(model, tmp_path, b=types(base, "Q8_0"), c=mixed, d=types(base, "Q8_0")), tmp_path
+        make_job(model, tmp_path, b=types(base, "Q8_0"), c=mixed, d=types(base, "Q8_0")), tmp_path
     )
     assert (calls["Q8_0"], calls["Q4_K"]) == (alone, 1)
     assert all(n == 1 for key, n in calls.items() if isinstance(key, tuple))
@@ -103,28 +105,27 @@ def test_shared_work_is_done_once(model: Path, tmp_path: Path, calls: Counter[An
 def test_the_record_holds_every_tensors_digest(model: Path) -> None:
     path = model / "Q4_K.gguf"
     record = json.loads(record_path(path).read_text())
-    assert {name: made["sha256"] for name, made in record["tensors"].items()} == read_header(
+    assert {name: t["sha256"] for name, t in record["tensors"].items()} == read_header(
         path
     ).hash_tensors()
-    assert {name: made["type"] for name, made in record["tensors"].items()} == types(
+    assert {name: t["type"] for name, t in record["tensors"].items()} == types(
         model / "base.gguf", "Q4_K"
     )
 
 
-def test_the_loss_is_the_weighted_error_of_some_rows(model: Path) -> None:
-    """On a tensor of eight rows at most it is that of all rows."""
-    lost = {
+def test_the_error_is_measured_on_some_rows(model: Path) -> None:
+    records = {
         n: json.loads(record_path(model / f"{n}.gguf").read_text())["tensors"]
         for n in ("Q4_K", "Q8_0")
     }
     for name in ("output.weight", "blk.0.ffn_up_exps.weight", "blk.10.ffn_down.weight"):
-        assert 0 < lost["Q8_0"][name]["error"] < 1e-3 < lost["Q4_K"][name]["error"] < 2e-2
-    assert lost["Q4_K"]["output_norm.weight"]["error"] == 0
+        assert 0 < records["Q8_0"][name]["error"] < 1e-3 < records["Q4_K"][name]["error"] < 2e-2
+    assert records["Q4_K"]["output_norm.weight"]["error"] == 0
 
 
-def test_the_loss_of_a_small_tensor_is_computed_as_it_is_defined(tmp_path: Path) -> None:
-    from quant.quantize.engine.weights import ColumnImportance
-
+def test_the_error_of_a_small_tensor_is_the_relative_weighted_mse_of_all_its_rows(
+    tmp_path: Path,
+) -> None:
     base = write_base(
         tmp_path / "base.gguf", {"token_embd.weight": (256, 3), "output.weight": (256, 6)}
     )
@@ -134,43 +135,43 @@ def test_the_loss_of_a_small_tensor_is_computed_as_it_is_defined(tmp_path: Path)
         ggml.load_ggml(ggml.find_library(Path(job(base, None, {}).library).parent)),
         ColumnImportance.open(matrix),
     )
-    spec, made = read_header(base).by_name["output.weight"], read_header(tmp_path / "x.gguf")
-    whole = library.to_float(
-        spec.type, WeightSource.open(base).raw(spec, Chunk(0, 0, 0, 6)), 256
+    spec, written = read_header(base).by_name["output.weight"], read_header(tmp_path / "x.gguf")
+    original = library.to_float(
+        spec.type, WeightSource.open(base).read_rows(spec, Chunk(0, 0, 0, 6)), 256
     ).astype(float)
     stored = np.fromfile(
         tmp_path / "x.gguf",
         np.uint8,
-        made.by_name["output.weight"].bytes,
-        offset=made.data_start + made.by_name["output.weight"].offset,
+        written.by_name["output.weight"].bytes,
+        offset=written.data_start + written.by_name["output.weight"].offset,
     )
     back = library.to_float(TYPES["Q4_K"], stored, 256).astype(float)
     weights = columns.columns(spec, 0)
     assert weights is not None
-    expected = (weights * (back - whole) ** 2).sum() / (weights * whole**2).sum()
-    found = json.loads(record_path(tmp_path / "x.gguf").read_text())["tensors"]["output.weight"][
+    expected = (weights * (back - original) ** 2).sum() / (weights * original**2).sum()
+    error = json.loads(record_path(tmp_path / "x.gguf").read_text())["tensors"]["output.weight"][
         "error"
     ]
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert error == pytest.approx(expected, rel=1e-4)
 
 
 def test_tensors_of_a_finished_file_are_copied(
     model: Path, tmp_path: Path, calls: Counter[Any]
 ) -> None:
     changed = types(model / "base.gguf", "Q4_K") | {"output.weight": "Q6_K"}
-    two = told(model, tmp_path, a=changed, c=changed)
-    quantize_job(replace(two, finished=(finished(model / "Q4_K.gguf"),)), tmp_path)
+    two = make_job(model, tmp_path, a=changed, c=changed)
+    quantize_job(replace(two, reusable=(make_reusable(model / "Q4_K.gguf"),)), tmp_path)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
     assert {k for k in calls if isinstance(k, str)} == {"Q6_K"}
     assert {name for name, _ in (k for k in calls if isinstance(k, tuple))} == {"output.weight"}
     copied = (tmp_path / "a.gguf").read_bytes()
     record = json.loads(record_path(tmp_path / "a.gguf").read_text())
-    quantize_job(told(model, tmp_path, b=changed), tmp_path)
+    quantize_job(make_job(model, tmp_path, b=changed), tmp_path)
     assert (tmp_path / "b.gguf").read_bytes() == copied
     assert json.loads(record_path(tmp_path / "b.gguf").read_text())["tensors"] == record["tensors"]
 
 
-def test_a_tensor_that_was_damaged_since_is_made_anew(
+def test_a_damaged_tensor_is_quantized_again(
     model: Path, tmp_path: Path, calls: Counter[Any]
 ) -> None:
     old = tmp_path / "old.gguf"
@@ -179,36 +180,38 @@ def test_a_tensor_that_was_damaged_since_is_made_anew(
     with old.open("r+b") as f:
         f.seek(header.data_start + header.by_name["output.weight"].offset + 1000)
         f.write(b"\x55\xaa")
-    before = finished(model / "Q4_K.gguf")
-    doing = replace(
-        told(model, tmp_path, a=types(model / "base.gguf", "Q4_K")),
-        finished=(replace(before, path=old),),
+    before = make_reusable(model / "Q4_K.gguf")
+    request = replace(
+        make_job(model, tmp_path, a=types(model / "base.gguf", "Q4_K")),
+        reusable=(replace(before, path=old),),
     )
-    quantize_job(doing, tmp_path)
+    quantize_job(request, tmp_path)
     assert {name for name, _ in (k for k in calls if isinstance(k, tuple))} == {"output.weight"}
     assert (tmp_path / "a.gguf").read_bytes() == (model / "Q4_K.gguf").read_bytes()
 
 
-def test_where_the_kernel_cannot_copy_bytes_go_through_memory(
+def test_without_copy_file_range_tensors_are_copied_through_memory(
     model: Path, tmp_path: Path, calls: Counter[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: int) -> int:
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    doing = replace(
-        told(model, tmp_path, a=types(model / "base.gguf", "Q4_K")),
-        finished=(finished(model / "Q4_K.gguf"),),
+    request = replace(
+        make_job(model, tmp_path, a=types(model / "base.gguf", "Q4_K")),
+        reusable=(make_reusable(model / "Q4_K.gguf"),),
     )
-    quantize_job(doing, tmp_path)
+    quantize_job(request, tmp_path)
     assert not calls
     assert (tmp_path / "a.gguf").read_bytes() == (model / "Q4_K.gguf").read_bytes()
 
 
-def test_a_finished_file_that_is_gone_is_no_loss(model: Path, tmp_path: Path) -> None:
-    before = replace(finished(model / "Q4_K.gguf"), path=tmp_path / "gone.gguf")
+def test_a_reusable_file_that_is_gone_is_ignored(model: Path, tmp_path: Path) -> None:
+    before = replace(make_reusable(model / "Q4_K.gguf"), path=tmp_path / "gone.gguf")
     quantize_job(
-        replace(told(model, tmp_path, a=types(model / "base.gguf", "Q4_K")), finished=(before,)),
+        replace(
+            make_job(model, tmp_path, a=types(model / "base.gguf", "Q4_K")), reusable=(before,)
+        ),
         tmp_path,
     )
     assert (tmp_path / "a.gguf").read_bytes() == (model / "Q4_K.gguf").read_bytes()
@@ -219,17 +222,17 @@ def test_threads_and_memory_change_no_byte(model: Path, tmp_path: Path) -> None:
         (EngineSettings(1), EngineSettings(5), EngineSettings(3, memory=1))
     ):
         path = tmp_path / f"{n}.gguf"
-        doing = job(
+        request = job(
             model / "base.gguf", model / MATRIX_NAME, {path: types(model / "base.gguf", "Q4_K")}
         )
-        quantize_job(replace(doing, settings=settings), tmp_path)
+        quantize_job(replace(request, settings=settings), tmp_path)
         assert path.read_bytes() == (model / "Q4_K.gguf").read_bytes()
 
 
-def test_what_is_in_work_is_told_once_and_no_longer_than_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "slots"
-    made = slots.Slots(path)
-    with made.working(0, "a as Q4_K"), made.working(2, "b as Q4_K"), made.working(3, "a as Q4_K"):
-        assert slots.read_slots(path) == ("a as Q4_K", "b as Q4_K")
-    assert slots.read_slots(path) == ()
-    assert slots.read_slots(tmp_path / "none") == ()
+def test_tensors_in_work_are_listed_once_while_they_are_in_work(tmp_path: Path) -> None:
+    path = tmp_path / "status"
+    work = status.WorkStatus(path)
+    with work.show(0, "a as Q4_K"), work.show(2, "b as Q4_K"), work.show(3, "a as Q4_K"):
+        assert status.read_in_work(path) == ("a as Q4_K", "b as Q4_K")
+    assert status.read_in_work(path) == ()
+    assert status.read_in_work(tmp_path / "none") == ()

@@ -1,4 +1,4 @@
-"""The libraries that kernels are tried with."""
+"""The libraries that the kernels are tested with."""
 
 from pathlib import Path
 
@@ -16,14 +16,14 @@ def library() -> ggml.Library:
 
 @pytest.fixture(scope="session")
 def native() -> NativeLibrary:
-    found = load_library()
-    if found.dll is None:
-        pytest.skip(found.problem)
-    return found
+    native = load_library()
+    if native.dll is None:
+        pytest.skip(native.problem)
+    return native
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own."""
+    """Give the test a cache of its own, and return its path."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "gguf-foundry" / "kernels"

@@ -1,4 +1,4 @@
-"""Rows of twenty natures and column weights of seven, with fixed seeds: what kernels are held against ggml with."""
+"""Rows of twenty distributions and column weights of seven, with fixed seeds, to compare kernels on."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ def gauss(r: Generator, s: Shape) -> Doubles:
 
 
 def empty_parts(r: Generator, s: Shape) -> Doubles:
-    """Empty rows, half empty rows, and rows of which one weight in twenty is left."""
+    """Return zero rows, half zero rows, and rows with one weight in twenty."""
     x = gauss(r, s)
     x[0::3] *= r.random(x[0::3].shape) < 0.05
     x[1::3] = 0
@@ -35,7 +35,7 @@ def bf16(x: Doubles) -> Doubles:
 
 
 def scaled(r: Generator, s: Shape, block: int, deviation: float) -> Doubles:
-    """Every block of its own size."""
+    """Return normal weights with a scale for each block."""
     scale = np.exp(r.normal(0, deviation, (s[0], -(-s[1] // block))))
     each: Doubles = np.repeat(scale, block, axis=1)[:, : s[1]]
     return gauss(r, s) * each
@@ -64,7 +64,7 @@ WEIGHTS: Mapping[str, Draw] = {
     "minus zero": lambda r, s: np.where(r.random(s) < 0.3, -0.0, gauss(r, s)),
 }
 EXTREME = frozenset({"denormal", "huge", "mixed sizes", "empty parts", "tiny", "cauchy"})
-"""Natures whose blocks may go to ggml; of the others, with ordinary weights of the columns, none does."""
+"""Distributions whose blocks a kernel may leave to ggml. It leaves none of the others."""
 
 
 def spiky(r: Generator, n: int) -> Doubles:
@@ -81,12 +81,12 @@ MATRICES: Mapping[str, Callable[[Generator, int], Doubles | None]] = {
     "none": lambda r, n: None,
 }
 UNEVEN = frozenset({"some zeros", "spiky"})
-"""Weights of the columns with which a few blocks of any nature may go to ggml."""
+"""Column weights with which a kernel may leave a few blocks of any distribution to ggml."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Some rows of one nature."""
+    """Some rows of one distribution, with column weights."""
 
     weights: str
     matrix: str
@@ -94,13 +94,13 @@ class Case:
     w: Floats | None
 
     @property
-    def spared(self) -> int:
-        """How many of a thousand blocks may go to ggml."""
+    def odd_per_thousand(self) -> int:
+        """How many of a thousand blocks may be left to ggml."""
         return 1000 if self.weights in EXTREME else 2 if self.matrix in UNEVEN else 0
 
 
 def cases(seed: int, shape: Shape) -> Iterator[Case]:
-    """Every nature of rows with every nature of column weights."""
+    """Yield every distribution of rows with every distribution of column weights."""
     random = np.random.default_rng(seed)
     for name, draw in WEIGHTS.items():
         for matrix, columns in MATRICES.items():
@@ -110,14 +110,14 @@ def cases(seed: int, shape: Shape) -> Iterator[Case]:
 
 
 def mixed(seed: int, row: int) -> Floats:
-    """Rows of all natures next to each other, so that the lanes of a group differ."""
+    """Return rows of all distributions in random order, so that the lanes of a group differ."""
     random = np.random.default_rng(seed)
     rows = [draw(random, (3, row)).astype(np.float32) for draw in WEIGHTS.values()]
     return np.ascontiguousarray(np.concatenate(rows)[random.permutation(3 * len(rows))])
 
 
 def real(file: Path, rows: int) -> Iterator[tuple[str, Floats]]:
-    """The first rows of every matrix of a safetensors file of bfloat16 numbers."""
+    """Yield the first rows of every BF16 matrix of a safetensors file."""
     raw = file.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     for name, about in json.loads(raw[8:start]).items():

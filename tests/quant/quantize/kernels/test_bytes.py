@@ -1,4 +1,4 @@
-"""The project's kernels write the bytes that ggml writes, block by block, on every instruction set of this processor."""
+"""Every kernel writes ggml's bytes, block by block, on every instruction set of this processor."""
 
 import os
 import sys
@@ -18,9 +18,9 @@ from tests.quant.quantize.kernels import samples
 NATIVE = load_library()
 SERVED = [(i, t) for i in NATIVE.sets for t in TYPES.values() if NATIVE.has(i, t)]
 LANES = 16
-"""The most superblocks that a kernel takes side by side."""
+"""The most superblocks that a kernel works on side by side."""
 SLOW_TABLES = frozenset({"IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS"})
-"""Types whose tables take ggml seconds; test_grids.py has tests without ggml for them."""
+"""Types whose tables take ggml seconds; test_grids.py tests them without ggml."""
 EVERY_KERNEL = pytest.mark.parametrize(
     ("instructions", "t"),
     [
@@ -32,10 +32,10 @@ EVERY_KERNEL = pytest.mark.parametrize(
 )
 
 
-def differ(
+def count_differences(
     library: ggml.Library, t: GGMLType, kernel: CountedKernel, x: Rows, w: Rows | None
 ) -> tuple[int, int]:
-    """How many blocks are not ggml's, and how many were left to it; all, where it would end this process."""
+    """Return how many blocks differ from ggml's, and how many were left to it; all if it would abort."""
     try:
         data, counts = kernel(x, w)
     except InputError:
@@ -47,22 +47,25 @@ def differ(
 def compare(
     library: ggml.Library, t: GGMLType, kernel: CountedKernel, seed: int, shape: tuple[int, int]
 ) -> tuple[int, int]:
-    """Blocks compared, and those of them that went to ggml. None may differ, and ordinary ones not go."""
-    wrong, gone, blocks, total = Counter[str](), Counter[str](), 0, 0
+    """Return how many blocks were compared, and how many were left to ggml.
+
+    None may differ, and no ordinary block may be left to ggml.
+    """
+    wrong, left, blocks, total = Counter[str](), Counter[str](), 0, 0
     for case in samples.cases(seed, shape):
         if case.w is None and t.needs_imatrix:
             continue
         name = f"{case.weights}, {case.matrix}"
-        wrong[name], odd = differ(library, t, kernel, case.x, case.w)
-        gone[name] = odd if odd * 1000 * t.block > case.spared * case.x.size else 0
+        wrong[name], odd = count_differences(library, t, kernel, case.x, case.w)
+        left[name] = odd if odd * 1000 * t.block > case.odd_per_thousand * case.x.size else 0
         blocks, total = blocks + case.x.size // t.block, total + odd
     assert not +wrong
-    assert not +gone
+    assert not +left
     return blocks, total
 
 
 @EVERY_KERNEL
-def test_blocks_of_every_nature_are_ggmls(
+def test_blocks_of_every_distribution_are_ggmls(
     library: ggml.Library, native: NativeLibrary, instructions: str, t: GGMLType
 ) -> None:
     kernel = native.kernel(library, instructions, t)
@@ -71,20 +74,20 @@ def test_blocks_of_every_nature_are_ggmls(
 
 @EVERY_KERNEL
 @pytest.mark.parametrize("rows", [1, 5, 60])
-def test_lanes_of_different_nature_do_not_disturb_each_other(
+def test_different_lanes_do_not_disturb_each_other(
     library: ggml.Library, native: NativeLibrary, instructions: str, t: GGMLType, rows: int
 ) -> None:
     kernel = native.kernel(library, instructions, t)
     x = samples.mixed(2, 768)[:rows]
     w = np.abs(np.random.default_rng(3).normal(0, 1, 768)).astype(np.float32)
-    assert differ(library, t, kernel, x, w)[0] == 0
+    assert count_differences(library, t, kernel, x, w)[0] == 0
 
 
 @EVERY_KERNEL
-def test_lanes_that_are_all_alike_are_ggmls(
+def test_equal_lanes_are_ggmls(
     library: ggml.Library, native: NativeLibrary, instructions: str, t: GGMLType
 ) -> None:
-    """What is left out where no lane of a group needs it must not be needed: here no lane helps another to it."""
+    """A step that is skipped if no lane needs it: here no other lane makes up for a wrong skip."""
     kernel, wrong = native.kernel(library, instructions, t), Counter[str]()
     for case in samples.cases(11, (1, 2 * 256)):
         if case.w is None and t.needs_imatrix:
@@ -103,7 +106,7 @@ def test_lanes_that_are_all_alike_are_ggmls(
 
 
 def test_a_minimum_above_all_weights_is_ggmls(library: ggml.Library, native: NativeLibrary) -> None:
-    """Met in one of a thousand superblocks without positive weights, where a few columns count for all."""
+    """Found in one of 1000 superblocks without positive weights, with a few dominant columns."""
     all_cases = samples.cases(7, (120, 2304))
     case = next(c for c in all_cases if (c.weights, c.matrix) == ("negative", "spiky"))
     assert case.w is not None
@@ -111,7 +114,7 @@ def test_a_minimum_above_all_weights_is_ggmls(library: ggml.Library, native: Nat
     w = case.w.reshape(-1, 256)[204 % 9].copy()
     for i in native.sets:
         kernel = native.kernel(library, i, TYPES["Q2_K"])
-        assert differ(library, TYPES["Q2_K"], kernel, np.repeat(x, LANES, 0), w)[0] == 0
+        assert count_differences(library, TYPES["Q2_K"], kernel, np.repeat(x, LANES, 0), w)[0] == 0
 
 
 @EVERY_KERNEL
@@ -122,7 +125,9 @@ def test_rows_that_are_no_multiple_of_the_lanes_are_ggmls(
     for row in (t.block, 3 * t.block, 35 * t.block):
         x = np.random.default_rng(row).normal(0, 0.02, (7, row)).astype(np.float32)
         x.flags.writeable = False
-        assert differ(library, t, kernel, x, np.linspace(1, 2, row, dtype=np.float32)) == (0, 0)
+        assert count_differences(
+            library, t, kernel, x, np.linspace(1, 2, row, dtype=np.float32)
+        ) == (0, 0)
 
 
 @pytest.mark.tools
@@ -153,7 +158,7 @@ def test_the_weights_of_a_trained_model_are_ggmls(
     for name, x in samples.real(RECIPES / "models" / "tiny-glm" / "model.safetensors", 64):
         if t.fits(x.shape[1]):
             w = np.random.default_rng(len(name)).lognormal(0, 1, x.shape[1:]).astype(np.float32)
-            assert differ(library, t, kernel, x, w) == (0, 0), name
+            assert count_differences(library, t, kernel, x, w) == (0, 0), name
             blocks += x.size // t.block
     assert blocks * t.block > 500_000
 

@@ -1,4 +1,4 @@
-"""A kernel serves only where it writes what the loaded ggml writes; otherwise ggml does, and the reason is told."""
+"""A kernel is chosen only if it writes the loaded ggml's bytes; otherwise ggml is, with a reason."""
 
 import json
 import shutil
@@ -23,8 +23,8 @@ W = np.linspace(1, 2, 512, dtype=np.float32)
 Q4 = TYPES["Q4_K"]
 
 
-class Wrong(NativeLibrary):
-    """The library, but the last byte of every result is another."""
+class WrongLibrary(NativeLibrary):
+    """The library, with the last byte of every result changed."""
 
     def kernel(
         self, library: ggml.Library, instructions: str, ggml_type: GGMLType
@@ -39,22 +39,23 @@ class Wrong(NativeLibrary):
         return quantize
 
 
-def test_the_fastest_kernel_that_passes_serves(
+def test_the_fastest_kernel_that_passes_its_trial_is_chosen(
     library: ggml.Library, native: NativeLibrary
 ) -> None:
     kernels = Kernels(library, native)
-    assert kernels.served(Q4) == KernelChoice(native.sets[0])
+    assert kernels.choice(Q4) == KernelChoice(native.sets[0])
     assert kernels.kernel(Q4)(X, W).tobytes() == library.kernel(Q4)(X, W).tobytes()
 
 
 def test_a_type_whose_kernel_writes_other_bytes_is_left_to_ggml(
     library: ggml.Library, native: NativeLibrary
 ) -> None:
-    kernels = Kernels(library, Wrong(**vars(native)))
-    served = kernels.served(Q4)
-    assert served.by == "ggml"
+    kernels = Kernels(library, WrongLibrary(**vars(native)))
+    choice = kernels.choice(Q4)
+    assert choice.source == "ggml"
     assert (
-        f"{native.sets[-1]}: 1 of 120 blocks with weights of the columns are not as" in served.why
+        f"{native.sets[-1]}: 1 of 120 blocks with weights of the columns are not as"
+        in choice.reason
     )
     assert kernels.kernel(Q4)(X, W).tobytes() == library.kernel(Q4)(X, W).tobytes()
 
@@ -62,65 +63,67 @@ def test_a_type_whose_kernel_writes_other_bytes_is_left_to_ggml(
 def test_a_type_without_a_kernel_is_left_to_ggml(
     library: ggml.Library, native: NativeLibrary
 ) -> None:
-    assert Kernels(library, native).served(TYPES["Q8_0"]) == KernelChoice(
+    assert Kernels(library, native).choice(TYPES["Q8_0"]) == KernelChoice(
         "ggml", "there is no kernel for Q8_0"
     )
 
 
-def test_what_a_trial_found_is_kept(
+def test_the_outcome_of_a_trial_is_kept(
     library: ggml.Library, native: NativeLibrary, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Kernels(library, native).served(Q4)
-    (kept,) = cache.iterdir()
-    assert json.loads(kept.read_text())["difference"] == ""
-    monkeypatch.setattr(trial, "find_kernel_difference", lambda *_: pytest.fail("tried again"))
-    assert Kernels(library, native).served(Q4).by == native.sets[0]
+    Kernels(library, native).choice(Q4)
+    (outcome,) = cache.iterdir()
+    assert json.loads(outcome.read_text())["difference"] == ""
+    monkeypatch.setattr(trial, "compare_with_ggml", lambda *_: pytest.fail("tried again"))
+    assert Kernels(library, native).choice(Q4).source == native.sets[0]
 
 
-def test_an_outcome_that_cannot_be_read_or_kept_is_found_anew(
+def test_an_outcome_that_cannot_be_read_or_kept_leads_to_a_new_trial(
     library: ggml.Library, native: NativeLibrary, cache: Path
 ) -> None:
-    Kernels(library, native).served(Q4)
-    (kept,) = cache.iterdir()
-    kept.write_text("{")
-    assert Kernels(library, native).served(Q4).by == native.sets[0]
+    Kernels(library, native).choice(Q4)
+    (outcome,) = cache.iterdir()
+    outcome.write_text("{")
+    assert Kernels(library, native).choice(Q4).source == native.sets[0]
     shutil.rmtree(cache)
     cache.write_text("no folder")
-    assert Kernels(library, native).served(Q4).by == native.sets[0]
+    assert Kernels(library, native).choice(Q4).source == native.sets[0]
 
 
-def test_a_type_that_takes_ggml_long_waits_for_its_first_use(
+def test_a_slow_trial_is_needed_until_it_was_made(
     library: ggml.Library, native: NativeLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "SLOW", frozenset({"Q4_K", "Q8_0"}))
+    monkeypatch.setattr(trial, "SLOW_TYPES", frozenset({"Q4_K", "Q8_0"}))
     kernels = Kernels(library, native)
     assert (
-        kernels.waiting(Q4)
-        and not kernels.waiting(TYPES["Q8_0"])
-        and not kernels.waiting(TYPES["Q6_K"])
+        kernels.needs_slow_trial(Q4)
+        and not kernels.needs_slow_trial(TYPES["Q8_0"])
+        and not kernels.needs_slow_trial(TYPES["Q6_K"])
     )
-    kernels.served(Q4)
-    assert not kernels.waiting(Q4)
+    kernels.choice(Q4)
+    assert not kernels.needs_slow_trial(Q4)
 
 
-def test_ggml_can_be_asked_for(library: ggml.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ggml_can_be_chosen_by_the_environment(
+    library: ggml.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("QUANT_KERNELS", "ggml")
-    assert Kernels(library, load_library.__wrapped__()).served(Q4) == KernelChoice(
+    assert Kernels(library, load_library.__wrapped__()).choice(Q4) == KernelChoice(
         "ggml", "QUANT_KERNELS says ggml"
     )
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "avx512"])
-def test_an_instruction_set_can_be_asked_for(
+def test_an_instruction_set_can_be_chosen_by_the_environment(
     library: ggml.Library, native: NativeLibrary, instructions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if instructions not in native.sets:
         pytest.skip(f"this processor has no {instructions}")
     monkeypatch.setenv("QUANT_KERNELS", instructions)
-    assert Kernels(library, load_library.__wrapped__()).served(Q4) == KernelChoice(instructions)
+    assert Kernels(library, load_library.__wrapped__()).choice(Q4) == KernelChoice(instructions)
 
 
-def test_an_instruction_set_that_is_not_there_is_told(
+def test_an_unknown_or_missing_instruction_set_is_refused(
     monkeypatch: pytest.MonkeyPatch, native: NativeLibrary
 ) -> None:
     monkeypatch.setenv("QUANT_KERNELS", "sse9")
@@ -140,15 +143,16 @@ def test_a_package_without_the_library_works_and_says_so(
     library: ggml.Library, tmp_path: Path
 ) -> None:
     kernels = Kernels(library, load_library(tmp_path / "libkernels.so"))
-    assert kernels.served(Q4).by == "ggml"
-    assert "built without a C++ compiler" in kernels.served(Q4).why
+    assert kernels.choice(Q4).source == "ggml"
+    assert "built without a C++ compiler" in kernels.choice(Q4).reason
     (tmp_path / "broken.so").write_text("no library")
     assert (
-        "cannot be loaded" in Kernels(library, load_library(tmp_path / "broken.so")).served(Q4).why
+        "cannot be loaded"
+        in Kernels(library, load_library(tmp_path / "broken.so")).choice(Q4).reason
     )
 
 
-def test_odd_blocks_are_ggmls_and_counted_by_type(
+def test_odd_blocks_are_left_to_ggml_and_counted_by_type(
     library: ggml.Library, native: NativeLibrary
 ) -> None:
     kernels = Kernels(library, native)
@@ -159,19 +163,19 @@ def test_odd_blocks_are_ggmls_and_counted_by_type(
         data = kernels.kernel(TYPES[name])(x, W)
         assert data.tobytes() == library.kernel(TYPES[name])(x, W).tobytes()
     assert kernels.odd == {"Q4_K": 2, "Q6_K": 2, "Q4_1": 2}
-    assert kernels.report()["served"]["Q4_K"] == {"by": native.sets[0], "why": ""}
+    assert kernels.report()["choices"]["Q4_K"] == {"source": native.sets[0], "reason": ""}
 
 
-def test_a_fault_of_ggmls_is_reported_with_the_tensor_that_met_it(
+def test_a_fault_of_ggml_is_reported_with_the_tensor_that_met_it(
     library: ggml.Library, native: NativeLibrary
 ) -> None:
     kernels = Kernels(library, native)
     x = X.copy()
     x[2, 256 + 32 : 256 + 64] = 0
     kernel = kernels.kernel(TYPES["IQ3_S"])
-    with kernels.at("blk.0.ffn_down.weight"):
+    with kernels.attribute_to("blk.0.ffn_down.weight"):
         assert kernel(x, W).tobytes() == library.kernel(TYPES["IQ3_S"])(x, W).tobytes()
-    with kernels.at("blk.1.ffn_down.weight"):
+    with kernels.attribute_to("blk.1.ffn_down.weight"):
         kernel(X, W)
     assert kernels.report()["faulty"] == {"IQ3_S": {"blk.0.ffn_down.weight": 1}}
 
@@ -183,10 +187,10 @@ def test_threads_share_kernels(library: ggml.Library, native: NativeLibrary) -> 
         for name in ("Q2_K", "Q6_K", "IQ4_XS", "Q5_1")
     }
     with ThreadPoolExecutor(4) as pool:
-        made = pool.map(
+        results = pool.map(
             lambda name: (name, kernels.kernel(TYPES[name])(X, W).tobytes()), [*expected] * 20
         )
-    assert all(expected[name] == data for name, data in made)
+    assert all(expected[name] == data for name, data in results)
 
 
 def test_a_process_that_flushes_denormals_is_refused_and_its_kernels_do_not(
@@ -209,9 +213,9 @@ from quant.llama.types import TYPES
 library, native = ggml.load_ggml(Path(sys.argv[2])), kernels.load_library()
 kernel = native.kernel(library, native.sets[0], TYPES["Q6_K"])
 x, w = np.random.default_rng(5).normal(0, 1, (8, 512)).astype(np.float32), np.full(512, 1e-40, np.float32)
-plainly, before = kernel(x, w)[0].tobytes(), native.flushes()
+expected, before = kernel(x, w)[0].tobytes(), native.flushes_denormals()
 ctypes.CDLL(sys.argv[1])
-print(before, native.flushes(), kernel(x, w)[0].tobytes() == plainly)
+print(before, native.flushes_denormals(), kernel(x, w)[0].tobytes() == expected)
 kernels.Kernels(library)
 """
     done = subprocess.run(

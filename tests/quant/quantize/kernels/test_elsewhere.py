@@ -1,4 +1,4 @@
-"""Processors that this one is not: NEON under an emulator, and an x86-64 without vectors wide enough."""
+"""Other processors: NEON under an emulator, and an x86-64 without AVX2."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from quant.quantize import kernels
 from tests.quant.quantize.kernels import samples
 
 NEON_ROWS = int(os.environ.get("QUANT_TEST_NEON_ROWS", "1"))
-"""Of every nature. With 150, every type has more than 100,000 superblocks, and all of them take an hour."""
+"""Rows of each distribution. With 150, each type has over 100,000 superblocks; all take an hour."""
 NATIVE = Path(kernels.__file__).parent / "native"
 NAMES = (
     "Q4_0",
@@ -42,17 +42,17 @@ NAMES = (
 pytestmark = pytest.mark.tools
 
 
-def need(program: str) -> str:
-    found = shutil.which(program)
-    if not found:
+def find_or_skip(program: str) -> str:
+    path = shutil.which(program)
+    if not path:
         pytest.skip(f"{program} is not installed")
-    return found
+    return path
 
 
 @pytest.fixture(scope="session")
 def replay(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What runs a NEON kernel over cases."""
-    compiler, emulator = need("aarch64-linux-gnu-g++"), need("qemu-aarch64")
+    """Return the command that runs a NEON kernel over recorded cases."""
+    compiler, emulator = find_or_skip("aarch64-linux-gnu-g++"), find_or_skip("qemu-aarch64")
     program = tmp_path_factory.mktemp("neon") / "replay"
     sources = [p for p in sorted(NATIVE.glob("*.cpp")) if p.name != "processor.cpp"]
     names = " ".join(f"K({name.lower()})" for name in NAMES)
@@ -75,8 +75,8 @@ def replay(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [emulator, str(program)]
 
 
-def recorded(library: ggml.Library, t: GGMLType, shape: tuple[int, int]) -> Iterator[bytes]:
-    """Cases as replay.cpp reads them, with what ggml writes; those left out on which it may end the process."""
+def record_cases(library: ggml.Library, t: GGMLType, shape: tuple[int, int]) -> Iterator[bytes]:
+    """Yield cases with ggml's bytes as replay.cpp reads them, without those on which ggml may abort."""
     for c in samples.cases(7, shape):
         if (t.name.startswith("IQ3") and c.weights in samples.EXTREME) or (
             t.needs_imatrix and c.w is None
@@ -88,33 +88,33 @@ def recorded(library: ggml.Library, t: GGMLType, shape: tuple[int, int]) -> Iter
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_neons_bytes_are_ggmls(
+def test_neon_writes_ggmls_bytes(
     library: ggml.Library, replay: list[str], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     t = TYPES[name]
     command = [*replay, name.lower(), str(t.id), str(t.block), str(t.block_bytes)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as emulated:
         assert emulated.stdin and emulated.stdout
-        for part in recorded(library, t, (NEON_ROWS, 2304)):
+        for part in record_cases(library, t, (NEON_ROWS, 2304)):
             emulated.stdin.write(part)
         emulated.stdin.close()
-        told = emulated.stdout.read().decode()
+        output = emulated.stdout.read().decode()
     with capsys.disabled():
-        sys.stdout.write(f"\nneon {name}: {told}")
-    assert " 0 wrong" in told
+        sys.stdout.write(f"\nneon {name}: {output}")
+    assert " 0 wrong" in output
     assert emulated.returncode == 0
 
 
-def test_ggml_serves_on_a_processor_without_avx2(library: ggml.Library) -> None:
+def test_ggml_is_chosen_on_a_processor_without_avx2(library: ggml.Library) -> None:
     script = (
         "import sys, numpy as np\nfrom pathlib import Path\nfrom quant.llama import ggml\n"
         "from quant.quantize import kernels\n"
         "from quant.llama.types import TYPES\nk = kernels.Kernels(ggml.load_ggml(Path(sys.argv[1])))\n"
         "x = np.arange(-256, 256, dtype=np.float32).reshape(2, 256)\n"
-        "print(k.served(TYPES['Q4_K']).why, k.kernel(TYPES['Q4_K'])(x, None).sum())"
+        "print(k.choice(TYPES['Q4_K']).reason, k.kernel(TYPES['Q4_K'])(x, None).sum())"
     )
     command = [
-        need("qemu-x86_64"),
+        find_or_skip("qemu-x86_64"),
         "-cpu",
         "Nehalem",
         sys.executable,

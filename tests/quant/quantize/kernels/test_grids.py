@@ -1,4 +1,4 @@
-"""The grid types: their tables and their bytes without waiting for ggml's tables, and what is particular to them."""
+"""The grid types: their tables and bytes, compared with digests, without ggml's slow tables."""
 
 import ctypes
 import hashlib
@@ -29,8 +29,11 @@ TABLES = {
     "IQ3_XXS": "d47db84b106d9a32975b4b7f2a49e7bba9e52daf24e5bb5aff74e4f0ead3929f",
     "IQ3_S": "01b437fdd5d4f04816078f4f466dc4e1a99940d429179a74585c6fbee455967f",
 }
-"""Of ggml's tables, in the order of native/grids.h. ggml does not give them out: its ggml-quants.c was compiled into a
-program that builds them and walks through ``iq2_data`` and ``iq3_data``, for every code with no level above the highest."""
+"""Digests of ggml's tables, in the order of native/grids.h.
+
+ggml does not export them. Its ggml-quants.c was compiled into a program that builds them and walks
+through ``iq2_data`` and ``iq3_data``, for every code with no level above the highest.
+"""
 
 BYTES: dict[tuple[str, str], str] = {
     ("IQ1_S", "with"): "8c5c353dca4f550e898215ccc325c7f63f9451074e784b321101121c7b9e822f",
@@ -45,11 +48,11 @@ BYTES: dict[tuple[str, str], str] = {
     ("IQ3_S", "with"): "2bbeebf92f2f7a955d4d39b6b8e792d68e516e63daafe1c0739f8671a8183393",
     ("IQ3_S", "without"): "d047bf0ec89fe9b63d0a78b76cf9c533f0de4888d42ce38b49678ed930077a6b",
 }
-"""Of what ggml writes for the rows below; a test holds them against the ggml that is installed."""
+"""Digests of what ggml writes for the rows below; a test compares them with the installed ggml."""
 
 
 def rows() -> NDArray[np.float32]:
-    """Rows of several natures out of whole numbers, so that they are the same on every machine."""
+    """Return rows of several distributions, made of integers: the same on every machine."""
     raw = np.random.PCG64(7).random_raw(32 * 768 * 2).view(np.uint8).reshape(32, 768, 16)
     x = raw[:, :, :12].astype(np.int64).sum(axis=2) - 1530  # about normal, with a deviation of 256
     x[4:8] = x[4:8] ** 3 >> 14
@@ -60,8 +63,8 @@ def rows() -> NDArray[np.float32]:
     x[20, 256:320] = 0
     x[21, 40:] = 0
     x[22:24] = np.abs(x[22:24])
-    made: NDArray[np.float32] = (x / 8192).astype(np.float32)
-    return made
+    scaled: NDArray[np.float32] = (x / 8192).astype(np.float32)
+    return scaled
 
 
 def columns() -> NDArray[np.float32]:
@@ -70,7 +73,7 @@ def columns() -> NDArray[np.float32]:
 
 
 def weightings(name: str) -> dict[str, NDArray[np.float32] | None]:
-    """llama-quantize asks for an imatrix for some types whose function in ggml does without."""
+    """Return the column weights to try. Some types that need an imatrix in llama-quantize do without."""
     return {"with": columns()} if name in NEVER_WITHOUT else {"with": columns(), "without": None}
 
 
@@ -79,13 +82,15 @@ def digest(data: NDArray[np.uint8]) -> str:
 
 
 @pytest.mark.parametrize(("number", "name"), list(enumerate(TABLES)))
-def test_the_tables_are_ggmls(native: NativeLibrary, number: int, name: str) -> None:
-    found = hashlib.sha256()
+def test_the_tables_have_the_digests_of_ggmls(
+    native: NativeLibrary, number: int, name: str
+) -> None:
+    sha = hashlib.sha256()
     points = (ctypes.c_int32 * 2048)()
     for code in range(4096 if name.startswith("IQ3") else 6561):
         n = native.dll.quant_grid(number, code, points)
-        found.update((",".join(map(str, points[:n])) + "\n").encode())
-    assert found.hexdigest() == TABLES[name]
+        sha.update((",".join(map(str, points[:n])) + "\n").encode())
+    assert sha.hexdigest() == TABLES[name]
 
 
 @EVERY_KERNEL
@@ -110,7 +115,7 @@ def test_ggml_writes_those_bytes(library: ggml.Library, name: str) -> None:
 def test_weights_on_the_edge_between_two_levels_are_ggmls(
     library: ggml.Library, native: NativeLibrary, instructions: str, name: str, tries: int
 ) -> None:
-    """Neighbours that cannot be the nearest are left out, but on the edge rounding may make them that."""
+    """Grid neighbors that cannot be nearest are skipped; on an edge, rounding may make them nearest."""
     kernel, t = native.kernel(library, instructions, TYPES[name]), TYPES[name]
     for seed in (1, 3):
         x = on_the_edge(tries, seed)
@@ -118,19 +123,19 @@ def test_weights_on_the_edge_between_two_levels_are_ggmls(
 
 
 def on_the_edge(tries: int, seed: int) -> NDArray[np.float32]:
-    """Every weight at most some units of the last place from where its level changes, by one of the scales tried."""
+    """Return weights within a few ulps of where their level changes, for one of the scales tried."""
     random = np.random.default_rng(seed)
-    tried = 15 + 0.2 * (random.integers(0, tries, (400, 24, 1)) - tries // 2)
-    edges = (2 * random.integers(0, 8, (400, 24, 32)) + 2) / tried
+    scales = 15 + 0.2 * (random.integers(0, tries, (400, 24, 1)) - tries // 2)
+    edges = (2 * random.integers(0, 8, (400, 24, 32)) + 2) / scales
     x = np.minimum(edges * (1 + random.integers(-4, 5, edges.shape) * 2.0**-24), 1)
     x[..., 0] = 1
     x *= random.lognormal(0, 1, (400, 24, 1)) * random.choice([-1, 1], x.shape)
-    made: NDArray[np.float32] = x.reshape(400, 768).astype(np.float32)
-    return made
+    rows: NDArray[np.float32] = x.reshape(400, 768).astype(np.float32)
+    return rows
 
 
 @EVERY_KERNEL
-def test_nothing_goes_to_ggml_for_tiny_or_huge_numbers(
+def test_tiny_or_huge_numbers_are_not_left_to_ggml(
     library: ggml.Library, native: NativeLibrary, instructions: str, name: str
 ) -> None:
     kernel = native.kernel(library, instructions, TYPES[name])
@@ -140,7 +145,7 @@ def test_nothing_goes_to_ggml_for_tiny_or_huge_numbers(
 
 @EVERY_KERNEL
 @pytest.mark.parametrize("spoil", [np.nan, np.inf, 1e30])
-def test_what_would_end_the_process_in_ggml_is_an_error(
+def test_rows_on_which_ggml_would_abort_are_an_error(
     library: ggml.Library, native: NativeLibrary, instructions: str, name: str, spoil: float
 ) -> None:
     kernel = native.kernel(library, instructions, TYPES[name])
@@ -154,21 +159,21 @@ def test_what_would_end_the_process_in_ggml_is_an_error(
         kernel(rows(), w)
 
 
-def test_such_an_error_leaves_it_to_the_engine_to_name_the_tensor(
+def test_the_error_does_not_name_the_tensor_which_the_engine_does(
     library: ggml.Library, native: NativeLibrary
 ) -> None:
     kernels = Kernels(library, native)
     x = rows()
     x[3, 100] = np.inf
     with (
-        kernels.at("blk.0.ffn_up.weight"),
+        kernels.attribute_to("blk.0.ffn_up.weight"),
         pytest.raises(InputError, match=r"^1 of 96 blocks cannot be made IQ3_XXS"),
     ):
         kernels.kernel(TYPES["IQ3_XXS"])(x, columns())
 
 
 @EVERY_KERNEL
-def test_an_imatrix_that_ggml_asserts_is_asked_for(
+def test_types_that_need_an_imatrix_are_refused_without_one(
     library: ggml.Library, native: NativeLibrary, instructions: str, name: str
 ) -> None:
     kernel = native.kernel(library, instructions, TYPES[name])
@@ -181,7 +186,7 @@ def test_an_imatrix_that_ggml_asserts_is_asked_for(
 
 @pytest.mark.tools
 @pytest.mark.parametrize("name", ["IQ3_XXS", "IQ3_S"])
-def test_ggml_does_end_the_process_where_the_distances_overflow(
+def test_ggml_does_abort_where_distances_overflow(
     library: ggml.Library, native: NativeLibrary, name: str
 ) -> None:
     with pytest.raises(InputError, match="cannot be made"):
@@ -205,6 +210,6 @@ def test_blocks_that_meet_the_fault_of_iq3_s_are_counted(
     kernel = native.kernel(library, instructions, TYPES["IQ3_S"])
     x = rows()[:4]
     x[0, 32:64] = 0  # zeros before other weights
-    x[1, 224:256] = 0  # zeros with nothing after them
-    x[2, 512:768] = 0  # nothing else at all
+    x[1, 224:256] = 0  # zeros at the end
+    x[2, 512:768] = 0  # a whole superblock of zeros
     assert kernel(x, columns())[1].faulty == 1

@@ -5,7 +5,7 @@ import sys
 
 
 def test_importing_error_compensation_loads_neither_texts_nor_the_release() -> None:
-    code = "import sys, quant.quantize.gptq.refiner; print(*sys.modules)"
+    code = "import sys, quant.quantize.gptq.compensator; print(*sys.modules)"
     names = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -1,4 +1,4 @@
-"""The engine with feedback: rows are brought nearer where the inputs of their matrix are known, and else are ggml's."""
+"""The engine with error compensation: rows are refined where a Hessian is known, else ggml's."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,8 @@ from quant.quantize.engine.job import EngineSettings
 from quant.quantize.engine.run import run_engine
 from quant.quantize.gptq.descent import refine_rows
 from quant.quantize.gptq.hessian import Hessian
-from tests.quant.quantize.engine.models import job, types, write_base, write_matrix
+from tests.quant.quantize.engine.models import job as make_job
+from tests.quant.quantize.engine.models import types, write_base, write_matrix
 
 pytestmark = pytest.mark.tools
 KNOWN, EXPERTS, UNKNOWN = (
@@ -26,20 +27,20 @@ KNOWN, EXPERTS, UNKNOWN = (
 )
 EMBEDDING = "token_embd.weight"
 UNSEEN = 2
-"""An expert that saw too few tokens."""
+"""An expert that too few tokens reached."""
 Model = tuple[Path, Path, Path]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """A base, its imatrix, and moments of two of its tensors."""
+    """Return a base, its imatrix, and Hessians of two of its tensors."""
     folder = tmp_path_factory.mktemp("feedback")
     base, rng = write_base(folder / "base.gguf"), np.random.default_rng(4)
-    said = (
+    inputs = (
         rng.standard_normal((6, 400, 60)) @ rng.standard_normal((6, 60, 512))
         + rng.standard_normal((6, 400, 512)) / 2
     )
-    sums = np.asarray(said.transpose(0, 2, 1) @ said, np.float32)
+    sums = np.asarray(inputs.transpose(0, 2, 1) @ inputs, np.float32)
     counts = np.full(5, 400)
     counts[UNSEEN] = 3
     tensors = {
@@ -52,23 +53,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return base, write_matrix(folder / "imatrix.gguf", base), folder / "m.safetensors"
 
 
-def made(
-    model: Model, folder: Path, *, fed_back: bool, **settings: int
+def quantize(
+    model: Model, folder: Path, *, compensated: bool, **settings: int
 ) -> tuple[Path, dict[str, Any]]:
-    """A file of Q4_K, and what is said of its tensors."""
-    base, matrix, moments = model
-    out = folder / f"{'fed' if fed_back else 'plain'}.gguf"
-    doing = replace(
-        job(base, matrix, {out: types(base, "Q4_K")}), settings=EngineSettings(**settings)
+    """Return a variant of Q4_K, and the records of its tensors."""
+    base, matrix, hessians = model
+    out = folder / f"{'compensated' if compensated else 'plain'}.gguf"
+    job = replace(
+        make_job(base, matrix, {out: types(base, "Q4_K")}), settings=EngineSettings(**settings)
     )
     (record,) = run_engine(
-        replace(doing, moments=moments if fed_back else None), folder / "work"
+        replace(job, hessians=hessians if compensated else None), folder / "work"
     ).values()
     return out, record["tensors"]
 
 
 def rows(path: Path, name: str) -> NDArray[np.uint8]:
-    """The stored rows of a tensor, of all experts."""
+    """Return the stored rows of a tensor, of all experts."""
     header = read_header(path)
     tensor = header.by_name[name]
     start = header.data_start + tensor.offset
@@ -76,13 +77,13 @@ def rows(path: Path, name: str) -> NDArray[np.uint8]:
     return data.reshape(-1, tensor.type.bytes(tensor.shape[0]))
 
 
-def test_rows_are_what_feedback_makes_of_ggmls_where_the_inputs_are_known(
+def test_rows_with_a_known_hessian_are_ggmls_refined_with_gptq(
     model: Model, tmp_path: Path
 ) -> None:
-    (plain, before), (fed, after) = (
-        made(model, tmp_path, fed_back=fed_back) for fed_back in (False, True)
+    (plain, before), (refined, after) = (
+        quantize(model, tmp_path, compensated=c) for c in (False, True)
     )
-    assert fed.stat().st_size == plain.stat().st_size
+    assert refined.stat().st_size == plain.stat().st_size
     source = (rows(model[0], KNOWN).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     mean = Hessians.open(model[2]).read_mean(KNOWN)
     assert mean is not None
@@ -92,40 +93,44 @@ def test_rows_are_what_feedback_makes_of_ggmls_where_the_inputs_are_known(
         rows(plain, KNOWN).reshape(-1),
         Hessian(mean),
     )
-    same = (rows(fed, KNOWN) == expected.reshape(len(source), -1)).all(1)
+    same = (rows(refined, KNOWN) == expected.reshape(len(source), -1)).all(1)
     assert (
         same.mean() > 0.95
     )  # this process may multiply in another order, and then a level may be another
-    assert (rows(fed, KNOWN) != rows(plain, KNOWN)).any(1).all()
-    assert (rows(fed, UNKNOWN) == rows(plain, UNKNOWN)).all()
+    assert (rows(refined, KNOWN) != rows(plain, KNOWN)).any(1).all()
+    assert (rows(refined, UNKNOWN) == rows(plain, UNKNOWN)).all()
     assert after[KNOWN]["error"] < before[KNOWN]["error"] / 2
     assert after[UNKNOWN] == before[UNKNOWN]
 
 
-def test_an_expert_that_saw_too_little_keeps_ggmls_rows(model: Model, tmp_path: Path) -> None:
-    plain, fed = (
-        rows(made(model, tmp_path, fed_back=f)[0], EXPERTS).reshape(5, 45, -1)
-        for f in (False, True)
+def test_an_expert_that_too_few_tokens_reached_keeps_ggmls_rows(
+    model: Model, tmp_path: Path
+) -> None:
+    plain, refined = (
+        rows(quantize(model, tmp_path, compensated=c)[0], EXPERTS).reshape(5, 45, -1)
+        for c in (False, True)
     )
-    changed = (plain != fed).any((1, 2))
+    changed = (plain != refined).any((1, 2))
     assert [*np.flatnonzero(~changed)] == [UNSEEN]
 
 
-def test_the_embedding_is_nearer_in_all_its_columns_alike(model: Model, tmp_path: Path) -> None:
+def test_the_embedding_is_refined_with_the_identity_as_hessian(
+    model: Model, tmp_path: Path
+) -> None:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    (plain, _), (fed, _) = (made(model, tmp_path, fed_back=f) for f in (False, True))
+    (plain, _), (refined, _) = (quantize(model, tmp_path, compensated=c) for c in (False, True))
     source = (rows(model[0], EMBEDDING).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     kind = GGMLQuantizationType(read_header(plain).by_name[EMBEDDING].type.id)
-    lost = [
+    errors = [
         float(np.square(dequantize(rows(path, EMBEDDING), kind) - source).sum())
-        for path in (plain, fed)
+        for path in (plain, refined)
     ]
-    assert lost[1] < lost[0]
+    assert errors[1] < errors[0]
 
 
 def test_threads_and_memory_change_no_byte(model: Model, tmp_path: Path) -> None:
-    (one, _) = made(model, tmp_path / "one", fed_back=True, jobs=1)
-    (three, _) = made(model, tmp_path / "three", fed_back=True, jobs=3, memory=2**30)
+    (one, _) = quantize(model, tmp_path / "one", compensated=True, jobs=1)
+    (three, _) = quantize(model, tmp_path / "three", compensated=True, jobs=3, memory=2**30)
     assert one.read_bytes() == three.read_bytes()
