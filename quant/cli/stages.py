@@ -10,14 +10,14 @@ from quant.cli import progress
 from quant.cli.options import (
     FILE,
     FOLDER,
-    require_absent,
     collect_options,
     hessians_option,
     jobs_option,
-    memory_option,
-    quant,
     make_engine_settings,
+    memory_option,
     parse_size_option,
+    quant,
+    require_absent,
     tools_option,
     variants_option,
 )
@@ -134,7 +134,9 @@ def quantize(options: QuantizeOptions) -> None:
         more = f" and {len(variant.paths) - 1} more" if len(variant.paths) > 1 else ""
         length = sum(p.stat().st_size for p in variant.paths)
         bpw = variant.plan.bits_per_weight
-        progress.print_line(f"{variant.paths[0]}{more}: {length:,} bytes, {bpw:.2f} bits per weight")
+        progress.print_line(
+            f"{variant.paths[0]}{more}: {length:,} bytes, {bpw:.2f} bits per weight"
+        )
 
 
 @quant.command()

@@ -38,7 +38,9 @@ class Oracle:
         """The weighted squares of an expert's errors, and of its weights."""
         rows = tensor.shape[1]
         chunk = Chunk(0, expert, expert * rows, rows)
-        data = self.library.to_float(tensor.type, self.source.read_rows(tensor, chunk), tensor.shape[0])
+        data = self.library.to_float(
+            tensor.type, self.source.read_rows(tensor, chunk), tensor.shape[0]
+        )
         columns = self.importance.columns(tensor, expert)
         assert columns is not None
         self.library.initialize(TYPES[kind])
