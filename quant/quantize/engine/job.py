@@ -17,7 +17,7 @@ from quant.core.format import GIB
 from quant.llama.gguf import ALIGNMENT, TensorSpec
 from quant.llama.types import FLOATS, TYPES
 from quant.quantize.engine.layout import FileLayout
-from quant.quantize.engine.output import TensorRecord
+from quant.quantize.engine.output import TensorResult
 from quant.quantize.engine.reuse import ReusableFile
 from quant.quantize.engine.weights import ColumnImportance, WeightSource
 
@@ -95,7 +95,7 @@ def parse_job(value: Mapping[str, Any]) -> EngineJob:
 
 def parse_reusable(path: Path, tensors: Mapping[str, Mapping[str, Any]]) -> ReusableFile:
     """Return a reusable file from the tensors of its record."""
-    return ReusableFile(path, {name: TensorRecord(**t) for name, t in tensors.items()})
+    return ReusableFile(path, {name: TensorResult(**t) for name, t in tensors.items()})
 
 
 def find_job_problems(

@@ -32,7 +32,7 @@ READ_BYTES = 2**18
 
 
 @dataclass(frozen=True)
-class TensorRecord:
+class TensorResult:
     """One tensor of a finished variant, as its record NAME.gguf.json describes it."""
 
     type: str
@@ -122,7 +122,7 @@ class VariantOutput:
         placement = self.layout.tensors[tensor]
         return hash_range(self.fds[placement.part], placement.offset, placement.bytes)
 
-    def finish(self, tensors: Mapping[str, TensorRecord], facts: Mapping[str, Any]) -> None:
+    def finish(self, tensors: Mapping[str, TensorResult], facts: Mapping[str, Any]) -> None:
         """Write the headers, flush, read back, write the record, and give the final names.
 
         Args:

@@ -11,7 +11,7 @@ from quant.llama.gguf import Header, TensorSpec, read_header
 from quant.quantize.engine.chunks import split_into_chunks
 from quant.quantize.engine.journal import ErrorSums
 from quant.quantize.engine.layout import TensorPlacement
-from quant.quantize.engine.output import TensorRecord, VariantOutput, hash_range
+from quant.quantize.engine.output import TensorResult, VariantOutput, hash_range
 
 COPY_BYTES = 2**30
 BUFFER_BYTES = 4 * 2**20
@@ -24,7 +24,7 @@ class ReusableFile:
     """A file that an earlier run wrote from the same base, imatrix and tools."""
 
     path: Path
-    tensors: Mapping[str, TensorRecord]
+    tensors: Mapping[str, TensorResult]
 
 
 class ReusableTensors:
@@ -32,7 +32,7 @@ class ReusableTensors:
 
     def __init__(self, reusable: Sequence[ReusableFile]) -> None:
         """Read the headers. A file that is gone or damaged is skipped: it was only a shortcut."""
-        self.headers: list[tuple[Header, Mapping[str, TensorRecord]]] = []
+        self.headers: list[tuple[Header, Mapping[str, TensorResult]]] = []
         for file in reusable:
             try:
                 self.headers.append((read_header(file.path), file.tensors))
@@ -41,7 +41,7 @@ class ReusableTensors:
 
     def find_copies(
         self, tensor: TensorSpec, type_name: str
-    ) -> Iterator[tuple[Path, int, TensorRecord]]:
+    ) -> Iterator[tuple[Path, int, TensorResult]]:
         """Yield each file that has the tensor in that type, the byte offset, and its record."""
         for header, records in self.headers:
             record, spec = records.get(tensor.name), header.by_name.get(tensor.name)

@@ -31,7 +31,7 @@ from quant.quantize.engine.chunks import (
 from quant.quantize.engine.job import EngineJob, find_job_problems, find_space_problems
 from quant.quantize.engine.journal import ErrorSums
 from quant.quantize.engine.layout import HEAD, FileLayout, make_imatrix_metadata, make_layout
-from quant.quantize.engine.output import TensorRecord, VariantOutput
+from quant.quantize.engine.output import TensorResult, VariantOutput
 from quant.quantize.engine.reuse import ReusableTensors
 from quant.quantize.engine.sample import RowSample
 from quant.quantize.engine.weights import ColumnImportance, WeightSource, all_finite
@@ -317,14 +317,14 @@ class EngineRun:
                 self.failure = self.failure or e
             self.stop.set()
 
-    def make_records(self, output: VariantOutput) -> Mapping[str, TensorRecord]:
+    def make_records(self, output: VariantOutput) -> Mapping[str, TensorResult]:
         """Return the record of every tensor of a complete variant."""
         records = {}
         for i, placement in enumerate(output.layout.tensors):
             sums = [output.done[i, c.index] for c in split_into_chunks(placement.source)]
             signal = fsum(s.signal for s in sums)
             error = fsum(s.error for s in sums) / signal if signal else 0.0
-            records[placement.name] = TensorRecord(
+            records[placement.name] = TensorResult(
                 type=placement.type.name,
                 sha256=self.digests[i, placement.type.name],
                 # Six digits: the last ones depend on the order in which numpy adds here.
