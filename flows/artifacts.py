@@ -1,4 +1,4 @@
-"""What a run leaves in Prefect's page: the plan as a table, what the model said, the release at a glance."""
+"""Prefect artifacts of a run: plans, transcripts of smoke tests, figures, the release's table."""
 
 import re
 from typing import Any
@@ -19,7 +19,7 @@ from quant.release.texts import list_warnings, variants_table
 
 
 def publish_artifact(stage: str, subject: str, result: Any) -> None:
-    """Leave an artifact for a stage whose result is worth a page."""
+    """Publish the artifact of a stage's result; most results have none."""
     if isinstance(result, Plan):
         publish_plan(f"{stage}-{subject}", result)
     elif isinstance(result, ImportanceMatrix):
@@ -39,7 +39,7 @@ def publish_artifact(stage: str, subject: str, result: Any) -> None:
 
 
 def publish_plan(key: str, plan: Plan) -> None:
-    """Types of a variant, with the number of tensors and the bytes that each takes."""
+    """Publish a variant's types, with the tensors and the bytes of each."""
     counts = {name: sum(t.type.name == name for t in plan.tensors) for name in plan.type_bytes()}
     create_table_artifact(
         key=_key(key),
@@ -47,12 +47,13 @@ def publish_plan(key: str, plan: Plan) -> None:
             {"type": n, "tensors": counts[n], "bytes": size}
             for n, size in plan.type_bytes().items()
         ],
-        description=f"{plan.variant.name}: {plan.bytes:,} bytes, {plan.bits_per_weight:.3f} bits per weight",
+        description=f"{plan.variant.name}: {plan.bytes:,} bytes,"
+        f" {plan.bits_per_weight:.3f} bits per weight",
     )
 
 
 def publish_coverage(key: str, matrix: ImportanceMatrix) -> None:
-    """How many tokens the experts of each layer saw."""
+    """Publish how many tokens the experts of each layer got from the calibration text."""
     columns = (
         "layer",
         "matrices",
@@ -74,16 +75,16 @@ def publish_coverage(key: str, matrix: ImportanceMatrix) -> None:
 
 
 def publish_conversation(key: str, verdict: SmokeResult) -> None:
-    """The scenarios of a smoke test, and every question and answer."""
+    """Publish a smoke test: its scenarios, and every question and answer."""
     create_markdown_artifact(key=_key(key), markdown=format_transcript(verdict))
 
 
-def publish_figures(key: str, found: ReleaseEvaluation) -> None:
-    """How far each file is from BF16, as a whole and by domain."""
-    told = [
-        f"BF16: PPL {found.base['ppl']}",
-        describe_short_kinds(found.too_short),
-        *map(str, found.dominated),
+def publish_figures(key: str, evaluation: ReleaseEvaluation) -> None:
+    """Publish KLD and top-1 agreement of each file against BF16, in all and by domain."""
+    lines = [
+        f"BF16: PPL {evaluation.base['ppl']}",
+        describe_short_kinds(evaluation.too_short),
+        *map(str, evaluation.dominated),
     ]
     create_table_artifact(
         key=_key(key),
@@ -97,20 +98,20 @@ def publish_figures(key: str, found: ReleaseEvaluation) -> None:
                 "KLD 99.9 %": f["kld_p999"],
                 "top-1": f["top1"],
             }
-            for name, whole in found.files.items()
+            for name, whole in evaluation.files.items()
             for domain, f in {"all": whole, **whole["domains"]}.items()
         ],
-        description="\n\n".join(filter(None, told)),
+        description="\n\n".join(filter(None, lines)),
     )
 
 
 def publish_change(key: str, change: Change) -> None:
-    """What publishing changes, file by file: who approves a run reads it."""
+    """Publish what publishing will change, file by file, for the person who approves the run."""
     create_markdown_artifact(key=_key(key), markdown="\n".join(["```", *change.lines, "```"]))
 
 
 def publish_release_summary(built: BuildResult) -> None:
-    """The table that ends a build."""
+    """Publish the table of a finished release."""
     columns = ("variant", "bytes", "bits per weight", "files", "KLD", "top-1", "smoke test")
     create_table_artifact(
         key=_key(f"release-{built.release.name}"),
@@ -124,5 +125,5 @@ def publish_release_summary(built: BuildResult) -> None:
 
 
 def _key(text: str) -> str:
-    """A key as Prefect allows it: lower case, digits and dashes."""
+    """Return a key in Prefect's characters: lower case, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

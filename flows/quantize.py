@@ -1,7 +1,7 @@
-"""The flow ``quantize``: a release, with every stage a task in Prefect's page.
+"""The flow ``quantize``: build a release, every stage a Prefect task.
 
-The stages and their order are ``quant.build``'s. Prefect's cache is off, because the store of finished work is the only
-one; a run that is started again after a crash continues there.
+The stages and their order are those of ``quant.build``. Prefect's cache is off, because the store
+of finished work is the only cache: a run that is started again after a crash continues there.
 """
 
 import os
@@ -26,10 +26,10 @@ from quant.release.change import Change
 
 T = TypeVar("T")
 RETRIES = {"source": 3, "send": 3, "publish": 3}
-"""How often a stage is tried again after a failure that may pass."""
+"""How often a stage is retried after a transient failure. Only the stages that ask the hub."""
 RETRY_SECONDS = 30
 APPROVAL_SECONDS = 14 * 24 * 3600
-"""How long a release waits for the one who approves it; a run that waited longer fails, and a new one continues."""
+"""How long a run waits for approval. A run that waited longer fails; a new one continues."""
 
 
 @flow(name="quantize", flow_run_name="{model}", persist_result=False)
@@ -57,29 +57,34 @@ def quantize(
     """Build the release of a model, publish it if there is a repo, and return its folder.
 
     Args:
-        model: A name of recipes/models, or a path to such a file.
-        out: Where the release goes; relative to the folder of the deployment.
-        variants: Only these; all of the recipe's when not given.
+        model: A recipe's name in recipes/models, or the path of a recipe.
+        out: The folder for the release, relative to the deployment's folder.
+        variants: Build only these. None builds all of the recipe's.
         revision: The commit of the hub repo, 40 letters, if the recipe does not pin it.
-        work: Where finished stages are kept; OUT/.work when not given.
-        llama_cpp: A folder with a llama.cpp of your own.
+        work: The folder for finished stages. None: OUT/.work.
+        llama_cpp: A folder with your own llama.cpp.
         publish: Publish the release, if a repo is named here or in the recipe.
-        repo: The hub repo to publish to, OWNER/NAME; the recipe's when not given.
-        private: If the repo has to be made, make it private.
-        pull_request: Propose the release as a pull request, and let the repo's owners merge it.
-        dry_run: Only say what publishing would change.
+        repo: The hub repo to publish to, OWNER/NAME. None: the recipe's.
+        private: Make the repo private if it has to be made.
+        pull_request: Open a pull request, which the repo's owners merge.
+        dry_run: Report what publishing would change, and change nothing.
         approve: Show what publishing will change, and wait until this run is resumed.
-        token_secret: The name of a Prefect secret block that holds the hub's token; HF_TOKEN when not given.
-        waive: Parts of the smoke test that may fail; the model card says so.
-        evaluate: Measure every file against BF16, on text that was held out.
-        sign_key: A file on the worker with the key that signs the release; nothing is signed when not given.
-        as_ready: Send each variant to the hub as soon as it talks; nobody sees it there before the release is published.
-        uploads: Files that are sent at the same time.
-        limit: Bytes a second that sending may take, like 50M; as many as there are room for when not given.
+        token_secret: The name of a Prefect secret block with the hub's token. None: HF_TOKEN.
+        waive: Parts of the smoke test that may fail; the model card lists them.
+        evaluate: Measure every file against BF16 on held-out text.
+        sign_key: A file on the worker with the key to sign the release. None: unsigned.
+        as_ready: Upload each variant when it passed its smoke test. It stays hidden until the
+            release is published.
+        uploads: Files that are uploaded at the same time.
+        limit: Upload bandwidth in bytes a second, such as 50M. None: no limit.
+
+    Returns:
+        The path of the release's folder.
     """
     with use_token(token_secret):
-        target = (
-            choose_destination(
+        destination = None
+        if publish:
+            destination = choose_destination(
                 model,
                 repo,
                 private=private,
@@ -87,13 +92,10 @@ def quantize(
                 uploads=uploads,
                 limit=limit,
             )
-            if publish
-            else None
-        )
-        if publish and target is None:
-            get_run_logger().warning(
-                "Nothing will be published: no repo is named, here or in the recipe."
-            )
+            if destination is None:
+                get_run_logger().warning(
+                    "Nothing will be published: no repo is named, here or in the recipe."
+                )
         request = BuildRequest(
             model,
             variants=variants or (),
@@ -101,7 +103,7 @@ def quantize(
             work=work,
             revision=revision,
             llama_cpp=llama_cpp,
-            destination=target,
+            destination=destination,
             dry_run=dry_run,
             waive=waive or (),
             evaluate=evaluate,
@@ -115,9 +117,15 @@ def quantize(
 
 
 def run_stage(stage: str, subject: str, work: Callable[[], T], approve: bool = False) -> T:
-    """Run one stage as a Prefect task, and leave what it found as an artifact of that task.
+    """Run one stage as a Prefect task and return its result.
 
-    With ``approve``, the flow waits after it has said what publishing will change, until somebody resumes it.
+    A result that is worth a page becomes an artifact of the task, also if a smoke test failed.
+
+    Args:
+        stage: The stage's name, which is the task's.
+        subject: What it works on, such as a variant.
+        work: The stage.
+        approve: Pause the flow after the stage that reports what publishing will change.
     """
 
     @task(
@@ -146,18 +154,23 @@ def run_stage(stage: str, subject: str, work: Callable[[], T], approve: bool = F
 
 @contextmanager
 def use_token(secret: str | None) -> Iterator[None]:
-    """Let the hub's client find the token of a secret block where it looks for one, as long as the run lasts.
+    """Set HF_TOKEN to the token of a secret block while the block runs.
 
-    Raises InputError for what is a token itself, without telling it.
+    Args:
+        secret: The name of the secret block. None leaves HF_TOKEN as it is.
+
+    Raises:
+        InputError: It is a token itself, which is not quoted.
     """
     if secret and "hf_" in secret:  # the name of a block has no underscore
         raise InputError(
-            "token_secret: expected the name of a secret block, found a token; Prefect has written it down with this run's"
-            " parameters: revoke it, and save a new one in a block"
+            "token_secret: expected the name of a secret block, found a token; Prefect has stored"
+            " it with this run's parameters: revoke it, and save a new one in a block"
         )
     before = os.environ.get(TOKEN)
     if secret:
-        os.environ[TOKEN] = Secret.load(secret).get()  # type: ignore[union-attr]  # load is a coroutine only in async code
+        # load() is a coroutine only in async code.
+        os.environ[TOKEN] = Secret.load(secret).get()  # type: ignore[union-attr]
     try:
         yield
     finally:
@@ -168,5 +181,5 @@ def use_token(secret: str | None) -> Iterator[None]:
 
 
 def is_retryable(_task: Any, _run: Any, state: State[Any]) -> bool:
-    """Whether a failure may be over in a while: the hub did not answer, or sent other bytes than it lists."""
+    """Return whether a retry may help: the hub did not answer, or sent wrong bytes."""
     return isinstance(state.result(raise_on_failure=False), (Unreachable, CheckError))

@@ -1,4 +1,10 @@
-"""The command ``quant``: the only part that prints and that chooses exit codes."""
+"""The command ``quant``: one module for each group of commands, each calling one package.
+
+Only this package prints and chooses exit codes. ``options`` has what commands share, ``progress``
+and ``tables`` what they print. Commands import the library inside their functions, so that
+``quant --help`` is fast. Names of commands, options, ``--json`` keys and exit codes are used by
+other people's scripts and must stay.
+"""
 
 import os
 import signal
@@ -45,30 +51,27 @@ __all__ = [
     "stages",
     "template",
 ]
-"""Importing the modules of commands is what makes the commands known."""
+"""Importing a module registers its commands with the group ``quant``."""
 
 INTERRUPTED = 3
 
 
 def main() -> NoReturn:
-    """Run a command and leave with its code: 0 done, 1 a check failed, 2 wrong input, 3 interrupted."""
-    for stop in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # said anew: a shell ignores the first for what runs in the background
-        signal.signal(stop, _interrupted)
+    """Run a command and exit: 0 done, 1 a check failed, 2 wrong input, 3 interrupted."""
+    # Reset the handlers: a shell starts background jobs with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     code = _run()
     if code == INTERRUPTED:
         sys.stdout.flush()
-        os._exit(code)  # threads of the hub's client would first end whatever they have begun
+        os._exit(code)  # the hub client's threads would first finish every file they began
     sys.exit(code)
 
 
 def _run() -> int:
     try:
-        code = quant.main(
-            standalone_mode=False
-        )  # what a command returns, or the code that it asked click to leave with
+        # Returns what the command returned, or the code that it passed to click's exit.
+        code = quant.main(standalone_mode=False)
     except click.ClickException as e:
         e.show()
         return 2
@@ -82,5 +85,5 @@ def _run() -> int:
     return code if isinstance(code, int) else 0
 
 
-def _interrupted(*_: Any) -> NoReturn:
+def _interrupt(*_: Any) -> NoReturn:
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Look at the machine: which tools and libraries the work needs, and which of them are here."""
+"""Examine the machine: the tools and libraries that the project needs, and which are installed."""
 
 import shutil
 import sys
@@ -26,22 +26,29 @@ LIBRARIES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that the work needs."""
+    """One tool, library or kernel, and whether it is usable."""
 
     ok: bool
     what: str
     version: str
     where: str
-    """Its path, or the command that brings it."""
+    """Its path, or the command that installs it."""
 
     @property
     def row(self) -> tuple[str, str, str, str]:
-        """As a row of a table."""
+        """The finding as a row of a table."""
         return "ok" if self.ok else "MISSING", self.what, self.version, self.where
 
 
 def examine_machine(llama_cpp: Path | None = None) -> tuple[Finding, ...]:
-    """Everything that is needed, found or not; raises ToolError only for a named folder that does not exist."""
+    """Return a finding for everything that the project needs.
+
+    Args:
+        llama_cpp: A folder with your own llama.cpp. None takes the environment's.
+
+    Raises:
+        ToolError: The folder does not exist. Everything else that is missing is a finding.
+    """
     tools = toolchain.find_toolchain(llama_cpp)
     return (*_tools(tools), _converter(), *_libraries(), _compiler(), *_kernels(tools))
 
@@ -89,7 +96,7 @@ def _compiler() -> Finding:
 
 
 def _kernels(tools: Toolchain) -> Iterator[Finding]:
-    """By what each type is quantised. Nothing of it is missing: ggml's own functions serve as well, only later."""
+    """Yield which kernels quantize each type. ggml's own are the slower fallback."""
     from quant.llama import ggml
     from quant.quantize.kernels import Kernels
 

@@ -1,4 +1,4 @@
-"""The commands that only look: at files, and at the machine."""
+"""The commands that only read: ``quant inspect`` a GGUF file, ``quant doctor`` the machine."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from quant.cli.options import FILE, json_option, quant, shorten, tools_option
 @click.argument("gguf", type=FILE)
 @json_option
 def inspect(gguf: Path, as_json: bool) -> None:
-    """What a GGUF file (or the first shard of one) says of itself."""
+    """Show metadata and tensors of a GGUF file, or of a split one by its first shard."""
     from quant.core.format import human_bytes
     from quant.llama.gguf import read_headers
 
@@ -39,13 +39,14 @@ def inspect(gguf: Path, as_json: bool) -> None:
     size = sum(t.bytes for t in tensors)
     bpw = 8 * size / max(elements, 1)
     click.echo(
-        f"{len(tensors)} tensors, {elements:,} weights, {human_bytes(size)}, {bpw:.2f} bits per weight"
+        f"{len(tensors)} tensors, {elements:,} weights, {human_bytes(size)},"
+        f" {bpw:.2f} bits per weight"
     )
     return None
 
 
 def _short(value: Any) -> Any:
-    """A value of the metadata as JSON can say it: a list's length, and text for a number that JSON has no word for."""
+    """Return a metadata value for JSON: the length of a list, and text for NaN and infinity."""
     if isinstance(value, list):
         return f"[{len(value)} values]"
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -54,7 +55,7 @@ def _short(value: Any) -> Any:
 @quant.command()
 @tools_option
 def doctor(llama_cpp: Path | None) -> None:
-    """What the work needs, what is here, and how to get what is missing; exit 2 when something is."""
+    """Show what is needed and installed, and how to get the rest; exit 2 if any is missing."""
     from quant.cli.doctor import examine_machine
 
     findings = examine_machine(llama_cpp)

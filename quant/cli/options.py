@@ -1,4 +1,4 @@
-"""What the commands share: the group they belong to, and the options that mean the same everywhere."""
+"""The command group ``quant``, and the options that several commands share."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -55,13 +55,13 @@ tools_option = click.option(
     "--llama-cpp", type=FOLDER, help="A llama.cpp of your own.  [$QUANT_LLAMA_CPP]"
 )
 jobs_option = click.option(
-    "--jobs", type=click.IntRange(1), help="Threads that quantise.  [one a core]"
+    "--jobs", type=click.IntRange(1), help="Threads that quantize.  [one for each core]"
 )
 memory_option = click.option(
     "--memory",
     metavar="SIZE",
     callback=lambda _c, _p, text: parse_size_option(text),
-    help="What quantising may take: 900M, 2G.  [1 GiB]",
+    help="Memory for quantization: 900M, 2G.  [1 GiB]",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="One JSON document on standard output."
@@ -130,7 +130,7 @@ def destination_options(command: Any) -> Any:
 
 
 def collect_options(request: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
-    """Return a decorator that hands a command its options as one ``request``, a dataclass of their names.
+    """Return a decorator that hands a command its options as one dataclass of their names.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def parse_size_option(text: str | None) -> int | None:
 
 
 def make_engine_settings(jobs: int | None, memory: int | None) -> "EngineSettings":
-    """How much of the machine quantising may take, as it was said on the command line."""
+    """Return the engine's settings from --jobs and --memory; None keeps a default."""
     from quant.quantize.engine.job import EngineSettings
 
     return EngineSettings(jobs, memory) if memory else EngineSettings(jobs)

@@ -1,4 +1,4 @@
-"""Show how a build goes: a bar on a terminal, a plain line a stage elsewhere. All of it on standard error."""
+"""Show the progress of a build on standard error: a bar on a terminal, else a line a stage."""
 
 import logging
 import sys
@@ -22,45 +22,44 @@ from quant.core.progress import listen_to_progress
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 30.0
-"""Of a stage that takes long, in a log."""
+"""How often a line reports a stage that takes long."""
 
 
 def print_line(line: str) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     print(line, file=sys.stderr, flush=True)
 
 
 @dataclass
 class LineProgress:
-    """Counts stages and says a line when each is done: for logs, where a bar would be noise."""
+    """Runs stages and prints a line when each is done: for logs, where a bar would be noise."""
 
     total: int
     done: int = field(default=0, init=False)
 
     def __call__(self, stage: str, subject: str, work: Callable[[], T]) -> T:
-        """Do one stage and say how long it took."""
-        began = told = time.monotonic()
+        """Run one stage, print how long it took, and return its result."""
+        width = len(str(self.total))
+        began = last_line = time.monotonic()
 
-        def hear(share: float) -> None:
-            nonlocal told
-            if (now := time.monotonic()) - told >= SECONDS_BETWEEN_LINES:
-                told = now
-                print_line(
-                    f"{'':>{2 * len(str(self.total)) + 3}} {stage:<9} {subject}  {format_fraction(share, now - began)}"
-                )
+        def show(fraction: float) -> None:
+            nonlocal last_line
+            if (now := time.monotonic()) - last_line >= SECONDS_BETWEEN_LINES:
+                last_line = now
+                left = format_fraction(fraction, now - began)
+                print_line(f"{'':>{2 * width + 3}} {stage:<9} {subject}  {left}")
 
-        with listen_to_progress(hear):
+        with listen_to_progress(show):
             result = work()
         self.done += 1
-        print_line(
-            f"[{self.done:>{len(str(self.total))}}/{self.total}] {stage:<9} {subject}  {time.monotonic() - began:.1f} s"
-        )
+        seconds = time.monotonic() - began
+        print_line(f"[{self.done:>{width}}/{self.total}] {stage:<9} {subject}  {seconds:.1f} s")
         return result
 
 
 @dataclass
 class BarProgress:
-    """The same as a bar with the stage that is in work."""
+    """Runs stages behind a bar that names the current one."""
 
     progress: Progress
     total: int
@@ -69,33 +68,36 @@ class BarProgress:
         self.task = self.progress.add_task("", total=self.total)
 
     def __call__(self, stage: str, subject: str, work: Callable[[], T]) -> T:
-        """Do one stage with its name beside the bar."""
+        """Run one stage with its name beside the bar, and return its result."""
         began = time.monotonic()
 
-        def hear(share: float) -> None:
-            about = format_fraction(share, time.monotonic() - began)
+        def show(fraction: float) -> None:
+            about = format_fraction(fraction, time.monotonic() - began)
             self.progress.update(self.task, description=f"{stage} {subject}  {about}")
 
         self.progress.update(self.task, description=f"{stage} {subject}")
-        with listen_to_progress(hear):
+        with listen_to_progress(show):
             result = work()
         self.progress.advance(self.task)
         return result
 
 
-def format_fraction(share: float, seconds: float) -> str:
-    """How far a stage is that has run for some seconds, and how long it will take."""
-    if not share:
+def format_fraction(fraction: float, seconds: float) -> str:
+    """Return a fraction as percent, and the time left, after so many seconds: "25 %, 1:30 left"."""
+    if not fraction:
         return "0 %"
-    left = round(seconds / share - seconds)
+    left = round(seconds / fraction - seconds)
     hours, minutes = divmod(left // 60, 60)
     clock = f"{hours}:{minutes:02}:{left % 60:02}" if hours else f"{minutes}:{left % 60:02}"
-    return f"{100 * share:.0f} %, {clock} left"
+    return f"{100 * fraction:.0f} %, {clock} left"
 
 
 @contextmanager
 def show_progress(total: int) -> Iterator[LineProgress | BarProgress]:
-    """What to run stages with, on this terminal or without one."""
+    """Yield a runner for so many stages: a bar on a terminal, else lines.
+
+    The library's log is shown while the block runs.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         with show_log():
@@ -116,9 +118,9 @@ def show_progress(total: int) -> Iterator[LineProgress | BarProgress]:
 
 
 @contextmanager
-def show_log(to: Callable[[str], object] = print_line) -> Iterator[None]:
-    """While the block runs, say what the library logs: how far a long stage is."""
-    log, handler = logging.getLogger("quant"), _Listener(to)
+def show_log(write: Callable[[str], object] = print_line) -> Iterator[None]:
+    """Print what the library logs while the block runs."""
+    log, handler = logging.getLogger("quant"), _LogPrinter(write)
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -129,12 +131,12 @@ def show_log(to: Callable[[str], object] = print_line) -> Iterator[None]:
         log.removeHandler(handler)
 
 
-class _Listener(logging.Handler):
-    """A line of the log as a line for people."""
+class _LogPrinter(logging.Handler):
+    """Prints each log record as a plain line."""
 
-    def __init__(self, to: Callable[[str], object]) -> None:
+    def __init__(self, write: Callable[[str], object]) -> None:
         super().__init__(logging.INFO)
-        self.to = to
+        self.write = write
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.to(record.getMessage())
+        self.write(record.getMessage())

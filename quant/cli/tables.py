@@ -10,7 +10,13 @@ from rich.table import Table
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None
 ) -> None:
-    """Print a table; columns whose name begins with ``>`` hold numbers and stand to the right."""
+    """Print a table on standard output.
+
+    Args:
+        columns: Their titles. A title that begins with ``>`` is of numbers, aligned to the right.
+        rows: A cell for each column.
+        title: Printed above the table.
+    """
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for column in columns:
         table.add_column(
@@ -20,9 +26,8 @@ def print_table(
         )
     for row in rows:
         table.add_row(*row)
-    console = Console(markup=False, emoji=False)  # a file may hold [/INST], and it means no style
+    # No markup: metadata of a file may contain [/INST], which rich would take for a style.
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console.width = (
-            10_000  # nothing is cut in a file or a pipe; a table is only as wide as its cells
-        )
+        console.width = 10_000  # cut nothing in a file or a pipe; a table is as wide as its cells
     console.print(table)

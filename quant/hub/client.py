@@ -83,7 +83,7 @@ def retry(request: Callable[[], T]) -> T:
 
 
 def is_transient(e: BaseException) -> bool:
-    """Return whether the same request may succeed later: no answer, a server error, a rate limit."""
+    """Return whether a retry may help: no answer, a server error, or a rate limit."""
     response = getattr(e, "response", None)
     return response is None or response.status_code in TRANSIENT_STATUS
 

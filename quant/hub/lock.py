@@ -72,7 +72,8 @@ def read_lock(source: ModelSource, recipe: Path) -> Lock | None:
         lock = Lock(data["repo"], data["revision"], tuple(HubFile(**f) for f in data["files"]))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(
-            f"{path}: expected a lock, found something else ({e!r}); make it again with `quant lock`"
+            f"{path}: expected a lock, found something else ({e!r});"
+            " make it again with `quant lock`"
         ) from e
     if lock.repo != source.repo or not COMMIT.fullmatch(lock.revision):
         raise InputError(

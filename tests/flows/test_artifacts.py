@@ -20,11 +20,13 @@ TOLD = {
 }
 
 
-def test_figures_are_told_for_the_whole_and_every_domain_with_what_has_to_be_known(
+def test_figures_are_a_table_of_all_and_every_domain_with_warnings_below(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     left: list[dict[str, Any]] = []
-    monkeypatch.setattr(artifacts, "create_table_artifact", lambda **told: left.append(told))
+    monkeypatch.setattr(
+        artifacts, "create_table_artifact", lambda **artifact: left.append(artifact)
+    )
     dominated = (DominatedFile("Q", "UD-A", Estimate(0.1, 0.05, 0.2)),)
     files = {"UD-A": {**TOLD, "domains": {"code": TOLD | {"kld_mean": 0.02}}}}
     artifacts.publish_artifact(

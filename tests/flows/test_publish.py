@@ -136,7 +136,7 @@ def test_a_run_that_is_resumed_publishes_the_release_in_one_commit(
     assert f"{the_hub.url}/{REPO}/tree/release-" in link
 
 
-def test_what_can_be_asked_of_a_release_is_a_form_with_a_word_on_each_field(
+def test_the_flows_parameters_are_a_form_with_a_description_for_each_field(
     prefect: Prefect,
 ) -> None:
     deployments = {d["name"]: d for d in prefect.ask("deployments")}

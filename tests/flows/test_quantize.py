@@ -69,7 +69,7 @@ def contents(release: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_cancelled_run_leaves_no_tool_at_work(
+def test_a_cancelled_run_leaves_no_tool_running(
     prefect: Prefect, out: Path, cancelled: str
 ) -> None:
     assert prefect.state(cancelled)["type"] == "CANCELLED"
@@ -90,7 +90,7 @@ def test_the_next_run_continues_there_and_leaves_the_release(
     )
 
 
-def test_every_stage_is_a_task_that_says_what_it_works_on(prefect: Prefect, released: str) -> None:
+def test_every_stage_is_a_task_named_after_its_subject(prefect: Prefect, released: str) -> None:
     tasks = sorted(prefect.of_run("task_runs", released), key=lambda t: t["start_time"])
     assert [t["name"] for t in tasks] == [
         "source tiny-glm",
@@ -119,7 +119,7 @@ def test_the_plan_is_a_table_of_types_whose_bytes_add_up(
     assert artifact["description"].startswith(f"{VARIANT}: ")
 
 
-def test_what_the_experts_saw_is_a_table(prefect: Prefect, out: Path, released: str) -> None:
+def test_the_experts_coverage_is_a_table(prefect: Prefect, out: Path, released: str) -> None:
     artifact = artifacts(prefect, released)["imatrix-tiny-glm"]
     manifest = json.loads((out / "tiny-glm" / "manifest.json").read_text())
     rows = json.loads(artifact["data"])
@@ -144,12 +144,12 @@ def test_figures_are_a_table_of_the_whole_and_of_every_domain(
 ) -> None:
     artifact = artifacts(prefect, released)["evaluate-ud-q2-k-xl"]
     manifest = json.loads((out / "tiny-glm" / "manifest.json").read_text())
-    told = manifest["variants"][0]["evaluation"]
+    evaluation = manifest["variants"][0]["evaluation"]
     rows = {row["domain"]: row for row in json.loads(artifact["data"])}
     assert {name: row["KLD"] for name, row in rows.items()} == {
-        name: f["kld_mean"] for name, f in {"all": told, **told["domains"]}.items()
+        name: f["kld_mean"] for name, f in {"all": evaluation, **evaluation["domains"]}.items()
     }
-    assert rows["all"]["95 %"] == f"{told['kld_mean_low']} to {told['kld_mean_high']}"
+    assert rows["all"]["95 %"] == f"{evaluation['kld_mean_low']} to {evaluation['kld_mean_high']}"
     short = ", ".join(manifest["evaluation"]["too_short"])
     assert f"not measured, too little held-out text: {short}" in artifact["description"]
 
@@ -178,7 +178,7 @@ def test_a_file_that_does_not_pass_stops_the_run_and_its_conversation_is_there_t
     assert "**Hello! My name is Eve.**" in conversation
 
 
-def test_the_release_is_told_as_a_table(prefect: Prefect, out: Path, released: str) -> None:
+def test_the_release_is_a_table(prefect: Prefect, out: Path, released: str) -> None:
     artifact = artifacts(prefect, released)["release-tiny-glm"]
     (row,) = json.loads(artifact["data"])
     assert row["variant"] == VARIANT
@@ -198,7 +198,7 @@ def test_the_command_line_makes_the_same_bytes(out: Path, released: str, tmp_pat
     assert contents(tmp_path / "tiny-glm") == contents(out / "tiny-glm")
 
 
-def test_a_wrong_name_fails_the_run_with_one_line_that_says_what_was_meant(
+def test_a_wrong_name_fails_the_run_with_one_line_that_suggests_the_right_one(
     prefect: Prefect, tmp_path: Path
 ) -> None:
     code, _, run = prefect.run(
@@ -251,7 +251,7 @@ def test_every_shipped_deployment_runs_the_flow_from_this_folder(prefect: Prefec
         assert (RECIPES / "models" / f"{name}.toml").is_file()
 
 
-def test_nothing_wants_to_leave_the_machine(
+def test_no_request_leaves_the_machine(
     prefect: Prefect, outside: tuple[str, list[str]], released: str
 ) -> None:
     assert prefect.api.get("/admin/settings").json()["server"]["analytics_enabled"] is False

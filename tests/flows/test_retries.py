@@ -15,7 +15,7 @@ pytestmark = pytest.mark.prefect
         (InputError("org/tiny: not on the hub"), False),
     ],
 )
-def test_only_what_may_pass_is_tried_again(
+def test_only_transient_failures_are_retried(
     error: QuantError, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))

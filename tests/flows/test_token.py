@@ -11,7 +11,7 @@ TOKEN = "hf_PlantedTokenOfTheParameter"
 
 
 @pytest.mark.parametrize("given", [TOKEN, "hf_short", f" {TOKEN}"])
-def test_a_token_instead_of_the_name_of_its_block_is_refused_and_not_repeated(
+def test_a_token_instead_of_its_blocks_name_is_refused_and_not_quoted(
     given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))

@@ -36,7 +36,7 @@ def test_no_problem_is_no_error() -> None:
     raise_problems(iter(()))
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_raised_at_once() -> None:
     with pytest.raises(InputError) as caught:
         raise_problems(f"problem {n}" for n in range(3))
     assert caught.value.problems == ("problem 0", "problem 1", "problem 2")
@@ -51,7 +51,7 @@ def test_all_problems_are_told_at_once() -> None:
         ("zzz", "known are IQ4_NL, Q4_K, bf16"),
     ],
 )
-def test_an_unknown_name_is_told_with_its_neighbour_or_with_all(name: str, said: str) -> None:
+def test_an_unknown_name_is_answered_with_the_closest_or_all_names(name: str, said: str) -> None:
     assert suggest_name(name, ["Q4_K", "IQ4_NL", "bf16"]) == said
 
 
@@ -64,7 +64,7 @@ def test_a_full_disk_names_the_file(number: int, tmp_path: Path) -> None:
         raise OSError(number, "full", "/deep/file")
 
 
-def test_a_full_disk_names_the_folder_when_nobody_says_the_file(tmp_path: Path) -> None:
+def test_a_full_disk_names_the_folder_if_the_error_has_no_file(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught, convert_disk_errors(tmp_path):
         raise OSError(errno.ENOSPC, "full")
     assert str(caught.value).startswith(f"{tmp_path}: no space left")
@@ -79,6 +79,6 @@ def test_a_folder_that_cannot_be_written_is_named(number: int, tmp_path: Path) -
         raise OSError(number, "no", "/locked")
 
 
-def test_other_failures_of_the_system_pass_as_they_are(tmp_path: Path) -> None:
+def test_other_errors_of_the_system_are_unchanged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), convert_disk_errors(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "gone", "x")

@@ -1,4 +1,4 @@
-"""``quant doctor``: what the work needs, found or not, and how to get it."""
+"""``quant doctor``: what is needed, whether it is installed, and how to get it."""
 
 from collections.abc import Callable
 from importlib import metadata
@@ -45,7 +45,7 @@ def test_a_machine_with_everything_is_fine(fake_tools: Fake) -> None:
     assert run(tools).exit_code == 0
 
 
-def test_it_says_by_what_types_are_quantised(fake_tools: Fake) -> None:
+def test_the_kernels_of_each_type_are_listed(fake_tools: Fake) -> None:
     rows = [f for f in examine_machine() if f.what == "kernels"]
     if sets := load_library().sets:
         assert (rows[0].ok, rows[0].version) == (True, sets[0])
@@ -55,7 +55,7 @@ def test_it_says_by_what_types_are_quantised(fake_tools: Fake) -> None:
     assert found(fake_tools())["kernels"].where.startswith("not tried: libggml-base.so: missing")
 
 
-def test_a_missing_tool_comes_with_what_brings_it(fake_tools: Fake) -> None:
+def test_a_missing_tool_has_its_install_command(fake_tools: Fake) -> None:
     tools = fake_tools(missing=("llama-imatrix",))
     finding = found(tools)["llama-imatrix"]
     assert finding.row == ("MISSING", "llama-imatrix", "", BRING_TOOLS)
@@ -64,20 +64,20 @@ def test_a_missing_tool_comes_with_what_brings_it(fake_tools: Fake) -> None:
     assert "MISSING" in result.stdout
 
 
-def test_tools_that_are_too_old_are_not_fine(fake_tools: Fake) -> None:
+def test_tools_that_are_too_old_are_refused(fake_tools: Fake) -> None:
     findings = found(fake_tools("version: 0.4.9 (build 1, commit abc)"))
     assert "expected version 0.5.0 or later, found 0.4.9 (abc)" in findings["llama.cpp"].where
     assert not any(findings[tool].ok for tool in TOOLS)
 
 
-def test_a_missing_server_is_told_once(fake_tools: Fake) -> None:
+def test_a_missing_server_is_reported_once(fake_tools: Fake) -> None:
     tools = fake_tools(missing=("llama-server",))
     assert [
         f.what for f in examine_machine(tools.bin) if f.what in ("llama.cpp", "llama-server")
     ] == ["llama-server"]
 
 
-def test_a_missing_library_comes_with_what_brings_it(
+def test_a_missing_library_has_its_install_command(
     fake_tools: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = metadata.version
@@ -91,7 +91,7 @@ def test_a_missing_library_comes_with_what_brings_it(
     assert found(fake_tools())["torch"].row == ("MISSING", "torch", "", "uv add torch")
 
 
-def test_a_missing_compiler_and_converter_come_with_what_brings_them(
+def test_a_missing_compiler_and_converter_have_their_install_commands(
     fake_tools: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
@@ -103,6 +103,6 @@ def test_a_missing_compiler_and_converter_come_with_what_brings_them(
     assert not findings["llama.cpp's converter"].ok
 
 
-def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="no such folder"):
         examine_machine(tmp_path / "none")

@@ -56,7 +56,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
         (SystemExit(1), 1, ""),
     ],
 )
-def test_every_end_has_its_code(
+def test_every_outcome_has_its_exit_code(
     failing: Callable[[BaseException], None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -115,7 +115,7 @@ def test_a_wrong_call_is_wrong_input(
         ("demo", "--llama-cpp", "nowhere"),
     ],
 )
-def test_what_is_not_there_is_wrong_input_and_is_named(
+def test_a_missing_file_is_wrong_input_and_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -130,7 +130,7 @@ def test_what_is_not_there_is_wrong_input_and_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_wrong_variant_is_told_at_once(
+def test_every_wrong_variant_is_reported_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "build", "tiny-glm", "-v", "UD-Q9", "-v", "UD-Q8", "-o", "out") == 2
@@ -143,7 +143,7 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_interrupts_and_takes_the_tool_along(
+def test_a_signal_interrupts_the_command_and_its_tool(
     fake_tools: Callable[..., Toolchain], tmp_path: Path, number: signal.Signals
 ) -> None:
     pid = tmp_path / "pid"
@@ -157,7 +157,7 @@ def test_a_signal_interrupts_and_takes_the_tool_along(
     wait_for(lambda: not lives(tool))
 
 
-def test_the_command_itself_leaves_with_the_code(tmp_path: Path) -> None:
+def test_the_installed_command_exits_with_the_code(tmp_path: Path) -> None:
     with start("inspect", tmp_path / "none.gguf") as command:
         out, err = command.communicate(timeout=PATIENCE_SECONDS)
     assert (command.returncode, out) == (2, "")
@@ -168,7 +168,7 @@ def test_the_command_itself_leaves_with_the_code(tmp_path: Path) -> None:
     assert "2 tensors" in out
 
 
-def test_a_token_in_a_problem_is_not_told(
+def test_a_token_in_a_problem_is_redacted(
     failing: Callable[[BaseException], None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

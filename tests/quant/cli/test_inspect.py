@@ -17,7 +17,7 @@ def inspect(*arguments: str | Path) -> str:
     return result.stdout
 
 
-def test_a_document_holds_every_tensor_and_the_length_of_lists(tmp_path: Path) -> None:
+def test_the_json_has_every_tensor_and_the_length_of_lists(tmp_path: Path) -> None:
     document = json.loads(inspect(write(tmp_path / "f.gguf"), "--json"))
     assert document["file"] == "f.gguf"
     assert document["tensors"] == [
@@ -28,14 +28,14 @@ def test_a_document_holds_every_tensor_and_the_length_of_lists(tmp_path: Path) -
     assert document["metadata"]["tokenizer.ggml.tokens"] == "[3 values]"
 
 
-def test_people_see_tables_and_a_sum(tmp_path: Path) -> None:
+def test_without_json_tables_and_totals_are_printed(tmp_path: Path) -> None:
     said = inspect(write(tmp_path / "f.gguf"))
     assert said.splitlines()[-1] == "2 tensors, 192 weights, 0.4 kB, 16.33 bits per weight"
     assert "general.architecture" in said
     assert "64 x 2" in said
 
 
-def test_all_shards_of_a_split_are_looked_at(tmp_path: Path) -> None:
+def test_all_shards_of_a_split_are_listed(tmp_path: Path) -> None:
     for n in (0, 1):
         write(
             tmp_path / f"m-{n + 1:05d}-of-00002.gguf",
@@ -45,11 +45,11 @@ def test_all_shards_of_a_split_are_looked_at(tmp_path: Path) -> None:
     assert "2 tensors" in inspect(tmp_path / "m-00001-of-00002.gguf")
 
 
-def test_a_file_without_tensors_is_no_failure(tmp_path: Path) -> None:
+def test_a_file_without_tensors_is_no_error(tmp_path: Path) -> None:
     assert "0 tensors, 0 weights" in inspect(write(tmp_path / "f.gguf", [], []))
 
 
-def test_metadata_that_is_no_number_is_still_json(tmp_path: Path) -> None:
+def test_nan_in_metadata_is_still_valid_json(tmp_path: Path) -> None:
     document = inspect(
         write(tmp_path / "f.gguf", [], [key("x.nan", float("nan")), key("x.inf", float("inf"))]),
         "--json",
@@ -71,6 +71,6 @@ def test_a_value_becomes_one_short_line(value: object, said: str) -> None:
     assert shorten(value) == said
 
 
-def test_brackets_of_a_file_are_shown_and_are_no_style(tmp_path: Path) -> None:
+def test_brackets_in_metadata_are_text_and_no_style(tmp_path: Path) -> None:
     said = inspect(write(tmp_path / "f.gguf", [], [key("general.name", "[red]tiny[/red] [/bold]")]))
     assert "[red]tiny[/red] [/bold]" in said

@@ -44,9 +44,9 @@ def test_a_stage_that_fails_is_no_line(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def bar_at(total: int) -> tuple[BarProgress, Callable[[], Any]]:
-    shown_by = Progress(console=Console(quiet=True))
-    bar = BarProgress(shown_by, total)
-    return bar, lambda: shown_by.tasks[0]
+    progress_bar = Progress(console=Console(quiet=True))
+    bar = BarProgress(progress_bar, total)
+    return bar, lambda: progress_bar.tasks[0]
 
 
 def test_a_bar_names_the_stage_and_goes_on_when_it_is_done() -> None:
@@ -69,7 +69,7 @@ def test_a_bar_is_shown_on_a_terminal_only(
         assert isinstance(do, kind)
 
 
-def test_a_bar_says_how_far_a_long_stage_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_shows_the_progress_of_a_long_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     bar, task = bar_at(1)
 
     def work() -> str:
@@ -79,7 +79,7 @@ def test_a_bar_says_how_far_a_long_stage_is(monkeypatch: pytest.MonkeyPatch) -> 
     assert re.fullmatch(r"quantize V  25 %, 0:00 left", bar("quantize", "V", work))
 
 
-def test_a_log_hears_of_a_long_stage_now_and_then(
+def test_a_long_stage_is_reported_in_a_log_at_intervals(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def work() -> None:
@@ -88,13 +88,13 @@ def test_a_log_hears_of_a_long_stage_now_and_then(
         report_progress(0.5)
 
     LineProgress(12)("quantize", "V", work)
-    told, done = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r" {8}quantize +V  50 %, 0:00 left", told)
+    line, done = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r" {8}quantize +V  50 %, 0:00 left", line)
     assert done.startswith("[ 1/12] quantize")
 
 
 @pytest.mark.parametrize(
-    ("share", "seconds", "text"),
+    ("fraction", "seconds", "text"),
     [
         (0.0, 5, "0 %"),
         (0.5, 90, "50 %, 1:30 left"),
@@ -102,7 +102,7 @@ def test_a_log_hears_of_a_long_stage_now_and_then(
         (1.0, 9, "100 %, 0:00 left"),
     ],
 )
-def test_the_time_that_is_left_goes_by_what_was_done(
-    share: float, seconds: float, text: str
+def test_the_time_left_is_extrapolated_from_the_fraction_done(
+    fraction: float, seconds: float, text: str
 ) -> None:
-    assert format_fraction(share, seconds) == text
+    assert format_fraction(fraction, seconds) == text

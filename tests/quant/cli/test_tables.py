@@ -5,7 +5,7 @@ import pytest
 from quant.cli import tables
 
 
-def test_numbers_stand_to_the_right_and_words_to_the_left(
+def test_numbers_are_aligned_to_the_right_and_text_to_the_left(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tables.print_table(("name", ">bytes"), [("a", "1"), ("long", "1,000")])
@@ -30,6 +30,6 @@ def test_text_in_brackets_is_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[/nothing]" in out
 
 
-def test_an_empty_table_is_its_head(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_table_is_its_header(capsys: pytest.CaptureFixture[str]) -> None:
     tables.print_table(("name",), [])
     assert "name" in capsys.readouterr().out

@@ -123,7 +123,7 @@ def test_a_crash_quotes_the_end_of_the_log(program: Program) -> None:
     assert str(error).endswith("\n    ValueError: odd")
 
 
-def test_the_outcome_of_an_earlier_run_is_not_believed(program: Program) -> None:
+def test_the_outcome_of_an_earlier_run_is_ignored(program: Program) -> None:
     (program.folder / OUTCOME).write_text('{"result": "old"}')
     assert "without an outcome" in str(program.error("os._exit(0)"))
 

@@ -20,7 +20,7 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_a_file_stands_only_when_the_block_ends_well(tmp_path: Path) -> None:
+def test_a_file_appears_only_if_the_block_succeeds(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "file"
     with files.open_atomic(path) as f:
         f.write(b"half")
@@ -84,7 +84,7 @@ def test_text_is_written_as_utf_8(tmp_path: Path) -> None:
     assert (tmp_path / "f").read_bytes() == "Grüße 世界\r\n".encode()
 
 
-def test_a_receipt_says_what_is_there(tmp_path: Path) -> None:
+def test_a_receipt_has_name_digest_and_length(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b"
     files.write_text(path, "hello")
     assert files.make_receipt(path, tmp_path) == Receipt(
@@ -116,7 +116,7 @@ def test_text_for_people_keeps_the_order_of_keys() -> None:
     assert to_pretty_json({"b": 1, "a": ["ü"]}) == '{\n  "b": 1,\n  "a": [\n    "ü"\n  ]\n}\n'
 
 
-def test_a_shared_file_is_a_second_name(tmp_path: Path) -> None:
+def test_a_linked_file_is_a_second_name(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     files.link_or_copy(tmp_path / "a", tmp_path / "deep" / "b")
     assert (tmp_path / "deep" / "b").samefile(tmp_path / "a")
@@ -136,7 +136,7 @@ def test_a_file_is_copied_where_it_cannot_be_linked(
     assert not (tmp_path / "b").samefile(tmp_path / "a")
 
 
-def test_sharing_never_writes_over_a_file(tmp_path: Path) -> None:
+def test_linking_never_overwrites_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     (tmp_path / "b").write_text("y")
     with pytest.raises(FileExistsError):
@@ -144,7 +144,7 @@ def test_sharing_never_writes_over_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "b").read_text() == "y"
 
 
-def test_removing_takes_files_folders_and_links_and_forgives_nothing_there(tmp_path: Path) -> None:
+def test_files_folders_and_links_are_removed_and_a_missing_one_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "f").touch()
     (tmp_path / "link").symlink_to("kept")
@@ -157,7 +157,7 @@ def test_removing_takes_files_folders_and_links_and_forgives_nothing_there(tmp_p
 
 
 @pytest.mark.parametrize("ends_well", [True, False])
-def test_a_scratch_folder_begins_empty_and_is_gone_afterwards(
+def test_a_temp_folder_is_empty_at_first_and_removed_afterwards(
     tmp_path: Path, ends_well: bool
 ) -> None:
     final = tmp_path / "out.gguf"

@@ -3,7 +3,7 @@
 from quant.core.progress import listen_to_progress, report_progress
 
 
-def test_what_is_told_is_heard_by_the_innermost_listener_only() -> None:
+def test_progress_is_reported_to_the_innermost_listener_only() -> None:
     outer: list[float] = []
     inner: list[float] = []
     with listen_to_progress(outer.append):

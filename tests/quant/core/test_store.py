@@ -38,7 +38,7 @@ class Work:
         return FACTS
 
 
-def test_work_is_done_and_then_found(tmp_path: Path) -> None:
+def test_work_is_done_once_and_then_reused(tmp_path: Path) -> None:
     work, store = Work(), Store(tmp_path)
     made = store.run_once("stage", INPUTS, work)
     found = store.run_once("stage", INPUTS, work)
@@ -76,7 +76,7 @@ def test_keys_are_equal_when_and_only_when_the_inputs_are(
     assert hash_inputs(a) == hash_inputs(dict(reversed(a.items())))
 
 
-def test_where_a_value_stands_counts_and_not_only_its_letters() -> None:
+def test_the_place_of_a_value_counts_and_not_only_its_letters() -> None:
     assert hash_inputs({"a": ["bc"]}) != hash_inputs({"ab": ["c"]})
     assert hash_inputs({"a": "1"}) != hash_inputs({"a": 1})
 
@@ -131,7 +131,7 @@ def test_a_folder_that_does_not_fit_its_receipt_is_done_again(tmp_path: Path, da
     assert again.path("sub/out").read_text() == "bytes"
 
 
-def test_a_partial_folder_is_not_believed(tmp_path: Path) -> None:
+def test_a_partial_folder_is_no_result(tmp_path: Path) -> None:
     work, store = Work(), Store(tmp_path)
     done = store.run_once("stage", INPUTS, work)
     done.folder.rename(done.folder.with_name(done.folder.name + ".partial"))
@@ -157,7 +157,7 @@ def test_what_an_interrupted_run_left_is_kept_only_when_asked_for(tmp_path: Path
     assert seen == [False, True, False]
 
 
-def test_what_is_sound_of_damaged_work_can_be_kept(tmp_path: Path) -> None:
+def test_intact_files_of_damaged_work_can_be_kept(tmp_path: Path) -> None:
     store = Store(tmp_path)
     damage_length(store.run_once("stage", INPUTS, Work()))
     left: list[str] = []
@@ -216,7 +216,7 @@ HOLDER = """
 """
 
 
-def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_and_the_holder_is_named(tmp_path: Path) -> None:
     with child(HOLDER, tmp_path) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
@@ -342,7 +342,7 @@ FULL = """
 @pytest.mark.parametrize(
     ("limit", "what", "named"), [(10**5, "once", "big"), (0, "lock", "held-by")]
 )
-def test_a_full_disk_is_told_with_the_file(
+def test_a_full_disk_is_reported_with_the_file(
     tmp_path: Path, limit: int, what: str, named: str
 ) -> None:
     with child(FULL, tmp_path, str(limit), what, env={"PYTHONDONTWRITEBYTECODE": "1"}) as full:
@@ -353,7 +353,7 @@ def test_a_full_disk_is_told_with_the_file(
     assert message == "the file grew too large; free some and run again\n"
 
 
-def test_a_root_that_cannot_be_written_is_told_with_its_name(
+def test_a_root_that_cannot_be_written_is_reported_with_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: Path, *_: Any, **__: Any) -> None:

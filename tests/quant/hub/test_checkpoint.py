@@ -162,7 +162,7 @@ def test_weights_in_pickles_are_refused_by_name(tmp_path: Path) -> None:
     )
 
 
-def test_a_truncated_file_tells_both_lengths_and_the_last_tensor(tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported_with_both_lengths_and_the_last_tensor(tmp_path: Path) -> None:
     whole = CHECKPOINT[SHARDS[1]]
     found = problems(lay(tmp_path, {SHARDS[1]: whole[:-500]}))
     assert (
@@ -176,7 +176,7 @@ def test_a_file_with_bytes_after_its_tensors_is_refused(tmp_path: Path) -> None:
     assert f"expected {len(whole)} bytes" in problems(lay(tmp_path, {SHARDS[1]: whole + b"more"}))
 
 
-def test_all_problems_of_a_folder_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_a_folder_are_reported_at_once(tmp_path: Path) -> None:
     folder = lay(
         tmp_path, {"config.json": b"{}", "tokenizer.json": None, SHARDS[0]: b"x", SHARDS[1]: None}
     )
@@ -195,7 +195,7 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, kind: str, found: s
     assert problems(path) == f"{path}: expected a folder with a checkpoint, {found}"
 
 
-def test_a_folder_is_found_beside_the_recipe(tmp_path: Path) -> None:
+def test_a_relative_folder_begins_beside_the_recipe(tmp_path: Path) -> None:
     lay(tmp_path / "recipes" / "weights")
     found = checkpoint.pull_checkpoint(
         ModelSource(folder="weights"), tmp_path / "recipes", Store(tmp_path / "work")
@@ -234,7 +234,7 @@ def test_receipts_name_what_a_conversion_can_read_and_nothing_else(tmp_path: Pat
         ),
     ],
 )
-def test_the_chat_template_is_the_one_that_the_converter_takes(
+def test_the_chat_template_is_the_one_that_the_converter_uses(
     tmp_path: Path, changes: Mapping[str, bytes | None], text: str, where: str
 ) -> None:
     assert checkpoint.read_checkpoint(lay(tmp_path, changes)).chat_template == (
@@ -297,7 +297,7 @@ def test_a_changed_file_is_read_again_even_with_its_length_and_time_set_back(
     assert second.receipts != first.receipts
 
 
-def test_a_memory_of_digests_that_cannot_be_read_is_made_anew(tmp_path: Path) -> None:
+def test_a_damaged_digest_cache_is_written_anew(tmp_path: Path) -> None:
     folder, store = lay(tmp_path / "checkpoint"), Store(tmp_path / "work")
     first = checkpoint.read_checkpoint(folder, store)
     (store.root / checkpoint.DIGESTS).write_text("{")

@@ -62,13 +62,13 @@ def test_a_locked_model_is_pulled_at_its_commit_even_when_the_branch_has_moved(
     ]
 
 
-def test_a_model_that_is_not_locked_is_refused_and_told_how(hub: Hub, tmp_path: Path) -> None:
+def test_a_model_that_is_not_locked_is_refused_with_the_next_step(hub: Hub, tmp_path: Path) -> None:
     done = quant(hub, tmp_path, "pull", "tiny.toml", "--work", "work")
     assert done.returncode == 2
     assert "quant lock MODEL" in done.stderr
 
 
-def test_files_that_are_not_the_locked_ones_stop_the_work(hub: Hub, tmp_path: Path) -> None:
+def test_files_that_are_not_the_locked_ones_stop_the_build(hub: Hub, tmp_path: Path) -> None:
     assert quant(hub, tmp_path, "lock", "tiny.toml").returncode == 0
     path = tmp_path / "tiny.lock.json"
     path.write_text(path.read_text().replace(hubs.sha256(CHECKPOINT[SHARDS[0]]), "0" * 64))

@@ -109,7 +109,7 @@ def test_a_commit_is_pulled_once_and_never_asked_for_again(hub: Hub, puller: Pul
     assert hub.requests == []
 
 
-def test_the_token_is_shown_to_the_hub_and_not_to_its_storage(hub: Hub, puller: Puller) -> None:
+def test_the_token_is_sent_to_the_hub_and_not_to_its_storage(hub: Hub, puller: Puller) -> None:
     assert puller.run()[0] == 0
     assert {r.token for r in hub.requests if r.host.startswith("127.0.0.1")} >= {f"Bearer {TOKEN}"}
     assert {r.token for r in hub.requests if r.host.startswith("localhost")} == {None}
@@ -129,7 +129,7 @@ def test_a_revision_that_can_move_is_refused_before_any_request(
 
 
 @pytest.mark.parametrize("name", [SHARDS[1], "config.json"])
-def test_wrong_bytes_in_the_right_length_are_found_and_the_next_run_mends_them(
+def test_wrong_bytes_of_the_right_length_are_detected_and_fetched_again_by_the_next_run(
     hub: Hub, puller: Puller, name: str
 ) -> None:
     hub.plant(name, Fault.WRONG, times=1)
@@ -150,7 +150,7 @@ def test_wrong_bytes_in_the_right_length_are_found_and_the_next_run_mends_them(
     ("path", "fault"),
     [(SHARDS[1], Fault.BUSY), (REPO, Fault.BROKEN), (SHARDS[1], Fault.CUT)],
 )
-def test_a_hub_that_stumbles_once_delays_a_pull_and_does_not_stop_it(
+def test_one_server_error_delays_a_pull_and_does_not_stop_it(
     hub: Hub, puller: Puller, path: str, fault: Fault
 ) -> None:
     hub.plant(path, fault, times=1)
@@ -219,7 +219,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(puller: Puller) -> None:
         ),
     ],
 )
-def test_a_repo_that_cannot_be_had_is_one_clear_line(
+def test_a_repo_that_is_refused_is_one_clear_line(
     hub: Hub, puller: Puller, path: str, fault: Fault | None, said: str
 ) -> None:
     if fault:
@@ -382,7 +382,7 @@ def test_a_name_that_is_not_safe_to_write_is_refused_before_anything_is_fetched(
     assert hub.gets() == []
 
 
-def test_a_limit_that_the_hub_sets_is_waited_for(hub: Hub, puller: Puller) -> None:
+def test_a_rate_limit_of_the_hub_is_waited_for(hub: Hub, puller: Puller) -> None:
     first = next(
         n for n, r in enumerate(_requests(hub, puller)) if r.endswith("/tree/" + puller.commit)
     )
@@ -402,7 +402,7 @@ def _requests(hub: Hub, puller: Puller) -> list[str]:
 
 
 @pytest.mark.parametrize("found", ["hf_With A Blank In Itsss", "hf_WithA\nLineInItXXXXXX"])
-def test_a_token_that_no_header_can_carry_is_refused_and_not_told(
+def test_a_token_that_no_header_can_carry_is_refused_and_not_quoted(
     puller: Puller, found: str
 ) -> None:
     code, _, err = puller.run(HF_TOKEN=found)

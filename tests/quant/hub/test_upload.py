@@ -62,7 +62,7 @@ def early(folder: Path, *names: str, limit: int | None = None) -> None:
     )
 
 
-def test_at_no_time_has_more_passed_than_the_rate_allows_but_for_one_piece() -> None:
+def test_never_more_than_the_rate_plus_one_piece_is_sent() -> None:
     clock = Clock()
     limiter = RateLimiter(1000, clock, clock.wait)
     total = 0
@@ -73,7 +73,7 @@ def test_at_no_time_has_more_passed_than_the_rate_allows_but_for_one_piece() -> 
     assert clock.now == pytest.approx((total - 936) / 1000)
 
 
-def test_time_in_which_nothing_was_sent_is_not_saved_up() -> None:
+def test_idle_time_allows_no_burst() -> None:
     clock = Clock()
     limiter = RateLimiter(1000, clock, clock.wait)
     limiter.take(1000)
@@ -83,7 +83,7 @@ def test_time_in_which_nothing_was_sent_is_not_saved_up() -> None:
     assert clock.now == pytest.approx(101.0)
 
 
-def test_every_byte_that_is_sent_passes_the_limiter(
+def test_every_byte_sent_is_counted_by_the_limiter(
     the_hub: Hub, folder: Path, passed: list[int]
 ) -> None:
     publish_release(plan_change(folder, Destination(REPO, limit=10**6)))
@@ -91,12 +91,14 @@ def test_every_byte_that_is_sent_passes_the_limiter(
     assert sum(passed) >= sum(map(len, held(folder).values()))
 
 
-def test_without_a_limit_nothing_is_held_up(the_hub: Hub, folder: Path, passed: list[int]) -> None:
+def test_without_a_limit_nothing_is_throttled(
+    the_hub: Hub, folder: Path, passed: list[int]
+) -> None:
     publish_release(plan_change(folder, Destination(REPO)))
     assert passed == []
 
 
-def test_what_is_sent_again_after_a_failure_passes_again(
+def test_bytes_sent_again_after_a_failure_are_counted_again(
     the_hub: Hub, folder: Path, passed: list[int]
 ) -> None:
     upload = next(
@@ -113,7 +115,7 @@ def test_what_is_sent_again_after_a_failure_passes_again(
     assert shown(the_hub) == held(folder)
 
 
-def test_a_limit_keeps_the_client_from_xet_whose_speed_cannot_be_held(
+def test_a_limit_keeps_the_client_from_xet_which_cannot_be_throttled(
     the_hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
@@ -124,9 +126,7 @@ def test_a_limit_keeps_the_client_from_xet_whose_speed_cannot_be_held(
     assert not the_hub.asked("GET", "xet")
 
 
-def test_what_is_sent_early_is_seen_by_nobody_and_not_sent_again(
-    the_hub: Hub, folder: Path
-) -> None:
+def test_files_sent_early_are_invisible_and_not_sent_again(the_hub: Hub, folder: Path) -> None:
     first, *others = LARGE
     early(folder, first)
     assert shown(the_hub) == {}
@@ -141,7 +141,7 @@ def test_what_is_sent_early_is_seen_by_nobody_and_not_sent_again(
     assert len(made(the_hub)) == 1
 
 
-def test_whichever_request_of_sending_early_fails_the_release_is_one_commit_in_the_end(
+def test_whichever_early_request_fails_the_release_is_one_commit(
     the_hub: Hub, folder: Path
 ) -> None:
     early(folder, *LARGE)
