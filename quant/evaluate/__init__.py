@@ -11,13 +11,15 @@ figures            the digits that are published, and what two machines may diff
 pareto             dominated files, and the lower hull; pure
 error_measurement  the error table: what each type does to each tensor
 probe              files with a few coarse tensors: how sensitive the model is to each
+sensitivity_measurement  what `quant probe` does: error table and sensitivities, on several machines
+allocation         what `quant allocate` does: measure, or take priors, and allocate types
 charts             SVG of KLD, by size and by domain; pure
 class_charts       SVG of bits and of errors, by tensor class; pure
 html               the report page, which fills templates/report.html.jinja; pure
 ```
 
 A build calls :func:`release.evaluate_release`. The release's card and page call ``figures`` and
-``html``. Allocation calls ``error_measurement`` and ``probe``.
+``html``. ``allocation`` measures, and lets :mod:`quant.plan.allocate` decide.
 
 Some things stay as they are, because published releases and finished work are compared with them:
 the keys of figures, the seed of the bootstrap, and the names in the store's keys (with others, a
