@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,7 +81,8 @@ def plan(options: PlanOptions) -> None:
         return
     raise_problems(p for v in variants for p in find_plan_problems(v, source.tensors, None))
     plans = [make_plan(variant, source.tensors) for variant in variants]
-    raise_problems(p for made in plans for p in find_oversized(made, recipe.max_shard_size))
+    oversized = (find_oversized(p, recipe.max_shard_size) for p in plans)
+    raise_problems(chain.from_iterable(oversized))
     if options.as_json:
         click.echo(json.dumps(_make_document(recipe, plans, source), ensure_ascii=False))
         return

@@ -99,7 +99,8 @@ class AllocationRequest:
     imatrix: Path | None = None
     """Importance matrix of the GGUF."""
     errors: Path | None = None
-    """The error table; measured and written if the file does not exist. None keeps it in ``work``."""
+    """The error table; measured and written if the file does not exist. None keeps it in
+    ``work``."""
     sensitivities: Path | None = None
     """The sensitivities, likewise."""
     hessians: Path | None = None

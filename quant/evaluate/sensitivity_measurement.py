@@ -1,4 +1,4 @@
-"""Measure the error table and the sensitivities of one model; several machines can share the probes.
+"""Measure error table and sensitivities of a model; several machines can share the probes.
 
 ``quant probe`` calls ``measure_sensitivities``; ``quant.evaluate.allocation`` uses the steps.
 """
@@ -49,7 +49,8 @@ class SensitivityRequest:
     imatrix: Path | None = None
     """Its importance matrix."""
     errors: Path | None = None
-    """The error table; measured and written if the file does not exist. None keeps it in ``work``."""
+    """The error table; measured and written if the file does not exist. None keeps it in
+    ``work``."""
     hessians: Path | None = None
     """Hessians for error compensation (GPTQ); None quantizes as llama-quantize does."""
     chunks: int | None = None

@@ -247,8 +247,8 @@ def _find_rule_problems(rule: Rule, where: str) -> Iterator[str]:
         if name is not None and name not in TYPES:
             yield f"{where}.{key}: {name!r} is not one of ggml's: {suggest_name(name, TYPES)}"
     if rule.depth is not None and not 0 <= rule.depth[0] < rule.depth[1]:
-        found = list(rule.depth)
-        yield f"{where}.depth: expected two shares, the smaller first, found {found}"
+        depth = list(rule.depth)
+        yield f"{where}.depth: expected two shares, the smaller first, found {depth}"
     for key, name in (("type", rule.type), ("narrow", rule.narrow or "")):
         if name.startswith("TQ"):
             yield (

@@ -25,7 +25,7 @@ Sizes are rounded up to bins of at least 32 bytes, so that a solution never exce
 counts of 10^11 as coefficients would be beyond the solver's tolerances.
 """
 SECONDS = 8.0
-"""Time limit of one solution; the best one until then is taken, with its gap."""
+"""Time limit of one solution; the best one until then is used_bytes, with its gap."""
 GAP = 1e-4
 """Relative gap at which the solver stops."""
 EPSILON = 1e-12
@@ -109,7 +109,7 @@ def _solve_milp(
 ) -> tuple[list[int], float]:
     """Return the chosen option of each unit, and a lower bound of the KLD (0 if bins are coarse).
 
-    Units that cannot be told apart are one group with integer counts instead of 0/1 variables: the
+    Indistinguishable units are one group with integer counts instead of 0/1 variables: the
     layers of a class are symmetric, and symmetry is what makes branch and bound slow.
     """
     import numpy as np
@@ -230,8 +230,8 @@ def _compute_lagrangian_bound(units: Sequence[Unit], budget: int) -> float:
     def evaluate(multiplier: float) -> tuple[float, float]:
         costs = klds + multiplier * sizes
         pick = costs.argmin(1)[:, None]
-        taken = float(np.take_along_axis(sizes, pick, 1).sum())
-        return float(costs.min(1).sum() - multiplier * budget), taken
+        used_bytes = float(np.take_along_axis(sizes, pick, 1).sum())
+        return float(costs.min(1).sum() - multiplier * budget), used_bytes
 
     low, high = 0.0, 1.0
     while evaluate(high)[1] > budget and high < 1e30:
@@ -239,9 +239,9 @@ def _compute_lagrangian_bound(units: Sequence[Unit], budget: int) -> float:
     best = max(evaluate(low)[0], evaluate(high)[0])
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        bound, taken = evaluate(middle)
+        bound, used_bytes = evaluate(middle)
         best = max(best, bound)
-        low, high = (middle, high) if taken > budget else (low, middle)
+        low, high = (middle, high) if used_bytes > budget else (low, middle)
     return best
 
 

@@ -1,4 +1,4 @@
-"""Every variant of every model as a table: whoever changes a rule sees in the diff what it does to all of them.
+"""Every variant of every model as a table: the diff of a changed rule shows all its effects.
 
 ``pytest --update-golden`` writes the tables anew.
 """
@@ -23,46 +23,47 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("model", "variant"), PAIRS)
-def test_a_variant_of_a_model_is_planned_as_it_was(
+def test_a_variant_of_a_model_is_planned_as_in_its_table(
     model: str, variant: str, pytestconfig: pytest.Config
 ) -> None:
     recipe, _ = load_model(model)
-    planned = make_plan(load_variant(variant), list_tensors(recipe.architecture))
-    found = table(planned, recipe.title, parse_size(recipe.max_shard_size))
+    plan = make_plan(load_variant(variant), list_tensors(recipe.architecture))
+    actual = table(plan, recipe.title, parse_size(recipe.max_shard_size))
     path = FOLDER / model / f"{variant}.txt"
     if pytestconfig.getoption("update_golden"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(found)
+        path.write_text(actual)
     assert path.exists(), f"{path}: missing; pytest --update-golden writes it"
-    assert found.splitlines() == path.read_text().splitlines()
+    assert actual.splitlines() == path.read_text().splitlines()
 
 
-def test_there_is_no_table_of_a_plan_that_is_none() -> None:
+def test_every_table_has_its_plan() -> None:
     tables = {(path.parent.name, path.stem) for path in FOLDER.glob("*/*")}
     assert tables == set(PAIRS)
 
 
-def table(planned: Plan, title: str, max_bytes: int) -> str:
-    """Totals, then the type of each class of tensors and the blocks where it is so."""
-    shards = forecast_shard_bytes(planned, max_bytes) if planned.variant.split else (planned.bytes,)
+def table(plan: Plan, title: str, max_bytes: int) -> str:
+    """Return totals, then the blocks of each class of tensors by type."""
+    shards = forecast_shard_bytes(plan, max_bytes) if plan.variant.split else (plan.bytes,)
+    bpw = f"{plan.bits_per_weight:.4f} bits per weight"
     lines = [
-        f"{title} {planned.variant.name}",
-        f"{len(planned.tensors)} tensors, {planned.bytes:,} bytes, {planned.bits_per_weight:.4f} bits per weight",
+        f"{title} {plan.variant.name}",
+        f"{len(plan.tensors)} tensors, {plan.bytes:,} bytes, {bpw}",
         *(f"shard {number}: {size:,} bytes" for number, size in enumerate(shards, 1)),
-        *sorted(lines_of(planned), key=lambda line: line.split()[1]),
+        *sorted(list_classes(plan), key=lambda line: line.split()[1]),
     ]
     return "\n".join(lines) + "\n"
 
 
-def lines_of(planned: Plan) -> Iterator[str]:
+def list_classes(plan: Plan) -> Iterator[str]:
     blocks: dict[tuple[str, str], list[int]] = {}
-    for t in planned.tensors:
-        of_kind = blocks.setdefault((tensor_class(t.tensor.name), t.type.name), [])
+    for t in plan.tensors:
+        of_type = blocks.setdefault((tensor_class(t.tensor.name), t.type.name), [])
         block, _ = split_block(t.tensor.name)
         if block is not None:
-            of_kind.append(block)
-    for (name, kind), where in blocks.items():
-        yield f"{'blk.' + ranges(where) if where else '-':<14} {name:<24} {kind}"
+            of_type.append(block)
+    for (name, ggml_type), where in blocks.items():
+        yield f"{'blk.' + ranges(where) if where else '-':<14} {name:<24} {ggml_type}"
 
 
 def ranges(numbers: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""The recipes that the project ships: each loads, and together they say nothing that cannot be done."""
+"""The shipped recipes: each loads, and every variant of every model can be planned."""
 
 import re
 from pathlib import Path

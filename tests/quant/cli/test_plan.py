@@ -16,6 +16,7 @@ from quant.plan.load import RECIPES, load_model
 from tests.gguf_files import LLAMA, Tensor, write
 
 Run = Callable[..., tuple[int, str, str]]
+TENSOR, MISSPELT = "blk.3.ffn_down_exps.weight", "blk.3.ffn_down_exp.weight"
 TINY = list_tensors(load_model("tiny-glm")[0].architecture)
 
 
@@ -135,10 +136,8 @@ def test_explain_of_a_tensor_that_keeps_its_type_says_so(run: Run) -> None:
             ],
         ),
         (
-            ["glm-4.6", "--explain", "blk.3.ffn_down_exp.weight"],
-            [
-                "error: tensor 'blk.3.ffn_down_exp.weight' is not in this model: did you mean 'blk.3.ffn_down_exps.weight'?"
-            ],
+            ["glm-4.6", "--explain", MISSPELT],
+            [f"error: tensor {MISSPELT!r} is not in this model: did you mean {TENSOR!r}?"],
         ),
         (
             ["glm-4.6", "--explain", "hello"],
@@ -218,7 +217,8 @@ def test_a_variant_that_does_not_fit_the_model_is_reported_tensor_by_tensor(
     run: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.toml").write_text(
-        'name = "bad"\nsummary = "x"\nfile_type = "IQ1_S"\n[[rules]]\ntensors = ".*"\ntype = "IQ1_S"\nwhy = "x"\n'
+        'name = "bad"\nsummary = "x"\nfile_type = "IQ1_S"\n'
+        '[[rules]]\ntensors = ".*"\ntype = "IQ1_S"\nwhy = "x"\n'
     )
     code, out, err = run("glm-4.6v-flash", "-v", tmp_path / "bad.toml")
     assert (code, out) == (2, "")
@@ -283,7 +283,10 @@ def test_a_file_may_have_an_mtp_block_that_the_recipe_lacks(run: Run, tmp_path: 
 
 
 def test_nothing_heavy_is_imported() -> None:
-    program = "import sys; from quant.cli import main\ntry: main()\nfinally: print(*sorted(sys.modules), file=sys.stderr)"
+    program = (
+        "import sys; from quant.cli import main\n"
+        "try: main()\nfinally: print(*sorted(sys.modules), file=sys.stderr)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program, "plan", "glm-4.6", "--json"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""`quant probe` on tiny-glm: machines share the probes, and `quant allocate --measured` uses them."""
+"""`quant probe` on tiny-glm: machines share probes; `quant allocate --measured` uses them."""
 
 import json
 from pathlib import Path

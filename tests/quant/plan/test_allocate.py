@@ -1,4 +1,4 @@
-"""Allocation to sizes: published sizes are met, ladders are monotone, contradictions are refused."""
+"""Allocation to sizes: published sizes, monotone ladders, and contradictions."""
 
 import itertools
 import re

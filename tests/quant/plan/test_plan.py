@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -194,22 +195,27 @@ def test_a_mixture_of_experts_is_recognized_by_its_expert_tensors() -> None:
     assert not is_moe((spec("blk.0.ffn_up_shexp.weight"), *MODEL))
 
 
-#: Names as llama.cpp's tensor_allows_quantization tells them apart, with neighbours that it lets through.
+# Names that llama.cpp's tensor_allows_quantization excludes, with similar ones that it allows.
 NAMES = """
-    token_embd.weight output.weight output_norm.weight token_embd_norm.weight blk.0.attn_norm.weight blk.0.attn_q.weight
-    blk.0.attn_q_norm.weight blk.0.ffn_gate.weight blk.0.ffn_gate_inp.weight blk.0.ffn_gate_inp_shexp.weight
-    blk.0.ffn_gate_tid2eid.weight blk.0.ffn_up_exps.weight blk.0.ffn_up_exps.bias blk.0.altup_proj.weight
-    blk.0.laurel_l.weight per_layer_model_proj.weight per_layer_token_embd.weight position_embd.weight token_types.weight
-    v.position_embd.weight blk.0.ssm_conv1d.weight blk.0.ssm_conv1d_q.weight blk.0.ssm_in.weight blk.0.shortconv.conv.weight
-    blk.0.shortconv.in_proj.weight blk.0.indexer.k_proj.weight blk.0.indexer.q_proj.weight blk.0.indexer.proj.weight
-    blk.0.indexer.attn_k.weight blk.0.time_mix_first.weight blk.0.time_mix_w0.weight blk.0.time_mix_w1.weight
-    blk.0.time_mix_w2.weight blk.0.time_mix_v0.weight blk.0.time_mix_v1.weight blk.0.time_mix_v2.weight
-    blk.0.time_mix_a0.weight blk.0.time_mix_a1.weight blk.0.time_mix_a2.weight blk.0.time_mix_g1.weight
-    blk.0.time_mix_g2.weight blk.0.time_mix_decay_w1.weight blk.0.time_mix_decay_w2.weight blk.0.time_mix_lerp_fused.weight
-    blk.0.time_mix_key.weight blk.0.attn_rel_b.weight v.sam.pos_embd.weight v.sam.neck.0.weight v.sam.net_2.weight
-    v.blk.0.rel_pos_h.weight v.patch_embd.weight v.patch_merger.weight mm.patch_merger.weight a.rvq.codebook.0.weight
-    mm.a.code_embd.weight v.blk.0.attn_out.weight mm.0.weight blk.0.nextn.eh_proj.weight blk.0.odd_norm.weight.x.weight
-    blk.0.weight_scale weight blk.0.attn_q.weight_in blk.0.token_types.weight xposition_embd.weight
+    token_embd.weight output.weight output_norm.weight token_embd_norm.weight
+    blk.0.attn_norm.weight blk.0.attn_q.weight blk.0.attn_q_norm.weight blk.0.ffn_gate.weight
+    blk.0.ffn_gate_inp.weight blk.0.ffn_gate_inp_shexp.weight blk.0.ffn_gate_tid2eid.weight
+    blk.0.ffn_up_exps.weight blk.0.ffn_up_exps.bias blk.0.altup_proj.weight
+    blk.0.laurel_l.weight per_layer_model_proj.weight per_layer_token_embd.weight
+    position_embd.weight token_types.weight v.position_embd.weight blk.0.ssm_conv1d.weight
+    blk.0.ssm_conv1d_q.weight blk.0.ssm_in.weight blk.0.shortconv.conv.weight
+    blk.0.shortconv.in_proj.weight blk.0.indexer.k_proj.weight blk.0.indexer.q_proj.weight
+    blk.0.indexer.proj.weight blk.0.indexer.attn_k.weight blk.0.time_mix_first.weight
+    blk.0.time_mix_w0.weight blk.0.time_mix_w1.weight blk.0.time_mix_w2.weight
+    blk.0.time_mix_v0.weight blk.0.time_mix_v1.weight blk.0.time_mix_v2.weight
+    blk.0.time_mix_a0.weight blk.0.time_mix_a1.weight blk.0.time_mix_a2.weight
+    blk.0.time_mix_g1.weight blk.0.time_mix_g2.weight blk.0.time_mix_decay_w1.weight
+    blk.0.time_mix_decay_w2.weight blk.0.time_mix_lerp_fused.weight blk.0.time_mix_key.weight
+    blk.0.attn_rel_b.weight v.sam.pos_embd.weight v.sam.neck.0.weight v.sam.net_2.weight
+    v.blk.0.rel_pos_h.weight v.patch_embd.weight v.patch_merger.weight mm.patch_merger.weight
+    a.rvq.codebook.0.weight mm.a.code_embd.weight v.blk.0.attn_out.weight mm.0.weight
+    blk.0.nextn.eh_proj.weight blk.0.odd_norm.weight.x.weight blk.0.weight_scale weight
+    blk.0.attn_q.weight_in blk.0.token_types.weight xposition_embd.weight
 """.split()
 SHAPES = [
     (256,),
@@ -286,8 +292,12 @@ def test_llama_quantize_plans_what_we_plan(tmp_path: Path) -> None:
     }
 
 
-def policy(otherwise: str, floor: str = "Q4_K", name: str = TRUNK[3].name) -> CoveragePolicy:
-    return CoveragePolicy({name: "layer 3: expert 5 saw nothing"}, otherwise, floor)  # type: ignore[arg-type]
+def policy(
+    otherwise: Literal["raise", "refuse", "report"],
+    floor: str = "Q4_K",
+    name: str = TRUNK[3].name,
+) -> CoveragePolicy:
+    return CoveragePolicy({name: "layer 3: expert 5 saw nothing"}, otherwise, floor)
 
 
 def test_only_a_tensor_with_insufficient_coverage_is_raised_to_the_floor() -> None:
@@ -319,7 +329,8 @@ def test_a_floor_whose_blocks_do_not_fill_the_rows_gives_way_to_a_plain_type() -
 def test_a_tensor_with_insufficient_coverage_can_be_refused_with_the_reason() -> None:
     [problem] = find_plan_problems(variant(rule(".*", "Q2_K")), MODEL, None, policy("refuse"))
     assert problem.startswith(
-        "variant V: rules[0]: tensor blk.3.ffn_down.weight: Q2_K has insufficient imatrix coverage: layer 3: expert 5"
+        "variant V: rules[0]: tensor blk.3.ffn_down.weight: Q2_K has insufficient imatrix coverage:"
+        " layer 3: expert 5"
     )
     assert problem.endswith("give it Q4_K or more, or use more calibration text")
 

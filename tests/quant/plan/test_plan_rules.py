@@ -141,8 +141,8 @@ def test_without_a_fallback_type_a_row_that_does_not_fill_blocks_is_a_problem() 
     problems = list(find_plan_problems(variant(rule(".*", "Q6_K")), MODELS["glm-4.6v-flash"], None))
     assert len(problems) == 40
     assert problems[0] == (
-        "variant V: rules[0]: tensor blk.0.ffn_down.weight: expected a row that is a multiple of 256 for Q6_K,"
-        " found 13696; give the rule a `narrow` type"
+        "variant V: rules[0]: tensor blk.0.ffn_down.weight: expected a row that is a multiple of 256"
+        " for Q6_K, found 13696; give the rule a `narrow` type"
     )
 
 

@@ -1,4 +1,4 @@
-"""The search: it finds what probes could not show, keeps to the size, and measures no file twice."""
+"""The search: it finds what probes cannot show, and measures no file twice."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -48,7 +48,8 @@ def file(path: Path, tensors: Sequence[Tensor], *keys: Key) -> Header:
     return read_header(write(path, tensors, [*LLAMA, *keys]))
 
 
-# What the base says beside the model's own keys, what the imatrix says, and what llama-quantize adds to the model's own.
+# What the base says beside the model's own keys, what the imatrix says, and what llama-quantize
+# adds to the model's own.
 CASES = [
     (ALWAYS, MATRIX, [*ALWAYS, *ABOUT, DATASET, CHUNKS]),
     ([], MATRIX, [*ALWAYS, *ABOUT, DATASET, CHUNKS]),
@@ -175,7 +176,8 @@ GLM_4_6 = {
     "glm4moe.attention.value_length": 128,
     "glm4moe.rope.dimension_count": 64,
 }
-# And for recipes/models/glm-4.7-flash.toml (conversion/deepseek.py): latent and rotary part as one head.
+# And for recipes/models/glm-4.7-flash.toml (conversion/deepseek.py): latent and rotary part as one
+# head.
 MTP = "deepseek2.nextn_predict_layers"
 GLM_4_7_FLASH = {
     "general.architecture": "deepseek2",
