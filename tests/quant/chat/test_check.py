@@ -128,10 +128,10 @@ def test_a_build_requires_every_conversation_to_pass_and_renders_a_template_once
     first, *_, last = caught.value.problems
     assert first.startswith(f"{wrong.source}: conversation '")
     assert "\n    --- " in str(caught.value) and "\n    -" in str(caught.value)  # and what differed
-    said = [
+    problems = [
         p for p in caught.value.problems if "conversation 'raw reasoning, two turns' (jinja)" in p
     ]
-    assert "thinking default, prompt 3: past stays: does not begin with past 2" in said[0]
+    assert "thinking default, prompt 3: past stays: does not begin with past 2" in problems[0]
     names = {p.split("'")[1] for p in caught.value.problems[:-1]}
     assert (
         f"without a patch: expected {len(CONVERSATIONS)} conversations to pass, found {len(names)} that fail"
@@ -173,8 +173,8 @@ def test_the_templates_of_the_twins_pass_in_every_engine(name: str) -> None:
 @pytest.mark.tools
 def test_the_unpatched_template_fails_in_every_engine_that_shows_it() -> None:
     report = check_template(load_template("glm-4.6", "none"), find_toolchain(), SHORT)
-    found = {(f.engine, f.rule, f.conversation) for f in report.faults}
-    assert found == {
+    rules = {(f.engine, f.rule, f.conversation) for f in report.faults}
+    assert rules == {
         ("jinja", "past stays", "raw reasoning, two turns"),
         ("jinja", "tool results", "a result as parts"),
         ("llama-server", "engines agree", "a result as parts"),

@@ -34,8 +34,8 @@ FIRST, SECOND = (request.name for request in REQUESTS)
 
 def child(template: str, **limits: float) -> tuple[Rendering, Rendering]:
     """What becomes of the first request, and of one behind it."""
-    made = render_in_sandbox(template, REQUESTS, limits=SandboxLimits(**limits))  # type: ignore[arg-type]
-    return made[FIRST], made[SECOND]
+    renderings = render_in_sandbox(template, REQUESTS, limits=SandboxLimits(**limits))  # type: ignore[arg-type]
+    return renderings[FIRST], renderings[SECOND]
 
 
 def test_the_sandbox_renders_what_this_process_renders() -> None:
@@ -48,8 +48,8 @@ def test_the_sandbox_passes_variables_tokens_and_tools() -> None:
     template = (
         "{{ bos_token }}{{ eos_token }}{{ enable_thinking }}{{ tools }}{{ add_generation_prompt }}"
     )
-    made = render_in_sandbox(template, REQUESTS, tokens=SpecialTokens("B", "E"))
-    assert [made[name].text for name in (FIRST, SECOND)] == ["BENoneTrue", "BEFalseNoneTrue"]
+    renderings = render_in_sandbox(template, REQUESTS, tokens=SpecialTokens("B", "E"))
+    assert [renderings[name].text for name in (FIRST, SECOND)] == ["BENoneTrue", "BEFalseNoneTrue"]
 
 
 def test_an_endless_template_is_ended() -> None:
@@ -106,16 +106,18 @@ def test_the_sandbox_gets_no_token_and_leaves_no_file(
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    seen = []
-    monkeypatch.setattr("quant.core.process.run_program", lambda *_, env, **__: seen.append(env))
+    environments = []
+    monkeypatch.setattr(
+        "quant.core.process.run_program", lambda *_, env, **__: environments.append(env)
+    )
     render_in_sandbox("x", REQUESTS)
-    assert "HF_TOKEN" not in seen[0] and seen[0]["HF_HUB_OFFLINE"] == "1"
+    assert "HF_TOKEN" not in environments[0] and environments[0]["HF_HUB_OFFLINE"] == "1"
     assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
 def test_a_sandbox_that_crashes_is_reported() -> None:
-    made = render_in_sandbox("x", REQUESTS, engine="no such engine")
-    assert made[FIRST].error == "chat template: the renderer exited with 1"
+    renderings = render_in_sandbox("x", REQUESTS, engine="no such engine")
+    assert renderings[FIRST].error == "chat template: the renderer exited with 1"
 
 
 @pytest.mark.parametrize(
@@ -198,11 +200,11 @@ def test_llama_server_shows_the_fault_of_the_original() -> None:
         GLM,
         GLM.special_tokens,
     )
-    found = {
+    conversations_with_faults = {
         f.conversation
         for f in find_disagreements("llama-server", theirs, RENDERED["glm-4.7"], conversations)
     }
-    assert found == {"a result as parts"}
+    assert conversations_with_faults == {"a result as parts"}
     assert "<tool_response></tool_response>" in str(
         theirs["a result as parts, thinking off, prompt 3"].text
     )

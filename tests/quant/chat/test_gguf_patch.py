@@ -52,7 +52,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def said(caught: pytest.ExceptionInfo[Any]) -> str:
+def message_of(caught: pytest.ExceptionInfo[Any]) -> str:
     [problem] = caught.value.problems
     assert "\n" not in problem
     return str(problem)
@@ -64,15 +64,17 @@ def test_only_the_record_of_the_template_changes(whole: Path, tmp_path: Path) ->
     after = done.path.read_bytes()
     old, new = text(ORIGINAL), text(PATCHED)
     at = before.index(old)
-    header, made = read_header(whole), read_header(done.path)
+    header, patched = read_header(whole), read_header(done.path)
     end = header.head_bytes
     assert after[: at + len(new)] == before[:at] + new
-    assert after[at + len(new) : made.head_bytes] == before[at + len(old) : end]
-    assert after[made.head_bytes : made.data_start] == bytes(made.data_start - made.head_bytes)
-    assert made.data_start == pad(made.head_bytes)
-    assert after[made.data_start :] == before[header.data_start :]
-    assert list(made.metadata) == list(header.metadata)
-    assert made.metadata == header.metadata | {KEY: PATCHED}
+    assert after[at + len(new) : patched.head_bytes] == before[at + len(old) : end]
+    assert after[patched.head_bytes : patched.data_start] == bytes(
+        patched.data_start - patched.head_bytes
+    )
+    assert patched.data_start == pad(patched.head_bytes)
+    assert after[patched.data_start :] == before[header.data_start :]
+    assert list(patched.metadata) == list(header.metadata)
+    assert patched.metadata == header.metadata | {KEY: PATCHED}
 
 
 def test_the_source_is_not_touched_and_nothing_is_left_beside_the_result(
@@ -88,9 +90,9 @@ def test_the_alignment_of_the_file_is_kept(tmp_path: Path) -> None:
     source = write(
         tmp_path / "a.gguf", [TWO[0]], keys(ORIGINAL, key("general.alignment", 256)), alignment=256
     )
-    made = read_header(patch_file(source, tmp_path / "b.gguf").path)
-    assert made.data_start % 256 == 0
-    assert made.hash_tensors() == read_header(source).hash_tensors()
+    patched = read_header(patch_file(source, tmp_path / "b.gguf").path)
+    assert patched.data_start % 256 == 0
+    assert patched.hash_tensors() == read_header(source).hash_tensors()
 
 
 def test_patched_twice_is_patched_once(whole: Path, tmp_path: Path) -> None:
@@ -121,8 +123,8 @@ def test_without_a_fitting_patch_the_error_lists_the_known_ones(tmp_path: Path) 
     source = write(tmp_path / "a.gguf", keys=keys("{{ messages }}"))
     with pytest.raises(InputError) as caught:
         patch_file(source, tmp_path / "b.gguf")
-    assert "expected one patch that fits its chat template, found none" in said(caught)
-    assert "glm-4.6" in said(caught)
+    assert "expected one patch that fits its chat template, found none" in message_of(caught)
+    assert "glm-4.6" in message_of(caught)
 
 
 def test_a_file_without_a_template_is_refused(tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ def test_a_file_without_a_template_is_refused(tmp_path: Path) -> None:
         source = write(tmp_path / f"{number}.gguf", keys=keys(template))
         with pytest.raises(InputError) as caught:
             patch_file(source, tmp_path / "out.gguf")
-        assert said(caught) == f"{source}: {KEY}: missing; this file has no chat template"
+        assert message_of(caught) == f"{source}: {KEY}: missing; this file has no chat template"
 
 
 @pytest.mark.parametrize(("times", "how"), [(0, ""), (2, "{0}{0}")])
@@ -148,12 +150,12 @@ def test_an_anchor_that_does_not_occur_once_stops_the_work(
 
 
 def test_nothing_is_overwritten(whole: Path, tmp_path: Path) -> None:
-    for taken in (whole, tmp_path / "link.gguf"):
-        if taken is not whole:
-            taken.symlink_to(tmp_path / "nowhere")
+    for existing in (whole, tmp_path / "link.gguf"):
+        if existing is not whole:
+            existing.symlink_to(tmp_path / "nowhere")
         with pytest.raises(InputError) as caught:
-            patch_file(whole, taken)
-        assert said(caught) == f"{taken}: exists already; name another file or remove it"
+            patch_file(whole, existing)
+        assert message_of(caught) == f"{existing}: exists already; name another file or remove it"
     assert read_header(whole).metadata[KEY] == ORIGINAL
 
 
@@ -181,14 +183,14 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     first = split(tmp_path, (), count=3)
     with pytest.raises(InputError) as caught:
         patch_file(first, tmp_path / "new" / first.name)
-    assert "m-00003-of-00003.gguf: missing; expected 3 shards" in said(caught)
+    assert "m-00003-of-00003.gguf: missing; expected 3 shards" in message_of(caught)
 
 
 def test_a_later_shard_is_refused(tmp_path: Path) -> None:
     split(tmp_path, (), count=2)
     with pytest.raises(InputError) as caught:
         patch_file(tmp_path / "m-00002-of-00002.gguf", tmp_path / "out.gguf")
-    assert "expected the first shard, which has the template, found number 2" in said(caught)
+    assert "expected the first shard, which has the template, found number 2" in message_of(caught)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_a_name_by_which_the_other_shards_are_not_found_is_refused(
 ) -> None:
     with pytest.raises(InputError) as caught:
         patch_file(split(tmp_path, (), count=2), tmp_path / "new" / name)
-    assert "expected a name that ends with -00001-of-00002.gguf" in said(caught)
+    assert "expected a name that ends with -00001-of-00002.gguf" in message_of(caught)
 
 
 def test_a_text_that_looks_like_the_record_is_refused(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_a_text_that_looks_like_the_record_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "a.gguf", keys=[key("trap", record.decode()), *keys("{{ x }}")])
     with pytest.raises(InputError) as caught:
         gguf_patch.write_with_template(read_header(source), "{{ y }}", tmp_path / "b.gguf")
-    assert "expected its record once in the header, found it 2 times" in said(caught)
+    assert "expected its record once in the header, found it 2 times" in message_of(caught)
     with pytest.raises(InputError, match="found it 0 times"):
         replace_template(b"GGUF", "a", "b", "x")
 

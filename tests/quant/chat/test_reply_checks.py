@@ -99,8 +99,8 @@ def test_an_answer_must_match_the_requested_schema(answer: str, expected: list[s
     ],
 )
 def test_every_fault_of_a_call_is_reported(calls: tuple[ToolCall, ...], expected: str) -> None:
-    [found, *_] = find_call_faults(Reply("", "", calls, "tool_calls"), WITH_TOOL)
-    assert found.startswith(expected)
+    [faults, *_] = find_call_faults(Reply("", "", calls, "tool_calls"), WITH_TOOL)
+    assert faults.startswith(expected)
 
 
 def test_arguments_cut_by_the_token_limit_may_be_incomplete() -> None:
@@ -137,8 +137,8 @@ STREAM = StreamedReply(FINE, ("role", "content", "finish", "usage"), ())
 def test_a_stream_must_have_the_whole_reply_in_order(
     streamed: StreamedReply, expected: str | None
 ) -> None:
-    found = list(find_stream_faults(streamed, FINE))
-    assert not found if expected is None else (len(found) == 1 and found[0].startswith(expected))
+    faults = list(find_stream_faults(streamed, FINE))
+    assert not faults if expected is None else (len(faults) == 1 and faults[0].startswith(expected))
 
 
 def test_the_arguments_of_a_streamed_call_come_in_several_chunks() -> None:

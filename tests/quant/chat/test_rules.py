@@ -130,11 +130,11 @@ def test_a_patch_changes_the_conversations_that_it_lists_and_no_other(name: str)
 
 @pytest.mark.parametrize("name", ["the authors' 4.6", "glm-4.7", "glm-4.6v", "glm-5"])
 def test_every_conversation_that_a_patch_lists_does_change(name: str) -> None:
-    found = {
+    changed = {
         f.conversation
         for f in find_changes(RENDERED_ORIGINALS[name], RENDERED[name], CONVERSATIONS, ())
     }
-    assert found == set(INTENDED[name]) <= set(NAMES)
+    assert changed == set(INTENDED[name]) <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", ["the authors' 4.6", "glm-4.7", "glm-4.6v", "glm-5"])
@@ -168,17 +168,17 @@ def test_every_replacement_fixes_a_conversation_or_an_older_engine(name: str) ->
     by = load_template_patch(PATCHES[name])
     for n, left_out in enumerate(by.replacements):
         rest = replace(by, replacements=tuple(r for r in by.replacements if r is not left_out))
-        found = {
+        failing = {
             conversation
             for _, conversation in find_broken_rules(
                 patch_template(ORIGINALS[name], rest, "x").text
             )
         }
         if name == "glm-4.6" and n == 2:
-            assert not found  # ggml has made this change in its copy
+            assert not failing  # ggml has made this change in its copy
         else:
-            assert found <= set(left_out.changes)
-            assert bool(found) == bool(left_out.changes)
+            assert failing <= set(left_out.changes)
+            assert bool(failing) == bool(left_out.changes)
 
 
 SOME = (
@@ -246,16 +246,16 @@ DEFECTS = {
 def test_a_defect_is_caught_by_name(defect: str, family: str) -> None:
     find, put, rule = DEFECTS[defect]
     assert find in PATCHED[family]
-    battery = tuple(c for c in CONVERSATIONS if c.name in SOME)
+    conversations = tuple(c for c in CONVERSATIONS if c.name in SOME)
     assert rule in {
-        found for found, _ in find_broken_rules(PATCHED[family].replace(find, put), battery)
+        broken for broken, _ in find_broken_rules(PATCHED[family].replace(find, put), conversations)
     }
 
 
 def test_reasoning_lost_in_a_tool_loop_is_reported_as_such() -> None:
     template = PATCHED["glm-4.6"].replace("loop.index0 > ns.last_user_index", "false")
-    found = [f.detail for f in find_faults(CONVERSATIONS, render_all(template), GLM)]
-    assert "reasoning inside a tool loop is missing: 'I must look.'" in found
+    details = [f.detail for f in find_faults(CONVERSATIONS, render_all(template), GLM)]
+    assert "reasoning inside a tool loop is missing: 'I must look.'" in details
 
 
 def test_a_template_of_another_family_is_not_held_to_what_glm_does() -> None:
@@ -293,8 +293,8 @@ def test_an_engine_that_refuses_or_fails_to_refuse_is_reported() -> None:
     ours = RENDERED["glm-4.6"]
     wrong = {"one turn, thinking default, prompt 1": Rendering(None, "HTTP 500")}
     wrong |= {"a call, arguments a list, thinking off, prompt 3": Rendering("text")}
-    found = [(f.rule, f.detail) for f in find_disagreements("other", wrong, ours, CONVERSATIONS)]
-    assert found == [
+    faults = [(f.rule, f.detail) for f in find_disagreements("other", wrong, ours, CONVERSATIONS)]
+    assert faults == [
         ("engines agree", "refused: HTTP 500"),
         ("refuses", "expected the error 'Invalid tool call arguments passed', found a text"),
     ]
@@ -342,14 +342,14 @@ def as_text(family: str) -> str:
     """The whole prompts of a family: what a golden file holds."""
     shown: list[Any] = []
     for request in list_requests(CONVERSATIONS):
-        made = RENDERED[family][request.name]
+        rendering = RENDERED[family][request.name]
         whole = request.kind == "prompt" and request.upto == len(request.conversation.messages)
         if (
             whole
             and request.mode != "on"
             and not (request.conversation.tools and request.mode == "off")
         ):
-            shown += [f"=== {request.name}", made.text or f"refused: {made.error}", ""]
+            shown += [f"=== {request.name}", rendering.text or f"refused: {rendering.error}", ""]
     return "\n".join(shown)
 
 

@@ -84,7 +84,7 @@ def record(bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
 
 def serving(path: Path) -> list[int]:
     """The processes, other than this one's command lines, that were told of a file."""
-    found = []
+    processes = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
@@ -92,8 +92,8 @@ def serving(path: Path) -> list[int]:
             except (FileNotFoundError, ProcessLookupError):
                 continue
             if b"llama-server" in command[0] and str(path).encode() in command:
-                found.append(int(entry.name))
-    return found
+                processes.append(int(entry.name))
+    return processes
 
 
 @tools_needed
@@ -343,8 +343,8 @@ def test_a_file_that_fails_leaves_a_transcript_and_names_it(
 def test_shards_answer_as_the_merged_file_does(bf16: Path, tmp_path: Path) -> None:
     split_file(bf16, "3M", toolchain.find_toolchain(), tmp_path / "tiny-glm-BF16")
     first = min(tmp_path.glob("*-00001-of-*.gguf"))
-    told = run_smoke_test(make_settings(first, "stop"), toolchain.find_toolchain(), tmp_path)
-    assert judge_run(told).passed
+    sharded = run_smoke_test(make_settings(first, "stop"), toolchain.find_toolchain(), tmp_path)
+    assert judge_run(sharded).passed
     merge_shards(first, tmp_path / "merged" / "M.gguf", toolchain.find_toolchain())
     assert (
         run_smoke_test(
@@ -352,7 +352,7 @@ def test_shards_answer_as_the_merged_file_does(bf16: Path, tmp_path: Path) -> No
             toolchain.find_toolchain(),
             tmp_path,
         ).transcript
-        == told.transcript
+        == sharded.transcript
     )
     min(tmp_path.glob("*-00003-of-*.gguf")).unlink()
     with pytest.raises(
@@ -398,9 +398,9 @@ def test_an_interrupted_smoke_test_leaves_no_server(bf16: Path) -> None:
         wait_for(lambda: serving(bf16) or run.poll() is not None)
         assert serving(bf16)
         run.send_signal(signal.SIGINT)
-        _, said = run.communicate(timeout=PATIENCE_SECONDS)
+        _, error = run.communicate(timeout=PATIENCE_SECONDS)
     assert run.returncode == 3
-    assert said.strip() == "interrupted; run the same command again to continue"
+    assert error.strip() == "interrupted; run the same command again to continue"
     assert serving(bf16) == []
 
 
@@ -488,10 +488,10 @@ def test_a_later_shard_is_refused(fake_tools: Fake, tmp_path: Path) -> None:
 
 
 def test_a_port_in_use_is_refused(fake_tools: Fake, model: Path, tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port}: expected a free port"):
             run_smoke_test(make_settings(model, port=port), fake_tools(), tmp_path)
 

@@ -50,7 +50,7 @@ def user(content: Any = "Hello") -> Message:
     return {"role": "user", "content": content}
 
 
-def said(content: Any = "Hi!", **more: Any) -> Message:
+def assistant(content: Any = "Hi!", **more: Any) -> Message:
     return {"role": "assistant", "content": content, **more}
 
 
@@ -58,7 +58,7 @@ def call(*arguments: Any, content: Any = "", **more: Any) -> Message:
     calls = [
         {"type": "function", "function": {"name": "get_weather", "arguments": a}} for a in arguments
     ]
-    return said(content, tool_calls=calls, **more)
+    return assistant(content, tool_calls=calls, **more)
 
 
 def result(content: Any) -> Message:
@@ -69,29 +69,32 @@ SYSTEM = {"role": "system", "content": "You are terse."}
 CITY = {"city": "Köln", "days": 3, "deep": {"a": [1, None, True]}}
 CONVERSATIONS: dict[str, tuple[list[Message], list[Message] | None]] = {
     "one turn": ([user()], None),
-    "two turns": ([user(), said(), user("And?")], None),
-    "three turns": ([user(), said(), user("And?"), said("So."), user("Why?")], None),
-    "four turns": ([*[user(), said()] * 3, user("Bye")], None),
-    "five turns": ([*[user(), said()] * 4, user("Bye")], None),
+    "two turns": ([user(), assistant(), user("And?")], None),
+    "three turns": ([user(), assistant(), user("And?"), assistant("So."), user("Why?")], None),
+    "four turns": ([*[user(), assistant()] * 3, user("Bye")], None),
+    "five turns": ([*[user(), assistant()] * 4, user("Bye")], None),
     "system": ([SYSTEM, user()], None),
-    "system, three turns": ([SYSTEM, *[user(), said()] * 2, user("Bye")], None),
+    "system, three turns": ([SYSTEM, *[user(), assistant()] * 2, user("Bye")], None),
     "system as parts": (
         [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, user()],
         None,
     ),
-    "ends with the assistant": ([user(), said()], None),
+    "ends with the assistant": ([user(), assistant()], None),
     "user as parts": ([user([{"type": "text", "text": "one"}, "two", {"type": "image"}])], None),
-    "unicode": ([SYSTEM, user("Grüße 世界 🙂 \u2028"), said("👍🏽"), user("ﷺ")], None),
-    "blank lines": ([user("\n\n a \n\n"), said("\n b \n\n"), user("  ")], None),
-    "empty texts": ([user(""), said(""), user("")], None),
-    "says nothink itself": ([user("quick /nothink"), said(), user("now/nothink")], None),
+    "unicode": ([SYSTEM, user("Grüße 世界 🙂 \u2028"), assistant("👍🏽"), user("ﷺ")], None),
+    "blank lines": ([user("\n\n a \n\n"), assistant("\n b \n\n"), user("  ")], None),
+    "empty texts": ([user(""), assistant(""), user("")], None),
+    "says nothink itself": ([user("quick /nothink"), assistant(), user("now/nothink")], None),
     "reasoning given apart": (
-        [user(), said("Hi!", reasoning_content=" They greet. "), user("And?")],
+        [user(), assistant("Hi!", reasoning_content=" They greet. "), user("And?")],
         None,
     ),
-    "reasoning of the last word": ([user(), said("Hi!", reasoning_content="They greet.")], None),
+    "reasoning of the last word": (
+        [user(), assistant("Hi!", reasoning_content="They greet.")],
+        None,
+    ),
     "reasoning in the past": (
-        [user(), said("<think>They greet.</think>\nHi!"), user("And?")],
+        [user(), assistant("<think>They greet.</think>\nHi!"), user("And?")],
         None,
     ),
     "tools offered": ([user()], [TOOL]),
@@ -112,15 +115,18 @@ CONVERSATIONS: dict[str, tuple[list[Message], list[Message] | None]] = {
         [TOOL],
     ),
     "after the call": (
-        [user(), call(CITY), result("12"), said("It is 12."), user("Thanks")],
+        [user(), call(CITY), result("12"), assistant("It is 12."), user("Thanks")],
         [TOOL],
     ),
     "a result as outputs": (
         [user(), call(CITY), result([{"output": "12"}, {"output": "13"}])],
         [TOOL],
     ),
-    "a flat call": ([user(), said("", tool_calls=[{"name": "f", "arguments": CITY}])], [TOOL]),
-    "control tokens in text": ([user("<|assistant|> <think>"), said("ok"), user("</think>")], None),
+    "a flat call": ([user(), assistant("", tool_calls=[{"name": "f", "arguments": CITY}])], [TOOL]),
+    "control tokens in text": (
+        [user("<|assistant|> <think>"), assistant("ok"), user("</think>")],
+        None,
+    ),
 }
 THINKING: list[Message] = [{}, {"enable_thinking": True}, {"enable_thinking": False}]
 
@@ -148,15 +154,15 @@ def test_patching_twice_is_patching_once() -> None:
 
 
 def test_the_digests_are_of_the_text_before_and_after() -> None:
-    made = patch_template(ORIGINAL, GLM, "test")
-    assert made.original_sha256 == hashlib.sha256(ORIGINAL.encode()).hexdigest()
-    assert made.sha256 == hashlib.sha256(PATCHED.encode()).hexdigest()
+    patched = patch_template(ORIGINAL, GLM, "test")
+    assert patched.original_sha256 == hashlib.sha256(ORIGINAL.encode()).hexdigest()
+    assert patched.sha256 == hashlib.sha256(PATCHED.encode()).hexdigest()
 
 
 def test_no_patch_leaves_the_text_as_it_is() -> None:
-    made = patch_template(ORIGINAL, None, "test")
-    assert made.text == ORIGINAL
-    assert made.sha256 == made.original_sha256
+    patched = patch_template(ORIGINAL, None, "test")
+    assert patched.text == ORIGINAL
+    assert patched.sha256 == patched.original_sha256
 
 
 @pytest.mark.parametrize("n", range(len(GLM.replacements)))
@@ -171,8 +177,8 @@ def test_an_anchor_that_is_missing_or_doubled_is_reported_with_its_first_line(
         )
     [problem] = caught.value.problems
     first_line = anchor.strip().splitlines()[0]
-    said = f"replacement {n + 1} of glm-4.6: expected its anchor once, found it {times} times: {first_line};"
-    assert problem.startswith(f"config.json: chat_template: {said}")
+    assistant = f"replacement {n + 1} of glm-4.6: expected its anchor once, found it {times} times: {first_line};"
+    assert problem.startswith(f"config.json: chat_template: {assistant}")
     shown = problem.split("update the patch\n")[1].splitlines()
     assert all(line.startswith("    ") for line in shown)
     if times == 2:
@@ -242,7 +248,7 @@ def test_the_patched_template_renders_the_same(name: str, prompt: bool, settings
 
 
 def test_reasoning_inside_the_last_answer_is_dropped() -> None:
-    messages = [user(), said("<think>They greet.</think>\nHi!")]
+    messages = [user(), assistant("<think>They greet.</think>\nHi!")]
     original, patched = both(messages)
     assert original.replace("<think>They greet.</think>", "<think></think>") == patched != original
 
@@ -297,9 +303,11 @@ PIECES = st.sampled_from(
 )
 TEXTS = st.lists(PIECES, max_size=6).map("".join)
 ANSWERS = st.one_of(
-    TEXTS.map(said),
-    st.builds(lambda reasoning, text: said(f"<think>{reasoning}</think>\n{text}"), TEXTS, TEXTS),
-    st.builds(lambda reasoning, text: said(text, reasoning_content=reasoning), TEXTS, TEXTS),
+    TEXTS.map(assistant),
+    st.builds(
+        lambda reasoning, text: assistant(f"<think>{reasoning}</think>\n{text}"), TEXTS, TEXTS
+    ),
+    st.builds(lambda reasoning, text: assistant(text, reasoning_content=reasoning), TEXTS, TEXTS),
 )
 
 
@@ -331,7 +339,7 @@ def test_a_past_with_raw_reasoning_is_the_beginning_of_what_follows(
     """Programs that keep what the model wrote in `content` send the difference between two renderings."""
     messages: list[Message] = []
     for question, reasoning, answer in turns:
-        messages += [user(question), said(f"<think>{reasoning}</think>\n{answer}")]
+        messages += [user(question), assistant(f"<think>{reasoning}</think>\n{answer}")]
         past = render_template(PATCHED, messages, **settings)
         assert render_template(
             PATCHED, [*messages, user("next")], add_generation_prompt=True, **settings
@@ -339,7 +347,7 @@ def test_a_past_with_raw_reasoning_is_the_beginning_of_what_follows(
 
 
 def test_the_original_rewrites_the_past() -> None:
-    messages = [user(), said("<think>They greet.</think>\nHi!")]
+    messages = [user(), assistant("<think>They greet.</think>\nHi!")]
     following = render_template(ORIGINAL, [*messages, user("next")], add_generation_prompt=True)
     assert not following.startswith(render_template(ORIGINAL, messages))
 
@@ -444,14 +452,14 @@ def test_transformers_renders_every_known_template_the_same(path: Path) -> None:
         pytest.skip("asks for the clock, which a reproducible text cannot hold")
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
-    def tried(how: Callable[[], str]) -> str:
+    def run(how: Callable[[], str]) -> str:
         try:
             return how()
         except Exception:
             return "refused"
 
-    for messages in ([user()], [SYSTEM, user("<é & 世>"), said(), user("And?")]):
+    for messages in ([user()], [SYSTEM, user("<é & 世>"), assistant(), user("And?")]):
         for tools in (None, [TOOL]):
-            asked: dict[str, Any] = {"add_generation_prompt": True, **tokens}
-            ours = tried(partial(render_template, template, messages, tools=tools, **asked))
-            assert ours == tried(partial(theirs, template, messages, tools, **asked))
+            variables: dict[str, Any] = {"add_generation_prompt": True, **tokens}
+            ours = run(partial(render_template, template, messages, tools=tools, **variables))
+            assert ours == run(partial(theirs, template, messages, tools, **variables))

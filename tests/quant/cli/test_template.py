@@ -41,9 +41,9 @@ def gguf(tmp_path: Path) -> Path:
 
 def test_patch_reports_what_was_written(run: Run, gguf: Path, tmp_path: Path) -> None:
     out = tmp_path / "new.gguf"
-    code, printed, said = run("patch", gguf, "-o", out)
+    code, printed, error = run("patch", gguf, "-o", out)
     assert (code, printed) == (0, "")
-    assert said.startswith(f"{out}: tokenizer.chat_template patched by glm-4.6, sha256 ")
+    assert error.startswith(f"{out}: tokenizer.chat_template patched by glm-4.6, sha256 ")
     assert read_header(out).metadata["tokenizer.chat_template"] == PATCHED
 
 
@@ -66,19 +66,19 @@ def test_wrong_input_is_reported_and_exits_with_2(
     write(
         tmp_path / "m-00001-of-00002.gguf", keys=[*LLAMA, key("split.no", 0), key("split.count", 2)]
     )
-    code, printed, said = run(
+    code, printed, error = run(
         "patch", tmp_path / arguments[0], *arguments[1:], "-o", tmp_path / "new.gguf"
     )
     assert (code, printed) == (2, "")
-    assert all(line.startswith(("error: ", "    ")) for line in said.splitlines())
-    assert words in said
+    assert all(line.startswith(("error: ", "    ")) for line in error.splitlines())
+    assert words in error
     assert not (tmp_path / "new.gguf").exists()
 
 
 def test_patch_does_not_overwrite(run: Run, gguf: Path) -> None:
-    code, _, said = run("patch", gguf, "-o", gguf)
+    code, _, error = run("patch", gguf, "-o", gguf)
     assert code == 2
-    assert "exists already" in said
+    assert "exists already" in error
 
 
 def conversation(folder: Path, content: object) -> Path:
@@ -89,9 +89,9 @@ def conversation(folder: Path, content: object) -> Path:
 
 def test_render_prints_the_prompt(run: Run, tmp_path: Path) -> None:
     talk = conversation(tmp_path, [{"role": "user", "content": "Grüße"}])
-    code, printed, said = run("render", "glm-4.6", talk)
+    code, printed, error = run("render", "glm-4.6", talk)
     assert (code, printed) == (0, "[gMASK]<sop><|user|>\nGrüße<|assistant|>")
-    assert said.startswith("template: ") and said.endswith("GLM-4.6.jinja, patched by glm-4.6\n")
+    assert error.startswith("template: ") and error.endswith("GLM-4.6.jinja, patched by glm-4.6\n")
 
 
 def test_render_without_thinking_with_tools_from_a_file(
@@ -99,13 +99,13 @@ def test_render_without_thinking_with_tools_from_a_file(
 ) -> None:
     (tmp_path / "tools.json").write_text(json.dumps({"tools": TOOLS}))
     talk = conversation(tmp_path, {"messages": [{"role": "user", "content": "Hi"}]})
-    code, printed, said = run(
+    code, printed, error = run(
         "render", gguf, talk, "--no-thinking", "--tools", tmp_path / "tools.json"
     )
     assert code == 0
     assert printed.endswith("<|user|>\nHi/nothink<|assistant|>\n<think></think>")
     assert "天气" in printed
-    assert said == f"template: {gguf}\n"
+    assert error == f"template: {gguf}\n"
 
 
 def test_render_adds_no_generation_prompt_after_an_answer(run: Run, tmp_path: Path) -> None:
@@ -135,17 +135,17 @@ def test_render_adds_no_generation_prompt_after_an_answer(run: Run, tmp_path: Pa
 def test_a_malformed_conversation_is_reported(
     content: str, words: str | None, run: Run, tmp_path: Path
 ) -> None:
-    code, printed, said = run("render", "glm-4.6", conversation(tmp_path, content))
+    code, printed, error = run("render", "glm-4.6", conversation(tmp_path, content))
     if words:
         assert (code, printed) == (2, "")
-        assert words in said.splitlines()[-1]
-    assert "Traceback" not in said
+        assert words in error.splitlines()[-1]
+    assert "Traceback" not in error
 
 
 def test_a_missing_file_is_reported(run: Run, tmp_path: Path) -> None:
-    code, _, said = run("render", "glm-4.6", tmp_path / "no.json")
+    code, _, error = run("render", "glm-4.6", tmp_path / "no.json")
     assert code == 2
-    assert said == f"error: {tmp_path / 'no.json'}: cannot be read (No such file or directory)\n"
+    assert error == f"error: {tmp_path / 'no.json'}: cannot be read (No such file or directory)\n"
 
 
 @pytest.fixture
@@ -200,6 +200,6 @@ def test_check_as_json_is_one_document(run: Run, gguf: Path) -> None:
 
 
 def test_check_of_a_file_without_a_template_ends_with_2(run: Run, tmp_path: Path) -> None:
-    code, _, said = run("check", write(tmp_path / "a.gguf"))
+    code, _, error = run("check", write(tmp_path / "a.gguf"))
     assert code == 2
-    assert "tokenizer.chat_template: missing" in said
+    assert "tokenizer.chat_template: missing" in error
