@@ -195,7 +195,7 @@ class _Stages:
         return self.run("moments", model.title, work)
 
     def plan(self, base: ModelFile, imatrix: ImportanceMatrix) -> list[Plan]:
-        policy = imatrix.doubt(base.tensors, self.job.model.imatrix.coverage)
+        policy = imatrix.make_coverage_policy(base.tensors, self.job.model.imatrix.coverage)
         return [
             self.run("plan", v.name, partial(make_plan, v, base.tensors, imatrix.covered, policy))
             for v in self.job.variants

@@ -1,4 +1,4 @@
-"""Coverage of an importance matrix: tokens by expert, which experts saw too few, and a heat map. Pure.
+"""Coverage of an importance matrix: tokens by expert, experts with too few, a heat map. Pure.
 
 A matrix of experts is only as good as its least visited expert: the rows of an expert without
 tokens are quantized as if all of their columns mattered alike. Blocks behind the trunk (MTP) are not

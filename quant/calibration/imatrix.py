@@ -1,14 +1,14 @@
-"""Compute the importance matrix with llama-imatrix, range by range, until every expert was seen often enough.
+"""Compute the importance matrix with llama-imatrix, range by range, until every expert is covered.
 
-The text is read in ranges of chunks. Each is a piece of work of its own in the store, so a run that was killed goes on
-with the next one, and several machines can share the work; the sums are added up afterwards. When an expert saw too few
-tokens, more of the text is drawn, until all did or the budget ends.
+The text is read in ranges of chunks. Each range is kept in the store, so a run that was killed goes
+on with the next one, and several machines can share the work. The sums of the ranges are added up
+in order. If an expert saw too few tokens, more of the text is read, up to the recipe's budget.
 """
 
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from quant.plan.sizes import TEXT_NAME
 
 log = logging.getLogger(__name__)
 SMALL_BASE = "Q8_0"
+PART = "part.gguf"
+# Lines of llama-imatrix (tools/imatrix/imatrix.cpp: compute_imatrix).
 CHUNKS = re.compile(r"computing over (\d+) chunks, .*n_seq=(\d+)")
 FIRST_PASS = re.compile(r"([\d.]+) seconds per pass")
 
@@ -40,57 +42,81 @@ class Span:
     first: int
     count: int
 
+    @property
+    def end(self) -> int:
+        """The chunk after the last one."""
+        return self.first + self.count
+
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """How much each input of each matrix matters, and what was never seen."""
+    """An importance matrix on disk: which tensors it covers, and what it was computed from."""
 
     path: Path
     receipt: Receipt
     counts: Mapping[str, tuple[int, ...]]
     """Tokens that each expert of each matrix saw."""
     origin: Mapping[str, Any] = field(default_factory=dict)
-    """What it was made of, as plain JSON: digests and settings, no paths."""
+    """Digests and settings that it was computed from, as plain JSON without paths."""
 
     @property
     def covered(self) -> frozenset[str]:
-        """The tensors that it has data for."""
+        """Names of the tensors that it has data for."""
         return frozenset(name for name, tokens in self.counts.items() if any(tokens))
 
-    def doubt(self, tensors: Collection[TensorSpec], rule: CoverageRule) -> CoveragePolicy:
-        """Which tensors of a model it knows too badly by that rule.
+    def make_coverage_policy(
+        self, tensors: Collection[TensorSpec], rule: CoverageRule
+    ) -> CoveragePolicy:
+        """Find the tensors of a model with insufficient coverage.
 
-        Those of the trunk only: blocks that predict further tokens are never covered, and variants have rules for them.
+        Blocks that predict further tokens (MTP) are left out: no text covers them, and variants
+        have rules of their own for them.
+
+        Args:
+            tensors: The tensors of the model.
+            rule: Tokens that every expert needs, and what happens to tensors without them.
         """
-        reach = find_coverable(tensors)
-        wanted = [t.name for t in tensors if t.name in reach and is_quantizable(t)]
-        unknown = {name: "no data at all" for name in wanted if name not in self.covered}
+        coverable = find_coverable(tensors)
+        names = [t.name for t in tensors if t.name in coverable and is_quantizable(t)]
+        without_data = {name: "no data at all" for name in names if name not in self.covered}
         return CoveragePolicy(
-            coverage.find_undercovered(self.counts, rule.expert_tokens) | unknown,
+            coverage.find_undercovered(self.counts, rule.expert_tokens) | without_data,
             rule.otherwise,
             rule.floor,
         )
 
     def json(self) -> dict[str, Any]:
-        """As a manifest tells it."""
+        """Return the manifest's entry."""
         return asdict(self.receipt) | {
             "made_of": dict(self.origin),
             "coverage": coverage.summarize_coverage(self.counts),
         }
 
 
+# ---- computing
+
+
 def compute_imatrix(
     base: ModelFile, text: CalibrationText, model: ModelRecipe, tools: Toolchain, store: Store
 ) -> ImportanceMatrix:
-    """The importance matrix of a model over its calibration text.
+    """Compute the importance matrix of a model over its calibration text.
 
-    Raises ToolError, InputError for a text that is too short, or CheckFailed for a result that knows nothing.
+    Args:
+        base: The BF16 model.
+        text: Its calibration text.
+        model: The recipe. ``imatrix.base = "Q8_0"`` reads the text with a Q8_0 copy of the base.
+        tools: For llama-imatrix and llama-quantize.
+        store: Keeps each range and the result.
+
+    Raises:
+        ToolError: A tool fails.
+        InputError: The text is too short.
+        CheckError: The result has no data.
     """
     settings = model.imatrix
-    read = make_q8_base(base, tools, store) if settings.base == SMALL_BASE else base
-    return compute_covering_imatrix(
-        read, text, settings, f"imatrix_{model.title}.gguf", tools, store
-    )
+    reader = make_q8_base(base, tools, store) if settings.base == SMALL_BASE else base
+    name = f"imatrix_{model.title}.gguf"
+    return compute_covering_imatrix(reader, text, settings, name, tools, store)
 
 
 def compute_covering_imatrix(
@@ -101,7 +127,19 @@ def compute_covering_imatrix(
     tools: Toolchain,
     store: Store,
 ) -> ImportanceMatrix:
-    """The same for any GGUF file, called ``name``; the base may be the first shard of several."""
+    """Compute an importance matrix, and read more text until every expert is covered.
+
+    Args:
+        base: Any GGUF model, whole or sharded.
+        text: The text.
+        settings: Context, chunks, range and pass sizes, and the coverage rule.
+        name: File name of the result.
+        tools: For llama-imatrix.
+        store: Keeps each range and the result.
+
+    Raises:
+        ToolError, InputError, CheckError: As :func:`compute_imatrix`.
+    """
     origin = {
         "base": base.digest,
         "text": text.receipt.sha256,
@@ -109,163 +147,41 @@ def compute_covering_imatrix(
         "pass_chunks": settings.pass_chunks,
         "llama.cpp": str(tools.version),
     }
-    there = count_chunks(text.tokens, settings.context, text.path)
-    wanted = min(settings.chunks or there, there)
-    most = min(settings.coverage.budget or there, there)
+    available = count_chunks(text.tokens, settings.context, text.path)
+    goal = min(settings.chunks or available, available)
+    budget = min(settings.coverage.budget or available, available)
+    worker = _RangeWorker(base, text, settings, origin, tools, store)
     parts = [
-        (span, _range(base, text, span, settings, origin, tools, store, wanted))
-        for span in split_chunks(0, wanted, settings.range_chunks, text.tokens, settings.context)
+        (span, worker.compute(span, goal))
+        for span in split_chunks(
+            0, goal, size=settings.range_chunks, tokens=text.tokens, context=settings.context
+        )
     ]
     total = imatrix_file.merge_imatrices(
-        (imatrix_file.load_imatrix(done.path(PART)) for _, done in parts), settings.context
+        (imatrix_file.load_imatrix(result.path(PART)) for _, result in parts), settings.context
     )
-    while (rest := _more(parts, most, settings, text.tokens)) and coverage.find_undercovered(
-        total.counts(), settings.coverage.expert_tokens
+    while (rest := _find_next_span(parts, budget, settings, text.tokens)) and (
+        coverage.find_undercovered(total.counts(), settings.coverage.expert_tokens)
     ):
         log.info(
-            "imatrix: experts saw too little in %d chunks; %d more are drawn",
-            rest.first,
-            rest.count,
+            "imatrix: %d chunks do not cover every expert; reading %d more", rest.first, rest.count
         )
-        parts.append(
-            (
-                rest,
-                _range(base, text, rest, settings, origin, tools, store, rest.first + rest.count),
-            )
-        )
-        total = imatrix_file.merge_imatrices(
-            (total, imatrix_file.load_imatrix(parts[-1][1].path(PART))), settings.context
-        )
+        result = worker.compute(rest, rest.end)
+        parts.append((rest, result))
+        part = imatrix_file.load_imatrix(result.path(PART))
+        total = imatrix_file.merge_imatrices((total, part), settings.context)
     origin |= {"chunks": sum(span.count for span, _ in parts)}
     inputs = origin | {
-        "ranges": [[s.first, s.count, d.receipt(PART).sha256] for s, d in parts],
+        "ranges": [[s.first, s.count, r.receipt(PART).sha256] for s, r in parts],
         "name": name,
     }
-    done = store.run_once("imatrix", inputs, lambda partial: _write(total, partial / name))
-    counts = {tensor: tuple(tokens) for tensor, tokens in done.facts["counts"].items()}
-    return ImportanceMatrix(done.path(name), done.receipt(name), counts, origin)
-
-
-PART = "part.gguf"
-
-
-def split_chunks(first: int, last: int, size: int, tokens: int, context: int) -> tuple[Span, ...]:
-    """The chunks from ``first`` to before ``last`` in ranges of that size.
-
-    llama-imatrix does not begin at one of the last two chunks of a text (tools/imatrix/imatrix.cpp: compute_imatrix): what
-    would begin there is part of the range before.
-    """
-    latest = (tokens - 1) // context - 2
-    starts = [start for start in range(first, last, size) if start == 0 or start <= latest]
-    return tuple(Span(a, b - a) for a, b in zip(starts, [*starts[1:], last], strict=False))
-
-
-def count_chunks(tokens: int, context: int, where: Path) -> int:
-    """Chunks in a text; raises InputError for one that is too short to be read at all."""
-    if tokens < 2 * context:
-        raise InputError(
-            f"{where}: expected at least two chunks of {context} tokens, found {tokens} tokens; give it more text,"
-            " or a shorter context"
-        )
-    return tokens // context
-
-
-def check_span(span: Span, text: CalibrationText, settings: ImatrixRecipe) -> None:
-    """Raise InputError for a range that the text does not have, or that llama-imatrix does not begin at."""
-    there = count_chunks(text.tokens, settings.context, text.path)
-    latest = max((text.tokens - 1) // settings.context - 2, 0)
-    if span.first > latest or span.first + span.count > there:
-        raise InputError(
-            f"{text.name}: range {span.first}:{span.count}: expected chunks of the {there} that the text has, beginning at"
-            f" {latest} at the latest, found {span.first} to {span.first + span.count - 1}"
-        )
-
-
-@dataclass
-class PassProgress:
-    """How far llama-imatrix is, by its own words: it tells how long its first pass took, and then nothing until its end."""
-
-    log: Path
-    since: float | None = None
-    """When that pass was over."""
-
-    def share(self) -> float:
-        """Of the range; what follows the first pass is reckoned, so it is never all of it."""
-        said = self.log.read_text(errors="replace")
-        if not ((chunks := CHUNKS.search(said)) and (first := FIRST_PASS.search(said))):
-            return 0.0
-        if self.since is None:
-            self.since = time.monotonic()
-        passes = -(-int(chunks[1]) // max(int(chunks[2]), 1))
-        done = 1 + (time.monotonic() - self.since) / max(float(first[1]), 0.01)
-        return min(done / max(passes, 1), 0.99)
-
-
-def run_llama_imatrix(
-    base: Path,
-    text: Path,
-    settings: ImatrixRecipe,
-    tools: Toolchain,
-    out: Path,
-    span: Span | None = None,
-    tell: Callable[[float], None] = progress.report_progress,
-) -> None:
-    """Write the importance matrix of a GGUF over a text, or over a range of its chunks, at ``out``.
-
-    The folder of ``out`` belongs to this work. ``tell`` hears the share that is done while it runs.
-    """
-    # The name of the text is written into the file, so it is called by a name that may be published.
-    files.link_or_copy(text, out.parent / TEXT_NAME)
-    count = span.count if span else settings.chunks
-    chunks = ["--chunks", str(count)] if count else []
-    begin = ["--chunk", str(span.first)] if span else []
-    together = settings.context * min(settings.pass_chunks, count or settings.pass_chunks)
-    pace = PassProgress(out.parent / "log")
-    tools.run(
-        "llama-imatrix",
-        [
-            "-m",
-            base,
-            "-f",
-            TEXT_NAME,
-            "-o",
-            out.name,
-            "--parse-special",
-            "--no-ppl",
-            "-c",
-            str(settings.context),
-            "-b",
-            str(together),
-            "-ub",
-            str(together),
-            *begin,
-            *chunks,
-        ],
-        cwd=out.parent,
-        log=pace.log,
-        meanwhile=lambda: tell(pace.share()),
-    )
-    files.remove(out.parent / TEXT_NAME)
-    if not out.exists():
-        raise CheckError(
-            f"{out.name}: expected an importance matrix, found none; is the text too short?"
-        )
-
-
-def read_imatrix(path: Path, tensors: Collection[TensorSpec] | None = None) -> ImportanceMatrix:
-    """An importance matrix that was computed before. Raises InputError for one that is broken, or of another model."""
-    found = imatrix_file.load_imatrix(path)
-    if found.legacy:
-        raise InputError(
-            f"{path}: expected GGUF, found the older .dat; `quant imatrix convert` makes one of it"
-        )
-    if tensors is not None:
-        raise_problems(imatrix_file.find_model_problems(found.sizes(), tensors, str(path)))
-    return ImportanceMatrix(path, files.make_receipt(path, path.parent), found.counts())
+    result = store.run_once("imatrix", inputs, lambda partial: _save(total, partial / name))
+    counts = {tensor: tuple(tokens) for tensor, tokens in result.facts["counts"].items()}
+    return ImportanceMatrix(result.path(name), result.receipt(name), counts, origin)
 
 
 def make_q8_base(base: ModelFile, tools: Toolchain, store: Store) -> ModelFile:
-    """The base in Q8_0: half the bytes to read in every pass."""
+    """Quantize the base to Q8_0: half the bytes to stream in every pass."""
     name = f"{base.path.stem.removesuffix('-BF16')}-{SMALL_BASE}.gguf"
 
     def make(partial: Path) -> dict[str, Any]:
@@ -278,53 +194,61 @@ def make_q8_base(base: ModelFile, tools: Toolchain, store: Store) -> ModelFile:
         "llama.cpp": str(tools.version),
         "name": name,
     }
-    done = store.run_once("imatrix-base", inputs, make)
-    return ModelFile((done.path(name),), (done.receipt(name),))
+    result = store.run_once("imatrix-base", inputs, make)
+    return ModelFile((result.path(name),), (result.receipt(name),))
 
 
-def _range(
-    base: ModelFile,
-    text: CalibrationText,
-    span: Span,
-    settings: ImatrixRecipe,
-    origin: Mapping[str, Any],
-    tools: Toolchain,
-    store: Store,
-    goal: int,
-) -> StoredResult:
-    """One range, computed now or found; tells how far the work is."""
+@dataclass(frozen=True)
+class _RangeWorker:
+    """Computes ranges of one text with one model, or takes them from the store."""
 
-    def tell(share: float) -> None:
-        progress.report_progress((span.first + share * span.count) / goal)
+    base: ModelFile
+    text: CalibrationText
+    settings: ImatrixRecipe
+    origin: Mapping[str, Any]
+    tools: Toolchain
+    store: Store
 
-    def make(partial: Path) -> dict[str, Any]:
-        run_llama_imatrix(base.path, text.path, settings, tools, partial / PART, span, tell)
-        found = imatrix_file.load_imatrix(
-            partial / PART
-        )  # a tool on a full disk writes half a file and says nothing
-        return {
-            "matrices": len(found.entries),
-            "tokens": max(max(c) for c in found.counts().values()),
-        }
+    def compute(self, span: Span, goal: int) -> StoredResult:
+        """Compute a range. Progress is reported as a fraction of ``goal`` chunks."""
 
-    done = store.run_once(
-        "imatrix-range", dict(origin) | {"first": span.first, "count": span.count}, make
-    )
-    tell(1)
-    return done
+        def report(fraction: float) -> None:
+            progress.report_progress((span.first + fraction * span.count) / goal)
+
+        def make(partial: Path) -> dict[str, Any]:
+            run = ImatrixRun(
+                base=self.base.path,
+                text=self.text.path,
+                out=partial / PART,
+                settings=self.settings,
+                span=span,
+            )
+            run_llama_imatrix(run, self.tools, report)
+            # Loading checks the file: on a full disk llama-imatrix writes half of it and exits 0.
+            part = imatrix_file.load_imatrix(partial / PART)
+            return {
+                "matrices": len(part.entries),
+                "tokens": max(max(c) for c in part.counts().values()),
+            }
+
+        inputs = {**self.origin, "first": span.first, "count": span.count}
+        result = self.store.run_once("imatrix-range", inputs, make)
+        report(1)
+        return result
 
 
-def _more(
-    parts: Iterable[tuple[Span, StoredResult]], most: int, settings: ImatrixRecipe, tokens: int
+def _find_next_span(
+    parts: Sequence[tuple[Span, StoredResult]], budget: int, settings: ImatrixRecipe, tokens: int
 ) -> Span | None:
-    """The next range of the text within the budget, if there is one."""
-    read = max(span.first + span.count for span, _ in parts)
-    return next(
-        iter(split_chunks(read, most, settings.range_chunks, tokens, settings.context)), None
+    """Return the next range of the text within the budget, or None."""
+    read = max(span.end for span, _ in parts)
+    spans = split_chunks(
+        read, budget, size=settings.range_chunks, tokens=tokens, context=settings.context
     )
+    return next(iter(spans), None)
 
 
-def _write(matrix: ImatrixData, out: Path) -> dict[str, Any]:
+def _save(matrix: ImatrixData, out: Path) -> dict[str, Any]:
     if not matrix.entries:
         raise CheckError(f"{out.name}: expected data for the model's matrices, found none")
     imatrix_file.save_imatrix(matrix, out)
@@ -332,3 +256,153 @@ def _write(matrix: ImatrixData, out: Path) -> dict[str, Any]:
         "matrices": len(matrix.entries),
         "counts": {name: list(c) for name, c in matrix.counts().items()},
     }
+
+
+# ---- ranges of chunks
+
+
+def split_chunks(
+    first: int, last: int, *, size: int, tokens: int, context: int
+) -> tuple[Span, ...]:
+    """Split the chunks from ``first`` to before ``last`` into ranges.
+
+    llama-imatrix refuses to begin at one of the last two chunks of a text
+    (tools/imatrix/imatrix.cpp: compute_imatrix). They become part of the range before.
+
+    Args:
+        first: First chunk.
+        last: The chunk after the last one.
+        size: Chunks in a range.
+        tokens: Tokens of the whole text.
+        context: Tokens in a chunk.
+    """
+    latest = (tokens - 1) // context - 2
+    starts = [start for start in range(first, last, size) if start == 0 or start <= latest]
+    return tuple(Span(a, b - a) for a, b in zip(starts, [*starts[1:], last], strict=False))
+
+
+def count_chunks(tokens: int, context: int, where: Path) -> int:
+    """Return the number of whole chunks in a text. Raise InputError for fewer than two."""
+    if tokens < 2 * context:
+        raise InputError(
+            f"{where}: expected at least two chunks of {context} tokens, found {tokens} tokens;"
+            " give it more text, or a shorter context"
+        )
+    return tokens // context
+
+
+def check_span(span: Span, text: CalibrationText, settings: ImatrixRecipe) -> None:
+    """Raise InputError for a range outside of the text, or where llama-imatrix cannot begin."""
+    available = count_chunks(text.tokens, settings.context, text.path)
+    latest = max((text.tokens - 1) // settings.context - 2, 0)
+    if span.first > latest or span.end > available:
+        raise InputError(
+            f"{text.name}: range {span.first}:{span.count}: expected chunks of the {available} that"
+            f" the text has, beginning at {latest} at the latest, found {span.first} to"
+            f" {span.end - 1}"
+        )
+
+
+# ---- llama-imatrix
+
+
+@dataclass(frozen=True)
+class ImatrixRun:
+    """One call of llama-imatrix."""
+
+    base: Path
+    """The model: a GGUF file, or the first shard of several."""
+    text: Path
+    out: Path
+    """The file to write. Its folder belongs to this run."""
+    settings: ImatrixRecipe
+    span: Span | None = None
+    """Chunks to read. None reads ``settings.chunks`` from the beginning."""
+
+
+def run_llama_imatrix(
+    run: ImatrixRun,
+    tools: Toolchain,
+    report: Callable[[float], None] = progress.report_progress,
+) -> None:
+    """Compute an importance matrix in one go with llama-imatrix.
+
+    Args:
+        run: Model, text, range and result.
+        tools: For llama-imatrix.
+        report: Called with the fraction that is done, about once a second.
+
+    Raises:
+        ToolError: llama-imatrix fails.
+        CheckError: It wrote nothing.
+    """
+    folder, settings = run.out.parent, run.settings
+    # llama-imatrix writes the name of the text into the file, so the text gets one that says
+    # nothing about this machine.
+    files.link_or_copy(run.text, folder / TEXT_NAME)
+    count = run.span.count if run.span else settings.chunks
+    # A batch of several chunks streams the weights through memory once for all of them.
+    batch = settings.context * min(settings.pass_chunks, count or settings.pass_chunks)
+    arguments: list[str | Path] = ["-m", run.base, "-f", TEXT_NAME, "-o", run.out.name]
+    arguments += ["--parse-special", "--no-ppl", "-c", str(settings.context)]
+    arguments += ["-b", str(batch), "-ub", str(batch)]
+    arguments += ["--chunk", str(run.span.first)] if run.span else []
+    arguments += ["--chunks", str(count)] if count else []
+    passes = PassProgress(folder / "log")
+    tools.run(
+        "llama-imatrix",
+        arguments,
+        cwd=folder,
+        log=passes.log,
+        meanwhile=lambda: report(passes.estimate_fraction()),
+    )
+    files.remove(folder / TEXT_NAME)
+    if not run.out.exists():
+        raise CheckError(
+            f"{run.out.name}: expected an importance matrix, found none; is the text too short?"
+        )
+
+
+@dataclass
+class PassProgress:
+    """Progress of llama-imatrix by its log.
+
+    It logs the duration of its first pass, and then nothing until its end; so the fraction after
+    the first pass is an estimate.
+    """
+
+    log: Path
+    first_pass_ended: float | None = None
+    """Monotonic time, in seconds."""
+
+    def estimate_fraction(self) -> float:
+        """Return the fraction of the range that is done, at most 0.99."""
+        lines = self.log.read_text(errors="replace")
+        if not ((chunks := CHUNKS.search(lines)) and (first_pass := FIRST_PASS.search(lines))):
+            return 0.0
+        if self.first_pass_ended is None:
+            self.first_pass_ended = time.monotonic()
+        passes = -(-int(chunks[1]) // max(int(chunks[2]), 1))
+        elapsed = time.monotonic() - self.first_pass_ended
+        done = 1 + elapsed / max(float(first_pass[1]), 0.01)
+        return min(done / max(passes, 1), 0.99)
+
+
+def read_imatrix(path: Path, tensors: Collection[TensorSpec] | None = None) -> ImportanceMatrix:
+    """Read an importance matrix that was computed before.
+
+    Args:
+        path: The GGUF file.
+        tensors: Tensors of the model that it has to belong to. None accepts any model.
+
+    Raises:
+        InputError: The file is broken, in the older form, or belongs to another model.
+    """
+    data = imatrix_file.load_imatrix(path)
+    if data.legacy:
+        raise InputError(
+            f"{path}: expected GGUF, found the older .dat; `quant imatrix convert` converts it"
+        )
+    if tensors is not None:
+        raise_problems(imatrix_file.find_model_problems(data.sizes(), tensors, str(path)))
+    return ImportanceMatrix(path, files.make_receipt(path, path.parent), data.counts())

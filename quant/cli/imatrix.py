@@ -1,26 +1,41 @@
-"""The commands about importance matrices: compute one, look at one, add several up, bring an old one into GGUF."""
+"""The commands about importance matrices: compute, show, merge, convert."""
 
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from quant.cli import progress, tables
-from quant.cli.options import FILE, FOLDER, json_option, quant, require_absent, tools_option
+from quant.cli.options import (
+    FILE,
+    FOLDER,
+    collect_options,
+    json_option,
+    quant,
+    require_absent,
+    tools_option,
+)
+
+if TYPE_CHECKING:
+    from quant.calibration.imatrix import Span
 
 RANGE = "FIRST:COUNT"
+COLUMNS = (
+    *("layer", "matrices", ">experts", ">unvisited", ">least"),
+    *(">1st quartile", ">median", ">3rd quartile", ">most"),
+)
 context_option = click.option(
     "--context", type=click.IntRange(32), default=512, show_default=True, help="Tokens in a chunk."
 )
 
 
 class WithDefault(click.Group):
-    """A group whose first word may be left out: ``quant imatrix BASE`` is ``quant imatrix compute BASE``."""
+    """A group with a default command: ``quant imatrix BASE`` is ``quant imatrix compute BASE``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the default in front of anything that is no command of the group."""
@@ -33,8 +48,23 @@ class WithDefault(click.Group):
 def imatrix() -> None:
     """Importance matrices: `quant imatrix BASE -o OUT` computes one.
 
-    The command for that is `compute`, and its name may be left out.
+    That is short for `quant imatrix compute BASE -o OUT`.
     """
+
+
+@dataclass(frozen=True)
+class ComputeRequest:
+    """The options of `quant imatrix compute`."""
+
+    base: Path
+    out: Path
+    calibration: str
+    context: int
+    chunks: int | None
+    only: str | None
+    expert_tokens: int
+    work: Path | None
+    llama_cpp: Path | None
 
 
 @imatrix.command()
@@ -45,164 +75,129 @@ def imatrix() -> None:
     default="embedded",
     show_default=True,
     metavar="SET",
-    help="A set's name or path.",
+    help="A calibration set's name or path.",
 )
 @context_option
-@click.option("--chunks", type=click.IntRange(1), help="At most so many in the first pass.  [all]")
+@click.option(
+    "--chunks",
+    type=click.IntRange(1),
+    help="Maximum number of chunks before coverage is checked.  [the whole text]",
+)
 @click.option(
     "--range",
     "only",
     metavar=RANGE,
-    help="Only these chunks, to be merged with those of other machines.",
+    help="Only these chunks; merge the result with those of other machines.",
 )
 @click.option(
     "--expert-tokens",
     type=click.IntRange(0),
     default=32,
     show_default=True,
-    help="Draw more until all saw so many.",
+    help="Read more text until every expert saw this many tokens.",
 )
 @click.option(
-    "--work", type=FOLDER, envvar="QUANT_WORK", help="Where finished ranges are kept.  [beside OUT]"
+    "--work",
+    type=FOLDER,
+    envvar="QUANT_WORK",
+    help="The folder for finished ranges.  [beside OUT, removed at the end]",
 )
 @tools_option
-def compute(
-    base: Path,
-    out: Path,
-    calibration: str,
-    context: int,
-    chunks: int | None,
-    only: str | None,
-    expert_tokens: int,
-    work: Path | None,
-    llama_cpp: Path | None,
-) -> None:
-    """Compute the importance matrix of BASE, a GGUF in BF16 or Q8_0, in the model's own chat format.
+@collect_options(ComputeRequest)
+def compute(request: ComputeRequest) -> None:
+    """Compute the importance matrix of BASE, a BF16 or Q8_0 GGUF, in the model's own chat format.
 
-    A run that was interrupted continues with the range of chunks that it was at.
+    Run an interrupted command again: it continues with the range of chunks that it was at.
     """
     from quant.calibration import coverage
     from quant.calibration import imatrix as matrices
-    from quant.calibration import text as calibrate
+    from quant.calibration.text import build_set_text
     from quant.chat.template import patch_template
     from quant.core import files
     from quant.core.store import Store
     from quant.llama import toolchain
-    from quant.llama.gguf import read_header
     from quant.llama.model_file import ModelFile
     from quant.plan.recipe import ImatrixRecipe
 
-    settings = ImatrixRecipe(calibration, context, chunks)
-    settings = replace(settings, coverage=replace(settings.coverage, expert_tokens=expert_tokens))
-    span = _span(only) if only else None
-    require_absent(out)
-    tools = toolchain.find_toolchain(llama_cpp)
+    settings = ImatrixRecipe(request.calibration, request.context, request.chunks)
+    rule = replace(settings.coverage, expert_tokens=request.expert_tokens)
+    settings = replace(settings, coverage=rule)
+    span = _parse_span(request.only) if request.only else None
+    out = require_absent(request.out)
+    tools = toolchain.find_toolchain(request.llama_cpp)
     tools.require("llama-imatrix", "llama-tokenize")
-    words = read_header(base).metadata.get("tokenizer.chat_template")
-    template = patch_template(words, None, str(base)) if words else None
-    root = (work or out.with_name(out.name + ".work")).expanduser().resolve()
+    base = ModelFile.open(request.base.resolve())
+    source = base.metadata.get("tokenizer.chat_template")
+    template = patch_template(source, None, str(request.base)) if source else None
+    root = (request.work or out.with_name(out.name + ".work")).expanduser().resolve()
     store = Store(root)
     with progress.show_progress(2) as do, store.lock():
-        weights = ModelFile.open(base.resolve())
-        text = do(
-            "calibrate",
-            calibration,
-            partial(calibrate.build_set_text, settings, template, weights, tools, store),
-        )
+        build = partial(build_set_text, settings, template, base, tools, store)
+        text = do("calibrate", request.calibration, build)
         if span:
             matrices.check_span(span, text, settings)
             with files.temp_folder(out) as folder:
-                made = folder / out.name
-                do(
-                    "imatrix",
-                    out.name,
-                    partial(
-                        matrices.run_llama_imatrix,
-                        weights.path,
-                        text.path,
-                        settings,
-                        tools,
-                        made,
-                        span,
-                    ),
-                )
-                files.replace_atomically(made, out)
+                part = folder / out.name
+                run = matrices.ImatrixRun(base.path, text.path, part, settings, span)
+                do("imatrix", out.name, partial(matrices.run_llama_imatrix, run, tools))
+                files.replace_atomically(part, out)
         else:
-            work_of = partial(
-                matrices.compute_covering_imatrix, weights, text, settings, out.name, tools, store
+            work = partial(
+                matrices.compute_covering_imatrix, base, text, settings, out.name, tools, store
             )
-            files.link_or_copy(do("imatrix", out.name, work_of).path, out)
-    if not work:
+            files.link_or_copy(do("imatrix", out.name, work).path, out)
+    if not request.work:
         shutil.rmtree(root)
     matrix = matrices.read_imatrix(out)
-    for line in coverage.list_undercovered(matrix.counts, max(expert_tokens, 1)):
+    for line in coverage.list_undercovered(matrix.counts, max(request.expert_tokens, 1)):
         progress.print_line(line)
     progress.print_line(
-        f"{out}: {len(matrix.counts)} matrices, {text.tokens:,} tokens of text, sha256 {matrix.receipt.sha256}"
+        f"{out}: {len(matrix.counts)} matrices, {text.tokens:,} tokens of text,"
+        f" sha256 {matrix.receipt.sha256}"
     )
 
 
 @imatrix.command()
 @click.argument("matrix", type=FILE)
-@click.option("--svg", type=FILE, help="Draw a heat map, layer by expert, to this file.")
+@click.option("--svg", type=FILE, help="Write a heat map, layer by expert, to this file.")
 @click.option(
     "--least",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Tokens that an expert should see.",
+    help="Tokens that every expert should have seen.",
 )
 @json_option
 def show(matrix: Path, svg: Path | None, least: int, as_json: bool) -> None:
-    """How many tokens each expert of each matrix saw, and which saw too few; exit 1 when there are such."""
+    """Show how many tokens each expert of each matrix saw. Exit 1 if one saw fewer than --least."""
     from quant.calibration import coverage, imatrix_file
     from quant.core import files
 
-    found = imatrix_file.load_imatrix(matrix)
-    counts = found.counts()
-    missed = list(coverage.list_undercovered(counts, least))
+    data = imatrix_file.load_imatrix(matrix)
+    counts = data.counts()
+    undercovered = list(coverage.list_undercovered(counts, least))
     if svg:
-        files.write_text(
-            require_absent(svg),
-            coverage.draw_heat_map(counts, f"Tokens that each expert saw: {matrix.name}"),
-        )
+        picture = coverage.draw_heat_map(counts, f"Tokens that each expert saw: {matrix.name}")
+        files.write_text(require_absent(svg), picture)
     if as_json:
-        about: dict[str, Any] = {
+        document: dict[str, Any] = {
             "file": matrix.name,
-            "datasets": list(found.datasets),
-            "chunks": found.chunks,
+            "datasets": list(data.datasets),
+            "chunks": data.chunks,
+            "tokens": {name: list(tokens) for name, tokens in counts.items()},
+            "missed": undercovered,
         }
-        click.echo(
-            json.dumps(
-                about | {"tokens": {k: list(v) for k, v in counts.items()}, "missed": missed}
-            )
-        )
-        raise SystemExit(1 if missed else 0)
-    columns = (
-        "layer",
-        "matrices",
-        ">experts",
-        ">unvisited",
-        ">least",
-        ">1st quartile",
-        ">median",
-        ">3rd quartile",
-        ">most",
-    )
-    tables.print_table(
-        columns,
-        coverage.make_table_rows(counts),
-        title=f"{matrix.name}: tokens by expert, {found.chunks} chunks",
-    )
-    for line in missed:
+        click.echo(json.dumps(document))
+        raise SystemExit(1 if undercovered else 0)
+    title = f"{matrix.name}: tokens by expert, {data.chunks} chunks"
+    tables.print_table(COLUMNS, coverage.make_table_rows(counts), title=title)
+    for line in undercovered:
         click.echo(line)
-    if found.legacy:
-        click.echo(
-            "the older form (.dat) does not tell experts apart: its numbers are chunks, not tokens"
-        )
+    if data.legacy:
+        click.echo("the older form (.dat) has no counts by expert: its numbers are chunks")
     if svg:
         progress.print_line(str(svg))
-    raise SystemExit(1 if missed else 0)
+    raise SystemExit(1 if undercovered else 0)
 
 
 @imatrix.command()
@@ -210,7 +205,7 @@ def show(matrix: Path, svg: Path | None, least: int, as_json: bool) -> None:
 @click.option("--out", "-o", type=FILE, required=True, help="The importance matrix to write.")
 @context_option
 def merge(parts: Sequence[Path], out: Path, context: int) -> None:
-    """Add PARTS up, in their order, as llama-imatrix does: ranges of one text, or several texts."""
+    """Add PARTS up in their order, as llama-imatrix does: ranges of one text, or several texts."""
     _merge(parts, require_absent(out), context)
 
 
@@ -219,7 +214,7 @@ def merge(parts: Sequence[Path], out: Path, context: int) -> None:
 @click.argument("out", type=FILE)
 @context_option
 def convert(old: Path, out: Path, context: int) -> None:
-    """Write OLD, an importance matrix of the older form (.dat), as GGUF."""
+    """Convert OLD, an importance matrix of the older form (.dat), to GGUF."""
     _merge((old,), require_absent(out), context)
 
 
@@ -231,10 +226,11 @@ def _merge(parts: Sequence[Path], out: Path, context: int) -> None:
     progress.print_line(f"{out}: {len(merged.entries)} matrices, {merged.chunks} chunks")
 
 
-def _span(told: str) -> Any:
+def _parse_span(text: str) -> "Span":
+    """Parse FIRST:COUNT."""
     from quant.calibration.imatrix import Span
 
-    first, _, count = told.partition(":")
+    first, _, count = text.partition(":")
     if not (first.isdecimal() and count.isdecimal() and int(count)):
-        raise click.UsageError(f"--range: expected {RANGE} like 40:40, found {told!r}")
+        raise click.UsageError(f"--range: expected {RANGE} like 40:40, found {text!r}")
     return Span(int(first), int(count))

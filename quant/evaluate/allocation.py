@@ -245,7 +245,7 @@ def _measure_errors(
     imatrix = read_imatrix(request.imatrix, base.tensors) if request.imatrix else None
     policy = None
     if imatrix and request.coverage:
-        policy = imatrix.doubt(base.tensors, CoverageRule())
+        policy = imatrix.make_coverage_policy(base.tensors, CoverageRule())
     equal = dict.fromkeys(table.errors, 1.0)
     return AllocationInputs(
         tensors=base.tensors,

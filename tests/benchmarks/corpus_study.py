@@ -80,9 +80,8 @@ def one_seed(
         (place / "text").write_text(text(name, seed, chunks * CONTEXT * 6, template, base))
         matrices[name] = place / "imatrix.gguf"
         settings = ImatrixRecipe(context=CONTEXT, chunks=chunks)
-        imatrix.run_llama_imatrix(
-            base, place / "text", settings, toolchain.find_toolchain(), place / "imatrix.gguf"
-        )
+        run = imatrix.ImatrixRun(base, place / "text", place / "imatrix.gguf", settings)
+        imatrix.run_llama_imatrix(run, toolchain.find_toolchain())
     matrices[WITHOUT] = None
     found: dict[str, dict[str, dict[str, float]]] = {}
     for variant in VARIANTS:

@@ -1,4 +1,4 @@
-"""Coverage: tokens by expert, in numbers, in words, and as a picture."""
+"""Coverage: tokens by expert as numbers, as lines, and as a heat map."""
 
 import re
 import xml.etree.ElementTree as ET
@@ -28,7 +28,7 @@ def test_quartiles_are_numbers_of_experts() -> None:
     assert Coverage("a", (1, 100, 3)).quartiles == (1, 3, 100)
 
 
-def test_experts_come_layer_by_layer() -> None:
+def test_matrices_with_experts_are_sorted_by_layer() -> None:
     assert [c.tensor for c in list_expert_coverage(COUNTS)] == [
         "blk.2.ffn_up_exps.weight",
         "blk.10.ffn_gate_exps.weight",
@@ -37,7 +37,7 @@ def test_experts_come_layer_by_layer() -> None:
     assert list_expert_coverage(COUNTS)[1].unvisited == (1,)
 
 
-def test_a_layer_is_told_once_for_all_its_matrices_with_every_expert_and_what_it_saw() -> None:
+def test_a_layer_has_one_line_that_lists_its_matrices_and_experts_with_their_tokens() -> None:
     assert list(list_undercovered(COUNTS, 8)) == [
         "layer 10: expected 8 tokens for every expert, found fewer for 0 (5), 1 (0); ffn_gate_exps, ffn_up_exps"
     ]
@@ -47,12 +47,12 @@ def test_a_layer_is_told_once_for_all_its_matrices_with_every_expert_and_what_it
     assert list(list_undercovered(COUNTS, 0)) == []
 
 
-def test_of_many_experts_some_are_named() -> None:
+def test_a_line_lists_at_most_eight_experts() -> None:
     [line] = list_undercovered({"blk.0.ffn_up_exps.weight": (0,) * 20})
     assert "0 (0), 1 (0)" in line and "and 12 more" in line
 
 
-def test_what_is_weak_has_a_reason() -> None:
+def test_an_undercovered_matrix_has_a_reason() -> None:
     assert list(find_undercovered(COUNTS, 41)) == [
         "output.weight",
         "blk.10.ffn_gate_exps.weight",
@@ -76,7 +76,7 @@ def test_the_summary_is_plain_numbers() -> None:
     assert summarize_coverage({})["least_tokens"] == 0
 
 
-def test_matrices_that_saw_the_same_share_a_row() -> None:
+def test_matrices_with_the_same_counts_share_a_row() -> None:
     assert make_table_rows(COUNTS) == (
         ("-", "output.weight", "-", "-", "3", "3", "3", "3", "3"),
         ("2", "attn_q", "-", "-", "200", "200", "200", "200", "200"),
@@ -85,16 +85,16 @@ def test_matrices_that_saw_the_same_share_a_row() -> None:
     )
 
 
-def test_the_picture_has_a_cell_for_every_expert_of_every_layer_and_red_for_none() -> None:
+def test_the_heat_map_has_a_cell_for_each_expert_of_each_layer_and_red_for_no_token() -> None:
     svg = draw_heat_map(COUNTS, "A & B <c>")
     tree = ET.fromstring(svg)
     space = "{http://www.w3.org/2000/svg}"
     cells = [r for r in tree.iter(f"{space}rect") if r.find(f"{space}title") is not None]
-    told = {str(r.findtext(f"{space}title")): r.get("fill") for r in cells}
+    fills = {str(r.findtext(f"{space}title")): r.get("fill") for r in cells}
     assert len(cells) == 8
-    assert told["layer 10, expert 1: 0 tokens"] == "#d62728"
-    assert list(told.values()).count("#d62728") == 1
-    assert told["layer 2, expert 3: 80 tokens"] == "#08306b"
+    assert fills["layer 10, expert 1: 0 tokens"] == "#d62728"
+    assert list(fills.values()).count("#d62728") == 1
+    assert fills["layer 2, expert 3: 80 tokens"] == "#08306b"
     assert "A & B <c>" in [t.text for t in tree.iter(f"{space}text")]
     corners = [(r.get("x"), r.get("y")) for r in cells]
     assert len(set(corners)) == 8
@@ -102,5 +102,5 @@ def test_the_picture_has_a_cell_for_every_expert_of_every_layer_and_red_for_none
     assert re.match(r"<svg ", svg)
 
 
-def test_a_model_without_experts_has_an_empty_picture() -> None:
+def test_a_model_without_experts_has_an_empty_heat_map() -> None:
     assert ET.fromstring(draw_heat_map({"blk.0.attn_q.weight": (3,)}, "x")) is not None

@@ -1,4 +1,4 @@
-"""Calibration sets are read line by line, and every mistake is named with its file, line and field."""
+"""Documents are read line by line, and problems are reported with file, line and field."""
 
 import json
 from pathlib import Path
@@ -68,9 +68,7 @@ def test_an_empty_folder_is_no_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("letter", ["\u2028", "\u2029", "\x85", "\u00a0"])
-def test_a_letter_that_python_takes_for_a_line_end_stays_in_its_line(
-    tmp_path: Path, letter: str
-) -> None:
+def test_unicode_line_separators_do_not_end_a_line(tmp_path: Path, letter: str) -> None:
     path = write(
         tmp_path / "x.jsonl",
         WHOLE | {"messages": [{"role": "user", "content": f"a{letter}b"}]},
@@ -81,13 +79,13 @@ def test_a_letter_that_python_takes_for_a_line_end_stays_in_its_line(
     assert second.id == "a"
 
 
-def test_lines_may_end_as_on_windows(tmp_path: Path) -> None:
+def test_lines_may_end_with_crlf(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes((json.dumps(WHOLE) + "\r\n").encode() * 2)
     assert len(load_documents(str(path))) == 2
 
 
-def test_the_last_line_needs_no_end(tmp_path: Path) -> None:
+def test_the_last_line_needs_no_newline(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(WHOLE))
     assert len(load_documents(str(path))) == 1
@@ -98,7 +96,7 @@ def lacking(key: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "expected"),
     [
         ("{", "expected a JSON object, found something else (Expecting"),
         ("", "expected a JSON object, found something else (Expecting"),
@@ -125,18 +123,18 @@ def lacking(key: str) -> dict[str, Any]:
         ({"id": "a", "text": ""}, "text: expected some, found none"),
     ],
 )
-def test_a_broken_line_is_told_with_its_file_and_number(
-    tmp_path: Path, line: Any, said: str
+def test_a_broken_line_is_reported_with_file_and_number(
+    tmp_path: Path, line: Any, expected: str
 ) -> None:
     path = write(tmp_path / "x.jsonl", WHOLE, line, WHOLE)
     with pytest.raises(InputError) as caught:
         load_documents(str(path))
     [problem] = caught.value.problems
-    assert problem.startswith(f"{path}:2: {said}")
+    assert problem.startswith(f"{path}:2: {expected}")
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "expected"),
     [
         (
             [ANSWER],
@@ -160,13 +158,13 @@ def test_a_broken_line_is_told_with_its_file_and_number(
         ),
     ],
 )
-def test_roles_out_of_order_are_told(
-    tmp_path: Path, messages: list[dict[str, Any]], said: str
+def test_roles_out_of_order_are_reported(
+    tmp_path: Path, messages: list[dict[str, Any]], expected: str
 ) -> None:
     path = write(tmp_path / "x.jsonl", WHOLE, WHOLE | {"messages": messages})
     with pytest.raises(InputError) as caught:
         load_documents(str(path))
-    assert caught.value.problems == (f"{path}:2: {said}",)
+    assert caught.value.problems == (f"{path}:2: {expected}",)
 
 
 def test_a_conversation_with_tools_is_in_order(tmp_path: Path) -> None:
@@ -197,20 +195,20 @@ def test_a_document_may_be_plain_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "\n", "   \n\n"])
-def test_an_empty_file_is_told(tmp_path: Path, content: str) -> None:
+def test_an_empty_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(InputError, match=r"x.jsonl: expected documents, found an empty file"):
         load_documents(str(tmp_path / "x.jsonl"))
 
 
-def test_all_mistakes_of_a_line_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_a_line_are_reported_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", {"idd": "a", "thinking": 1})
     with pytest.raises(InputError) as caught:
         load_documents(str(path))
     assert len(caught.value.problems) == 4
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"id": "caf\xe9"}\n')
     with pytest.raises(InputError, match=r"x.jsonl: expected UTF-8"):

@@ -1,4 +1,4 @@
-"""Rows of the datasets that people have become documents; what is no conversation is left out, a missing column is told."""
+"""Rows become documents; those without a conversation are left out, a missing column is an error."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ from quant.calibration.sets import CalibrationSource, Form
 from quant.errors import InputError
 
 
-def made(form: str, *rows: dict[str, Any], **more: Any) -> list[Document]:
+def parse(form: str, *rows: dict[str, Any], **more: Any) -> list[Document]:
     source = CalibrationSource("s", "conversation", "MIT", form, path="x", **more)  # type: ignore[arg-type]
     return list(
         parse_rows(
@@ -22,21 +22,23 @@ def made(form: str, *rows: dict[str, Any], **more: Any) -> list[Document]:
     )
 
 
-def left(form: Form, *rows: dict[str, Any], **more: Any) -> dict[str, int]:
-    """What was left out, by the reason."""
-    source, found = (
+def count_left_out(form: Form, *rows: dict[str, Any], **more: Any) -> dict[str, int]:
+    """Return the number of rows that are left out, by reason."""
+    source, document = (
         CalibrationSource("s", "conversation", "MIT", form, path="x", **more),
         Counter[str](),
     )
     assert not list(
         parse_rows(
-            (NumberedRow(row, f"f.json:{n}", f"f-{n}") for n, row in enumerate(rows)), source, found
+            (NumberedRow(row, f"f.json:{n}", f"f-{n}") for n, row in enumerate(rows)),
+            source,
+            document,
         )
     )
-    return dict(found)
+    return dict(document)
 
 
-def said(document: Document) -> list[tuple[str, str]]:
+def list_turns(document: Document) -> list[tuple[str, str]]:
     return [(m["role"], m["content"]) for m in document.messages]
 
 
@@ -44,15 +46,15 @@ def turns(*words: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[n % 2], "content": w} for n, w in enumerate(words)]
 
 
-def test_messages_are_taken_as_they_are() -> None:
-    [found] = made("messages", {"messages": turns("Hi", "Hello", "Bye", "Bye!"), "source": "x"})
-    assert said(found) == [
+def test_messages_are_used_as_they_are() -> None:
+    [document] = parse("messages", {"messages": turns("Hi", "Hello", "Bye", "Bye!"), "source": "x"})
+    assert list_turns(document) == [
         ("user", "Hi"),
         ("assistant", "Hello"),
         ("user", "Bye"),
         ("assistant", "Bye!"),
     ]
-    assert (found.id, found.source, found.kind, found.language, found.thinking) == (
+    assert (document.id, document.source, document.kind, document.language, document.thinking) == (
         "f-1",
         "s",
         "conversation",
@@ -61,8 +63,8 @@ def test_messages_are_taken_as_they_are() -> None:
     )
 
 
-def test_a_question_that_nobody_answered_is_taken_off() -> None:
-    assert said(made("messages", {"messages": turns("Hi", "Hello", "And?")})[0])[-1] == (
+def test_a_question_without_an_answer_is_dropped_at_the_end() -> None:
+    assert list_turns(parse("messages", {"messages": turns("Hi", "Hello", "And?")})[0])[-1] == (
         "assistant",
         "Hello",
     )
@@ -81,36 +83,38 @@ def test_a_question_that_nobody_answered_is_taken_off() -> None:
         {"messages": [{"content": "Hi"}]},
     ],
 )
-def test_what_is_no_conversation_is_left_out(row: dict[str, Any]) -> None:
-    assert made("messages", row) == []
+def test_a_row_without_a_conversation_is_left_out(row: dict[str, Any]) -> None:
+    assert parse("messages", row) == []
 
 
-def test_what_was_thought_is_told_apart() -> None:
+def test_reasoning_in_tags_becomes_reasoning_content() -> None:
     for tag in ("think", "thinking"):
-        [found] = made("messages", {"messages": turns("2+2?", f"<{tag}>\nEasy.\n</{tag}>\n\n4")})
-        assert found.messages[1] == {
+        [document] = parse(
+            "messages", {"messages": turns("2+2?", f"<{tag}>\nEasy.\n</{tag}>\n\n4")}
+        )
+        assert document.messages[1] == {
             "role": "assistant",
             "content": "4",
             "reasoning_content": "Easy.",
         }
-        assert found.thinking
+        assert document.thinking
 
 
-def test_pairs_may_be_called_otherwise() -> None:
-    [found] = made(
+def test_a_source_may_map_column_names() -> None:
+    [document] = parse(
         "pairs", {"inputs": "Q", "targets": "A"}, columns={"input": "inputs", "output": "targets"}
     )
-    assert said(found) == [("user", "Q"), ("assistant", "A")]
+    assert list_turns(document) == [("user", "Q"), ("assistant", "A")]
 
 
-def test_rows_are_chosen_by_their_columns() -> None:
+def test_rows_are_selected_by_column_values() -> None:
     rows = [
         {"input": str(n), "output": "A", "average_test_score": s}
         for n, s in enumerate(("1.0", "0.5", "1"))
     ]
-    kept = made("pairs", *rows, only={"average_test_score": ("1", "1.0")})
-    assert [said(d)[0][1] for d in kept] == ["0", "2"]
-    assert len(made("pairs", *rows, without={"average_test_score": ("0.5",)})) == 2
+    kept = parse("pairs", *rows, only={"average_test_score": ("1", "1.0")})
+    assert [list_turns(d)[0][1] for d in kept] == ["0", "2"]
+    assert len(parse("pairs", *rows, without={"average_test_score": ("0.5",)})) == 2
 
 
 HERMES = {
@@ -131,18 +135,18 @@ HERMES = {
 }
 
 
-def test_calls_of_tools_come_out_of_the_text() -> None:
-    [found] = made("sharegpt", HERMES)
-    assert said(found) == [
+def test_tool_calls_are_parsed_from_the_text() -> None:
+    [document] = parse("sharegpt", HERMES)
+    assert list_turns(document) == [
         ("user", "How large is 2 by 3?"),
         ("assistant", "Let me see."),
         ("tool", '{"area": 6}'),
         ("assistant", "It is 6."),
     ]
-    assert found.tools[0]["function"]["name"] == "area"
-    [call] = found.messages[1]["tool_calls"]
+    assert document.tools[0]["function"]["name"] == "area"
+    [call] = document.messages[1]["tool_calls"]
     assert call == {"type": "function", "function": {"name": "area", "arguments": {"a": 2, "b": 3}}}
-    assert found.messages[2]["name"] == "area"
+    assert document.messages[2]["name"] == "area"
 
 
 def test_a_system_message_without_tools_stays() -> None:
@@ -151,13 +155,18 @@ def test_a_system_message_without_tools_stays() -> None:
         {"from": "human", "value": "Hi"},
         {"from": "gpt", "value": "Hi"},
     ]
-    assert said(made("sharegpt", {"conversations": plain})[0])[0] == ("system", "Be short.")
+    assert list_turns(parse("sharegpt", {"conversations": plain})[0])[0] == ("system", "Be short.")
 
 
 def calling(call: str, *results: str) -> dict[str, Any]:
-    """A row in which somebody asks, the assistant calls, and the results come in one turn."""
-    said = [("human", "Weather?"), ("gpt", call), ("tool", "\n".join(results)), ("gpt", "Sun.")]
-    return {"conversations": [{"from": who, "value": what} for who, what in said if what]}
+    """Return a row with a question, a tool call, and its results in one turn."""
+    list_turns = [
+        ("human", "Weather?"),
+        ("gpt", call),
+        ("tool", "\n".join(results)),
+        ("gpt", "Sun."),
+    ]
+    return {"conversations": [{"from": who, "value": what} for who, what in list_turns if what]}
 
 
 def call_of(name: str) -> str:
@@ -168,48 +177,54 @@ def result_of(text: str) -> str:
     return f"<tool_response>\n{text}\n</tool_response>"
 
 
-def test_several_results_in_one_turn_are_a_message_each_with_the_name_of_its_call() -> None:
-    [found] = made(
+def test_each_result_of_a_turn_becomes_a_message_with_the_name_of_its_call() -> None:
+    [document] = parse(
         "sharegpt", calling(call_of("sky") + call_of("wind"), result_of("blue"), result_of("none"))
     )
-    assert [(m["name"], m["content"]) for m in found.messages[2:4]] == [
+    assert [(m["name"], m["content"]) for m in document.messages[2:4]] == [
         ("sky", "blue"),
         ("wind", "none"),
     ]
-    assert [m["role"] for m in found.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [m["role"] for m in document.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "tool",
+        "assistant",
+    ]
 
 
-def test_a_result_that_names_its_call_is_of_that_call() -> None:
+def test_a_result_belongs_to_the_call_that_it_names() -> None:
     turned = [result_of(json.dumps({"name": n, "content": 1})) for n in ("wind", "sky")]
-    [found] = made("sharegpt", calling(call_of("sky") + call_of("wind"), *turned))
-    assert [m["name"] for m in found.messages[2:4]] == ["wind", "sky"]
-    assert json.loads(found.messages[2]["content"])["name"] == "wind"
+    [document] = parse("sharegpt", calling(call_of("sky") + call_of("wind"), *turned))
+    assert [m["name"] for m in document.messages[2:4]] == ["wind", "sky"]
+    assert json.loads(document.messages[2]["content"])["name"] == "wind"
 
 
-def test_a_result_that_nobody_called_for_makes_no_document() -> None:
-    assert made("sharegpt", calling(call_of("sky"), result_of("blue"), result_of("none"))) == []
+def test_a_result_without_a_call_makes_no_document() -> None:
+    assert parse("sharegpt", calling(call_of("sky"), result_of("blue"), result_of("none"))) == []
 
 
-def test_calls_that_are_written_as_in_python_are_read() -> None:
+def test_calls_as_python_literals_are_parsed() -> None:
     call = "<tool_call>\n{'name': 'sky', 'arguments': {'day': \"Eve's\", 'exact': True, 'at': None}}\n</tool_call>"
-    [found] = made("sharegpt", calling(call, result_of("blue")))
-    [told] = found.messages[1]["tool_calls"]
-    assert told["function"] == {
+    [document] = parse("sharegpt", calling(call, result_of("blue")))
+    [call_message] = document.messages[1]["tool_calls"]
+    assert call_message["function"] == {
         "name": "sky",
         "arguments": {"day": "Eve's", "exact": True, "at": None},
     }
-    assert found.messages[2]["name"] == "sky"
+    assert document.messages[2]["name"] == "sky"
 
 
 @pytest.mark.parametrize(
     "call", ["{", "{'name': 'f', 'arguments': {1, 2}}", "f(x)", "{'name': print}", "7", "[" * 9999]
 )
 def test_a_call_that_is_neither_json_nor_python_makes_no_document(call: str) -> None:
-    assert made("sharegpt", calling(f"<tool_call>{call}</tool_call>", result_of("blue"))) == []
+    assert parse("sharegpt", calling(f"<tool_call>{call}</tool_call>", result_of("blue"))) == []
 
 
-def test_tools_that_cannot_be_read_make_no_document() -> None:
-    assert made("sharegpt", {"conversations": HERMES["conversations"], "tools": "{"}) == []
+def test_tools_that_cannot_be_parsed_make_no_document() -> None:
+    assert parse("sharegpt", {"conversations": HERMES["conversations"], "tools": "{"}) == []
 
 
 def oasst(
@@ -225,7 +240,7 @@ def oasst(
     }
 
 
-def test_of_a_tree_the_best_ranked_replies_make_a_conversation() -> None:
+def test_the_best_ranked_replies_of_a_tree_make_a_conversation() -> None:
     rows = [
         oasst("q", None, "prompter", "Frage?", lang="de"),
         oasst("b", "q", "assistant", "schlechter", 1.0),
@@ -235,17 +250,17 @@ def test_of_a_tree_the_best_ranked_replies_make_a_conversation() -> None:
         oasst("d", "x", "assistant", "So."),
         oasst("alone", None, "prompter", "Hört mich wer?"),
     ]
-    [found] = made("tree", *rows)
-    assert said(found) == [
+    [document] = parse("tree", *rows)
+    assert list_turns(document) == [
         ("user", "Frage?"),
         ("assistant", "besser"),
         ("user", "Anders?"),
         ("assistant", "So."),
     ]
-    assert (found.id, found.language) == ("q", "de")
+    assert (document.id, document.language) == ("q", "de")
 
 
-def test_what_is_left_out_is_counted_by_the_reason_and_what_is_not_asked_for_is_not() -> None:
+def test_left_out_rows_are_counted_by_reason_and_unselected_rows_are_not() -> None:
     rows: list[dict[str, Any]] = [
         {"messages": turns("Hi")},
         {"messages": turns("Hi", "")},
@@ -254,7 +269,7 @@ def test_what_is_left_out_is_counted_by_the_reason_and_what_is_not_asked_for_is_
         {"messages": [*turns("Hi"), *turns("Hi", "Hello")]},
         {"messages": 7},
     ]
-    assert left(
+    assert count_left_out(
         "messages",
         *({**r, "lang": "en"} for r in rows),
         {"lang": "de", "messages": []},
@@ -266,14 +281,14 @@ def test_what_is_left_out_is_counted_by_the_reason_and_what_is_not_asked_for_is_
         "roles out of order": 2,
         "not of the form messages": 1,
     }
-    assert left("text", {"text": " "}) == {"no text": 1}
-    assert left(
+    assert count_left_out("text", {"text": " "}) == {"no text": 1}
+    assert count_left_out(
         "tree", oasst("q", None, "prompter", "?"), oasst("x", "gone", "assistant", "!")
     ) == {"no answer": 1}
     unread = "calls or tools that are neither JSON nor a literal of Python"
     late = calling(call_of("sky"), result_of("blue"), result_of("none"))
     no_list = {"conversations": HERMES["conversations"], "tools": "{}"}
-    assert left(
+    assert count_left_out(
         "sharegpt",
         calling("<tool_call>f(x)</tool_call>"),
         late,
@@ -288,23 +303,23 @@ def test_what_is_left_out_is_counted_by_the_reason_and_what_is_not_asked_for_is_
 
 
 def test_a_text_is_a_document() -> None:
-    [found] = made("text", {"text": "Once upon a time"}, {"text": "  "}, {"text": None})
-    assert (found.text, found.messages) == ("Once upon a time", ())
+    [document] = parse("text", {"text": "Once upon a time"}, {"text": "  "}, {"text": None})
+    assert (document.text, document.messages) == ("Once upon a time", ())
 
 
 @pytest.mark.parametrize("form", ["messages", "sharegpt", "pairs", "tree", "text"])
-def test_a_missing_column_is_told_with_those_that_are_there(form: str) -> None:
+def test_a_missing_column_is_reported_with_the_existing_ones(form: str) -> None:
     with pytest.raises(InputError) as caught:
-        made(form, {"something": 1, "else": 2})
+        parse(form, {"something": 1, "else": 2})
     assert all(
         p.startswith("f.json: column ") and p.endswith("missing; the file of s has else, something")
         for p in caught.value.problems
     )
     with pytest.raises(InputError, match="column lang: missing"):
-        made("text", {"text": "x"}, only={"lang": ("en",)})
+        parse("text", {"text": "x"}, only={"lang": ("en",)})
 
 
-def test_files_are_read_as_what_they_are(tmp_path: Path) -> None:
+def test_files_are_read_by_their_suffix(tmp_path: Path) -> None:
     from datasets.arrow_dataset import Dataset
 
     from quant.calibration.rows import read_rows as rows
@@ -313,15 +328,15 @@ def test_files_are_read_as_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"text": "1"}, {"text": "2"}]')
     Dataset.from_list([{"text": "1"}, {"text": "2"}]).to_parquet(tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.json", "a.parquet"):
-        found = list(rows(tmp_path / name))
-        assert [r.row["text"] for r in found] == ["1", "2"]
-        assert [r.where for r in found] == [f"{tmp_path / name}:1", f"{tmp_path / name}:2"]
+        document = list(rows(tmp_path / name))
+        assert [r.row["text"] for r in document] == ["1", "2"]
+        assert [r.where for r in document] == [f"{tmp_path / name}:1", f"{tmp_path / name}:2"]
     (tmp_path / "a.txt").write_text("\n\n".join(["x" * 3000] * 3) + "\n")
     assert [len(r.row["text"]) for r in rows(tmp_path / "a.txt")] == [3000, 3000, 3001]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "list_turns"),
     [
         ("a.csv", "x", "expected a file that ends in .jsonl, .json, .parquet, .txt, found .csv"),
         ("a.jsonl", '{"text": "1"}\n{', r"a.jsonl:2: expected a JSON object"),
@@ -333,11 +348,11 @@ def test_files_are_read_as_what_they_are(tmp_path: Path) -> None:
         ("a.txt", "", "empty file"),
     ],
 )
-def test_files_that_are_not_what_they_seem_are_told(
-    tmp_path: Path, name: str, content: str, said: str
+def test_files_that_do_not_match_their_suffix_are_refused(
+    tmp_path: Path, name: str, content: str, list_turns: str
 ) -> None:
     from quant.calibration.rows import read_rows as rows
 
     (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=list_turns):
         list(rows(tmp_path / name))

@@ -17,7 +17,7 @@ RNG = np.random.default_rng(1)
 
 
 def write(path: Path, change: dict[str, Any] | None = None, **about: Any) -> Path:
-    """A file of moments: one matrix, and one of three experts of which the second saw too little."""
+    """Write a file with one matrix, and one of three experts; the second has too few rows."""
     x = RNG.normal(size=(3, 40, 8)).astype(np.float32)
     sums = x.swapaxes(1, 2) @ x
     tensors = {
@@ -34,17 +34,17 @@ def write(path: Path, change: dict[str, Any] | None = None, **about: Any) -> Pat
     return path
 
 
-def test_moments_are_means_and_what_saw_too_little_is_not_known(tmp_path: Path) -> None:
+def test_means_are_read_and_an_expert_with_too_few_rows_has_none(tmp_path: Path) -> None:
     sums = np.full((3, 8, 8), 64, np.float32)
-    found = Hessians.open(write(tmp_path / "m", {"e.weight": sums}, base="it"), "it")
-    assert [*found.counts] == ["a.weight", "e.weight"]
-    assert (found.columns("a.weight"), found.columns("other.weight")) == (8, None)
-    means = [found.read_mean("e.weight", n) for n in range(3)]
+    hessians = Hessians.open(write(tmp_path / "m", {"e.weight": sums}, base="it"), "it")
+    assert [*hessians.counts] == ["a.weight", "e.weight"]
+    assert (hessians.columns("a.weight"), hessians.columns("other.weight")) == (8, None)
+    means = [hessians.read_mean("e.weight", n) for n in range(3)]
     assert means[0] is not None and means[2] is not None
     assert means[1] is None
     assert means[0].shape == (8, 8)
     assert (means[0] == np.float32(1.6)).all() and (means[2] == 2).all()
-    assert found.read_mean("other.weight") is None
+    assert hessians.read_mean("other.weight") is None
 
 
 BROKEN: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
@@ -75,7 +75,7 @@ BROKEN: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
 
 
 @pytest.mark.parametrize(("change", "about", "problem"), BROKEN)
-def test_a_file_of_another_model_or_form_is_refused(
+def test_a_file_of_another_model_or_format_is_refused(
     change: dict[str, Any], about: dict[str, Any], problem: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=problem):
@@ -98,12 +98,12 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         Hessians.open(tmp_path / "none")
 
 
-def test_numbers_that_are_none_are_told_by_their_tensor(tmp_path: Path) -> None:
+def test_nan_is_reported_with_its_tensor(tmp_path: Path) -> None:
     sums = np.ones((8, 8), np.float32)
     sums[3, 4] = np.nan
-    found = Hessians.open(write(tmp_path / "m", {"a.weight": sums}))
+    hessians = Hessians.open(write(tmp_path / "m", {"a.weight": sums}))
     with pytest.raises(InputError, match=r"m: a\.weight: expected finite numbers, found NaN"):
-        found.read_mean("a.weight")
+        hessians.read_mean("a.weight")
 
 
 def test_reading_hessians_loads_neither_texts_nor_recipes() -> None:

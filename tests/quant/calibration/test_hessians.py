@@ -1,4 +1,4 @@
-"""Second moments: held against llama-imatrix, which sums their diagonals, and what is refused."""
+"""Hessians, compared with llama-imatrix, which sums their diagonals; and what is refused."""
 
 import ctypes
 from pathlib import Path
@@ -63,13 +63,13 @@ def test_too_little_memory_or_disk_is_refused_with_both_numbers(
         ("(", r"--only: expected a regular expression, found '\('"),
     ],
 )
-def test_only_has_to_name_something(only: str, problem: str, tmp_path: Path) -> None:
+def test_only_has_to_match_a_matrix(only: str, problem: str, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.gguf")
     with pytest.raises(InputError, match=problem):
         collect_hessians(base, tmp_path / "none", tmp_path / "m", HessianSettings(only=only))
 
 
-def test_a_text_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_text_is_named(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.gguf")
     with pytest.raises(InputError, match="none: cannot be read"):
         collect_hessians(base, tmp_path / "none", tmp_path / "m")
@@ -80,7 +80,7 @@ def test_a_text_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 class FakeLibrary(SimpleNamespace):
-    """As if everything lay in main memory."""
+    """A library whose tensors are all in main memory."""
 
     matmul, expert_matmul = 1, 2
 
@@ -89,42 +89,42 @@ class FakeLibrary(SimpleNamespace):
 
 
 def tensor(values: NDArray[Any], name: str = "", **fields: Any) -> GraphTensor:
-    """The head of an array, as ggml would write it; dimensions of one are put in front."""
+    """Return the ggml_tensor of an array. Dimensions of one are put in front."""
     shape, strides = (
         (1,) * (4 - values.ndim) + values.shape,
         (0,) * (4 - values.ndim) + values.strides,
     )
-    made = GraphTensor(type=0, data=values.ctypes.data, name=name.encode(), **fields)
-    made.ne[:], made.nb[:] = shape[::-1], strides[::-1]
-    return made
+    head = GraphTensor(type=0, data=values.ctypes.data, name=name.encode(), **fields)
+    head.ne[:], head.nb[:] = shape[::-1], strides[::-1]
+    return head
 
 
 def node(op: int, *src: GraphTensor) -> GraphTensor:
-    made = GraphTensor(op=op)
-    made.src[: len(src)] = [ctypes.addressof(s) for s in src]
-    return made
+    head = GraphTensor(op=op)
+    head.src[: len(src)] = [ctypes.addressof(s) for s in src]
+    return head
 
 
 def watcher(experts: int, n: int) -> HessianCollector:
     return HessianCollector(FakeLibrary(), {"a.weight": (experts, n)})  # type: ignore[arg-type]
 
 
-def test_matrices_of_one_tensor_are_summed_over_the_inputs_that_each_serves() -> None:
+def test_each_matrix_of_a_tensor_sums_the_inputs_that_ggml_broadcasts_it_to() -> None:
     x = RNG.integers(-9, 9, (2, 6, 5, 4)).astype(np.float32)  # 2 x 6 inputs for 1 x 3 matrices
     weight, inputs = tensor(np.ones((3, 7, 4), np.float32), "a.weight"), tensor(x)
-    seen, product = watcher(3, 4), node(1, weight, inputs)
-    assert seen(ctypes.addressof(product), True, None) and seen(
+    collector, product = watcher(3, 4), node(1, weight, inputs)
+    assert collector(ctypes.addressof(product), True, None) and collector(
         ctypes.addressof(product), False, None
     )
     expected = np.zeros((3, 4, 4))
     for i3, i2 in np.ndindex(2, 6):
         expected[i2 // 2] += x[i3, i2].T @ x[i3, i2]  # ggml_compute_forward_mul_mat: i02 = i12 / r2
-    assert np.array_equal(seen.sums.products["a.weight"], expected)
-    assert [*seen.sums.counts["a.weight"]] == [2 * 2 * 5] * 3
+    assert np.array_equal(collector.sums.products["a.weight"], expected)
+    assert [*collector.sums.counts["a.weight"]] == [2 * 2 * 5] * 3
 
 
 @pytest.mark.parametrize("rows", [1, 3], ids=["a row for all experts of a token", "a row for each"])
-def test_each_expert_is_summed_over_the_rows_that_it_saw(rows: int) -> None:
+def test_each_expert_sums_its_own_rows(rows: int) -> None:
     ids = RNG.integers(0, 5, (50, 8)).astype(np.int32)[
         :, :3
     ]  # of a longer row, as the router's order is
@@ -134,44 +134,48 @@ def test_each_expert_is_summed_over_the_rows_that_it_saw(rows: int) -> None:
         tensor(x),
         tensor(ids),
     )
-    seen, product = watcher(6, 4), node(2, weight, inputs, chosen)
+    collector, product = watcher(6, 4), node(2, weight, inputs, chosen)
     for _ in range(2):
-        assert seen(ctypes.addressof(product), False, None)
+        assert collector(ctypes.addressof(product), False, None)
     expected, counts = np.zeros((6, 4, 4)), np.zeros(6, int)
     for t, place in np.ndindex(50, 3):
         expected[ids[t, place]] += 2 * np.outer(x[t, place % rows], x[t, place % rows])
         counts[ids[t, place]] += 2
-    assert np.array_equal(seen.sums.products["a.weight"], expected)
-    assert [*seen.sums.counts["a.weight"]] == [*counts]
+    assert np.array_equal(collector.sums.products["a.weight"], expected)
+    assert [*collector.sums.counts["a.weight"]] == [*counts]
     assert counts[5] == 0
-    assert seen.sums.tensors().keys() == {"a.weight", "a.weight.counts"}
+    assert collector.sums.tensors().keys() == {"a.weight", "a.weight.counts"}
     assert not watcher(6, 4).sums.tensors()
 
 
-def test_a_failure_is_kept_and_ends_the_reading() -> None:
+def test_a_failure_is_kept_and_ends_the_computation() -> None:
     x = np.ones((3, 4), np.float32)
     x[1, 2] = np.inf
-    seen, inputs, weight = watcher(1, 4), tensor(x), tensor(np.ones((7, 4), np.float32), "a.weight")
+    collector, inputs, weight = (
+        watcher(1, 4),
+        tensor(x),
+        tensor(np.ones((7, 4), np.float32), "a.weight"),
+    )
     product = node(1, weight, inputs)
     with np.errstate(invalid="ignore"):
-        assert not seen(ctypes.addressof(product), False, None)
-    assert "a.weight: what goes into it is NaN or infinite" in str(seen.failure)
+        assert not collector(ctypes.addressof(product), False, None)
+    assert "a.weight: its inputs are NaN or infinite" in str(collector.failure)
     stranger = tensor(np.ones((7, 4), np.float32), "b.weight")
-    assert not seen(ctypes.addressof(node(1, stranger, inputs)), True, None)
-    assert not seen(ctypes.addressof(node(3, weight, inputs)), True, None)
+    assert not collector(ctypes.addressof(node(1, stranger, inputs)), True, None)
+    assert not collector(ctypes.addressof(node(3, weight, inputs)), True, None)
 
 
 # ---- with llama.cpp
 
 
 @pytest.fixture(scope="module")
-def seen(
+def collector(
     tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Hessians, imatrix_file.ImatrixData]:
-    """The moments of the tiny model, and what llama-imatrix sums over the same chunks."""
+    """The Hessians of the tiny model, and what llama-imatrix sums over the same chunks."""
     base, _, text = tiny
-    folder = tmp_path_factory.mktemp("moments")
-    found = collect_hessians(
+    folder = tmp_path_factory.mktemp("hessians")
+    result = collect_hessians(
         base, text, folder / "m.safetensors", HessianSettings(chunks=CHUNKS, gradients=False)
     )
     command: list[str | Path] = [
@@ -189,25 +193,25 @@ def seen(
     ]
     command += ["--parse-special", "--process-output", "-c", "512", "-b", "512", "-ub", "512"]
     find_toolchain().run("llama-imatrix", command, cwd=folder, log=folder / "log")
-    return found, imatrix_file.load_imatrix(folder / "i.gguf")
+    return result, imatrix_file.load_imatrix(folder / "i.gguf")
 
 
 @pytest.mark.tools
-def test_the_diagonal_is_what_llama_imatrix_sums(
-    seen: tuple[Hessians, imatrix_file.ImatrixData],
+def test_the_diagonal_equals_the_sums_of_llama_imatrix(
+    collector: tuple[Hessians, imatrix_file.ImatrixData],
 ) -> None:
-    found, expected = seen
+    result, expected = collector
     assert {
         "output.weight",
         "blk.1.ffn_down_exps.weight",
         "blk.1.attn_q.weight",
-    } <= found.counts.keys()
-    assert found.counts.keys() <= expected.entries.keys()
-    for name, counts in found.counts.items():
+    } <= result.counts.keys()
+    assert result.counts.keys() <= expected.entries.keys()
+    for name, counts in result.counts.items():
         entry = expected.entries[name]
         assert [*counts] == [*entry.counts], name
         for expert, sums in enumerate(entry.sums.reshape(len(counts), -1)):
-            mean = found.read_mean(name, expert)
+            mean = result.read_mean(name, expert)
             assert (mean is None) == (counts[expert] < 32)
             if mean is not None:
                 assert np.allclose(mean.diagonal(), sums / counts[expert], rtol=1e-5, atol=0), (
@@ -217,35 +221,35 @@ def test_the_diagonal_is_what_llama_imatrix_sums(
 
 
 @pytest.mark.tools
-def test_every_matrix_that_read_text_goes_through_was_observed(
-    seen: tuple[Hessians, imatrix_file.ImatrixData],
+def test_every_matrix_of_the_trunk_has_a_hessian(
+    collector: tuple[Hessians, imatrix_file.ImatrixData],
     tiny: Tiny,
 ) -> None:
-    found, base = seen[0], tiny[0]
+    result, base = collector[0], tiny[0]
     assert (
-        found.counts.keys()
-        == hessians._matrices(base, read_header(base).tensors, None, embedding=False).keys()
+        result.counts.keys()
+        == hessians._select_matrices(base, read_header(base).tensors, None, embedding=False).keys()
     )
     assert not [
         n
-        for n in found.counts
+        for n in result.counts
         if ".nextn." in n or "norm" in n or "gate_inp" in n or n.startswith("token_embd")
     ]
-    assert {n: found.columns(n) for n in found.counts} == {
-        n: read_header(base).by_name[n].shape[0] for n in found.counts
+    assert {n: result.columns(n) for n in result.counts} == {
+        n: read_header(base).by_name[n].shape[0] for n in result.counts
     }
     about = {"form", "base", "text", "context", "chunks", "llama.cpp"}
-    assert found.about.keys() == about
-    assert (found.about["base"], found.about["chunks"]) == (files.hash_file(base), CHUNKS)
+    assert result.about.keys() == about
+    assert (result.about["base"], result.about["chunks"]) == (files.hash_file(base), CHUNKS)
 
 
 @pytest.mark.tools
-def test_moments_are_symmetric_and_no_direction_is_below_zero(
-    seen: tuple[Hessians, imatrix_file.ImatrixData],
+def test_hessians_are_symmetric_and_positive_semidefinite(
+    collector: tuple[Hessians, imatrix_file.ImatrixData],
 ) -> None:
-    for name, counts in seen[0].counts.items():
+    for name, counts in collector[0].counts.items():
         for expert in range(len(counts)):
-            mean = seen[0].read_mean(name, expert)
+            mean = collector[0].read_mean(name, expert)
             if mean is not None:
                 assert np.array_equal(mean, mean.T), name
                 values = np.linalg.eigvalsh(mean.astype(np.float64))
@@ -254,15 +258,15 @@ def test_moments_are_symmetric_and_no_direction_is_below_zero(
 
 
 @pytest.mark.tools
-def test_only_some_are_written_and_to_the_byte_what_they_are_among_all(
-    seen: tuple[Hessians, imatrix_file.ImatrixData],
+def test_only_some_matrices_are_written_with_the_bytes_that_they_have_among_all(
+    collector: tuple[Hessians, imatrix_file.ImatrixData],
     tiny: Tiny,
     tmp_path: Path,
 ) -> None:
     base, _, text = tiny
     name = "blk.1.ffn_down_exps.weight"
     paths = tmp_path / "one", tmp_path / "other"
-    found = [
+    result = [
         collect_hessians(
             base,
             text,
@@ -271,8 +275,8 @@ def test_only_some_are_written_and_to_the_byte_what_they_are_among_all(
         )
         for p in paths
     ]
-    assert [*found[0].counts] == [name]
-    assert np.array_equal(found[0].read_mean(name, 0), seen[0].read_mean(name, 0))  # type: ignore[arg-type]
+    assert [*result[0].counts] == [name]
+    assert np.array_equal(result[0].read_mean(name, 0), collector[0].read_mean(name, 0))  # type: ignore[arg-type]
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "other"]
     with pytest.raises(
@@ -282,7 +286,9 @@ def test_only_some_are_written_and_to_the_byte_what_they_are_among_all(
 
 
 @pytest.mark.tools
-def test_a_text_that_fills_no_chunk_is_refused_and_nothing_left(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_text_without_a_whole_chunk_is_refused_and_leaves_no_file(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     (tmp_path / "short").write_text("def double(x):\n")
     with pytest.raises(
         InputError, match="short: expected at least one chunk of 512 tokens, found fewer"
@@ -292,7 +298,7 @@ def test_a_text_that_fills_no_chunk_is_refused_and_nothing_left(tiny: Tiny, tmp_
 
 
 @pytest.mark.tools
-def test_a_model_that_says_nothing_is_told_by_the_matrix(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_model_with_nan_is_refused_with_the_matrix(tiny: Tiny, tmp_path: Path) -> None:
     header = read_header(tiny[0])
     data = bytearray(tiny[0].read_bytes())
     start = header.data_start + header.by_name["token_embd.weight"].offset
@@ -300,9 +306,7 @@ def test_a_model_that_says_nothing_is_told_by_the_matrix(tiny: Tiny, tmp_path: P
         header.by_name["token_embd.weight"].elements
     )
     (tmp_path / "broken.gguf").write_bytes(data)
-    with pytest.raises(
-        ToolError, match=r"blk\.0\.attn_q\.weight: what goes into it is NaN or infinite"
-    ):
+    with pytest.raises(ToolError, match=r"blk\.0\.attn_q\.weight: its inputs are NaN or infinite"):
         collect_hessians(
             tmp_path / "broken.gguf",
             tiny[2],

@@ -1,4 +1,4 @@
-"""The importance matrix is computed in ranges that survive a kill, until every expert was seen often enough."""
+"""The importance matrix is computed in ranges that survive a kill, until experts are covered."""
 
 import logging
 import os
@@ -13,6 +13,7 @@ import pytest
 
 from quant.calibration import imatrix, imatrix_file
 from quant.calibration.imatrix import (
+    ImatrixRun,
     ImportanceMatrix,
     Span,
     check_span,
@@ -39,7 +40,7 @@ SETTINGS = ImatrixRecipe(
     context=CONTEXT, chunks=12, range_chunks=4, coverage=CoverageRule(expert_tokens=0)
 )
 LAYER, EXPERT = 1, 5
-"""Where the dead expert is."""
+"""Position of the dead expert."""
 
 
 @pytest.mark.parametrize(
@@ -56,10 +57,12 @@ LAYER, EXPERT = 1, 5
         (80, 80, 40, 10_000, []),
     ],
 )
-def test_ranges_cover_the_chunks_and_begin_where_the_tool_can(
+def test_ranges_cover_the_chunks_and_begin_where_llama_imatrix_can(
     first: int, last: int, size: int, tokens: int, expected: list[tuple[int, int]]
 ) -> None:
-    assert split_chunks(first, last, size, tokens, 100) == tuple(Span(*e) for e in expected)
+    assert split_chunks(first, last, size=size, tokens=tokens, context=100) == tuple(
+        Span(*e) for e in expected
+    )
 
 
 def text_of(path: Path, tokens: int) -> CalibrationText:
@@ -101,7 +104,7 @@ def text(tiny: ModelFile, tmp_path_factory: pytest.TempPathFactory) -> Calibrati
     return text_of(path, Tokenizer(tiny, toolchain.find_toolchain()).count(path.read_text()))
 
 
-def made(
+def compute(
     tiny: ModelFile, text: CalibrationText, store: Path, settings: ImatrixRecipe = SETTINGS
 ) -> ImportanceMatrix:
     return compute_covering_imatrix(
@@ -113,17 +116,12 @@ def made(
 def test_the_ranges_add_up_to_what_llama_imatrix_makes_of_them(
     tiny: ModelFile, text: CalibrationText, tmp_path: Path
 ) -> None:
-    result = made(tiny, text, tmp_path / "store")
+    result = compute(tiny, text, tmp_path / "store")
     for n in range(3):
         (tmp_path / f"{n}").mkdir()
-        imatrix.run_llama_imatrix(
-            tiny.path,
-            text.path,
-            SETTINGS,
-            toolchain.find_toolchain(),
-            tmp_path / f"{n}" / "m.gguf",
-            Span(4 * n, 4),
-        )
+        out = tmp_path / f"{n}" / "m.gguf"
+        run = ImatrixRun(tiny.path, text.path, out, SETTINGS, Span(4 * n, 4))
+        imatrix.run_llama_imatrix(run, toolchain.find_toolchain())
     parts = ",".join(f"{n}/m.gguf" for n in range(3))
     merge = ["-m", "none", "--in-file", parts, "-o", "all.gguf", "-c", str(CONTEXT)]
     toolchain.find_toolchain().run("llama-imatrix", merge, cwd=tmp_path, log=tmp_path / "log")
@@ -140,15 +138,15 @@ from quant.llama.model_file import ModelFile
 from tests.quant.calibration import test_imatrix as t
 tiny, text = ModelFile.open(Path(sys.argv[1])), Path(sys.argv[2])
 with progress.listen_to_progress(lambda share: print(share, file=sys.stderr, flush=True)):
-    t.made(tiny, t.text_of(text, int(sys.argv[3])), Path(sys.argv[4]))
+    t.compute(tiny, t.text_of(text, int(sys.argv[3])), Path(sys.argv[4]))
 """
 
 
 @pytest.mark.tools
-def test_a_run_killed_between_ranges_continues_and_ends_in_the_bytes_of_one_that_was_not(
+def test_a_killed_run_continues_and_ends_in_the_same_bytes(
     tiny: ModelFile, text: CalibrationText, tmp_path: Path
 ) -> None:
-    whole = made(tiny, text, tmp_path / "a").path.read_bytes()
+    whole = compute(tiny, text, tmp_path / "a").path.read_bytes()
     command: list[str | Path] = [
         sys.executable,
         "-c",
@@ -172,49 +170,49 @@ def test_a_run_killed_between_ranges_continues_and_ends_in_the_bytes_of_one_that
         ]
         assert len(finished) >= done and not (tmp_path / "b" / "imatrix").exists()
     before = {p: p.stat().st_mtime_ns for p in finished}
-    assert made(tiny, text, tmp_path / "b").path.read_bytes() == whole
+    assert compute(tiny, text, tmp_path / "b").path.read_bytes() == whole
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
 @pytest.mark.tools
-def test_the_share_that_is_done_is_told_within_ranges_and_after_each(
+def test_progress_is_reported_within_ranges_and_after_each(
     tiny: ModelFile, text: CalibrationText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "LOOK_SECONDS", 0.002)
     shares: list[float] = []
     with progress.listen_to_progress(shares.append):
-        made(tiny, text, tmp_path, replace(SETTINGS, pass_chunks=1))
+        compute(tiny, text, tmp_path, replace(SETTINGS, pass_chunks=1))
     assert shares == sorted(shares)
     assert {4 / 12, 8 / 12, 1} <= set(shares)
     assert [s for s in shares if 4 / 12 < s < 8 / 12]
 
 
-SAID = """$ llama-imatrix -m base.gguf
+LOG = """$ llama-imatrix -m base.gguf
 0.00.223.656 I compute_imatrix: computing over 41 chunks, n_ctx=512, batch_size=2048, n_seq=4
 """
-"""As llama-imatrix says it of 11 passes."""
+"""The log of llama-imatrix with 11 passes."""
 
 
-def test_within_a_range_the_share_goes_by_the_time_of_the_first_pass(
+def test_progress_within_a_range_is_estimated_from_the_first_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, pace = 100.0, imatrix.PassProgress(tmp_path / "log")
     monkeypatch.setattr("quant.calibration.imatrix.time.monotonic", lambda: now)
-    pace.log.write_text(SAID)
-    assert pace.share() == 0
+    pace.log.write_text(LOG)
+    assert pace.estimate_fraction() == 0
     pace.log.write_text(
-        SAID + "0.01.873.329 I compute_imatrix: 1.50 seconds per pass - ETA 0.27 minutes\n"
+        LOG + "0.01.873.329 I compute_imatrix: 1.50 seconds per pass - ETA 0.27 minutes\n"
     )
-    assert pace.share() == 1 / 11
+    assert pace.estimate_fraction() == 1 / 11
     now += 6
-    assert pace.share() == 5 / 11
+    assert pace.estimate_fraction() == 5 / 11
     now += 600
-    assert pace.share() == 0.99
+    assert pace.estimate_fraction() == 0.99
 
 
 @pytest.fixture(scope="module")
 def dead(tiny: ModelFile, tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
-    """The tiny model with one expert that its router never takes."""
+    """The tiny model with one expert that its router never chooses."""
     path = tmp_path_factory.mktemp("dead") / "dead.gguf"
     data = bytearray(tiny.path.read_bytes())
     header = read_header(tiny.path)
@@ -228,19 +226,19 @@ GATED = replace(SETTINGS, chunks=4, coverage=CoverageRule(expert_tokens=1, budge
 
 
 @pytest.mark.tools
-def test_a_dead_expert_draws_more_calibration_until_the_budget_ends_and_is_told_by_layer_and_number(
+def test_a_dead_expert_makes_the_run_read_up_to_the_budget_and_is_reported(
     dead: ModelFile, text: CalibrationText, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "quant"):
-        matrix = made(dead, text, tmp_path, GATED)
+        matrix = compute(dead, text, tmp_path, GATED)
     assert matrix.origin["chunks"] == 12
-    assert sum("experts saw too little" in r.getMessage() for r in caplog.records) == 2
-    told = matrix.json()["coverage"]["unvisited"]
-    assert told == {
+    assert sum("do not cover every expert" in r.getMessage() for r in caplog.records) == 2
+    unvisited = matrix.json()["coverage"]["unvisited"]
+    assert unvisited == {
         f"blk.{LAYER}.ffn_{kind}_exps.weight": [EXPERT] for kind in ("down", "gate", "up")
     }
-    doubt = matrix.doubt(read_header(dead.path).tensors, GATED.coverage)
-    assert set(doubt.tensors) == set(told)
+    doubt = matrix.make_coverage_policy(read_header(dead.path).tensors, GATED.coverage)
+    assert set(doubt.tensors) == set(unvisited)
     assert all(
         f"layer {LAYER}: expected 1 tokens" in why and f"{EXPERT} (0)" in why
         for why in doubt.tensors.values()
@@ -248,14 +246,15 @@ def test_a_dead_expert_draws_more_calibration_until_the_budget_ends_and_is_told_
 
 
 @pytest.mark.tools
-def test_more_is_drawn_only_until_every_expert_was_seen(
+def test_more_text_is_read_only_until_every_expert_is_covered(
     tiny: ModelFile, text: CalibrationText, tmp_path: Path
 ) -> None:
-    matrix = made(tiny, text, tmp_path, GATED)
+    matrix = compute(tiny, text, tmp_path, GATED)
     assert matrix.origin["chunks"] == 8
     assert min(map(min, matrix.counts.values())) >= 1
     assert (
-        min(map(min, made(tiny, text, tmp_path, replace(SETTINGS, chunks=4)).counts.values())) == 0
+        min(map(min, compute(tiny, text, tmp_path, replace(SETTINGS, chunks=4)).counts.values()))
+        == 0
     )
 
 
@@ -265,12 +264,14 @@ VARIANT = Variant(
 
 
 @pytest.mark.tools
-def test_the_plan_raises_or_refuses_what_the_matrix_cannot_vouch_for(
+def test_the_plan_raises_or_refuses_undercovered_tensors(
     dead: ModelFile, text: CalibrationText, tmp_path: Path
 ) -> None:
-    matrix, tensors = made(dead, text, tmp_path, GATED), read_header(dead.path).tensors
+    matrix, tensors = compute(dead, text, tmp_path, GATED), read_header(dead.path).tensors
     rule = GATED.coverage
-    raised = make_plan(VARIANT, tensors, matrix.covered, matrix.doubt(tensors, rule)).types()
+    raised = make_plan(
+        VARIANT, tensors, matrix.covered, matrix.make_coverage_policy(tensors, rule)
+    ).types()
     for layer, kind in ((LAYER, "Q4_K"), (2, "IQ2_S")):
         assert raised[f"blk.{layer}.ffn_up_exps.weight"] == kind
     with pytest.raises(InputError) as caught:
@@ -278,17 +279,20 @@ def test_the_plan_raises_or_refuses_what_the_matrix_cannot_vouch_for(
             VARIANT,
             tensors,
             matrix.covered,
-            matrix.doubt(tensors, replace(rule, otherwise="refuse")),
+            matrix.make_coverage_policy(tensors, replace(rule, otherwise="refuse")),
         )
     assert len(caught.value.problems) == 3
     assert all(f"{EXPERT} (0)" in p and f"blk.{LAYER}." in p for p in caught.value.problems)
-    told = make_plan(
-        VARIANT, tensors, matrix.covered, matrix.doubt(tensors, replace(rule, otherwise="report"))
+    unvisited = make_plan(
+        VARIANT,
+        tensors,
+        matrix.covered,
+        matrix.make_coverage_policy(tensors, replace(rule, otherwise="report")),
     ).types()
-    assert told[f"blk.{LAYER}.ffn_up_exps.weight"] == "IQ2_S"
+    assert unvisited[f"blk.{LAYER}.ffn_up_exps.weight"] == "IQ2_S"
 
 
-def test_blocks_behind_the_trunk_are_in_no_doubt_and_what_is_unknown_in_the_trunk_is() -> None:
+def test_the_coverage_policy_has_trunk_tensors_without_data_and_no_mtp_blocks() -> None:
     names = (
         "blk.0.attn_q",
         "blk.0.ffn_up_exps",
@@ -304,14 +308,14 @@ def test_blocks_behind_the_trunk_are_in_no_doubt_and_what_is_unknown_in_the_trun
         "blk.1.attn_q.weight": (0,),
     }
     matrix = ImportanceMatrix(Path("m"), files.Receipt("m", "", 0), counts)
-    doubt = matrix.doubt(tensors, CoverageRule())
+    doubt = matrix.make_coverage_policy(tensors, CoverageRule())
     assert set(doubt.tensors) == {"blk.0.ffn_up_exps.weight", "blk.1.attn_q.weight"}
     assert doubt.tensors["blk.1.attn_q.weight"] == "no data at all"
     assert matrix.covered == {"blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight"}
 
 
 @pytest.mark.tools
-def test_a_base_in_q8_0_may_read_instead_and_is_made_once(
+def test_a_q8_0_base_can_be_used_and_is_made_once(
     tiny: ModelFile, text: CalibrationText, tmp_path: Path
 ) -> None:
     store = Store(tmp_path)
@@ -321,17 +325,17 @@ def test_a_base_in_q8_0_may_read_instead_and_is_made_once(
     )
     assert "Q8_0" in {t.type.name for t in read_header(small.path).tensors}
     one = replace(SETTINGS, chunks=4)
-    a, b = made(tiny, text, tmp_path, one), made(small, text, tmp_path, one)
+    a, b = compute(tiny, text, tmp_path, one), compute(small, text, tmp_path, one)
     assert a.receipt.sha256 != b.receipt.sha256 and a.counts.keys() == b.counts.keys()
     sums = [imatrix_file.load_imatrix(m.path).entries["blk.0.attn_q.weight"].sums for m in (a, b)]
     assert abs(sums[0] - sums[1]).sum() < 0.01 * sums[0].sum()
 
 
 @pytest.mark.tools
-def test_no_path_of_the_machine_is_in_the_file(
+def test_the_file_has_no_path_of_this_machine(
     tiny: ModelFile, text: CalibrationText, tmp_path: Path
 ) -> None:
-    data = made(tiny, text, tmp_path).path.read_bytes()
+    data = compute(tiny, text, tmp_path).path.read_bytes()
     assert b"calibration.txt" in data
     assert os.fsencode(tmp_path) not in data and os.fsencode(tiny.path.parent) not in data
 
@@ -340,7 +344,7 @@ def test_no_path_of_the_machine_is_in_the_file(
 def test_a_matrix_of_another_model_or_an_old_form_is_refused(
     tiny: ModelFile, text: CalibrationText, tmp_path: Path
 ) -> None:
-    path = made(tiny, text, tmp_path).path
+    path = compute(tiny, text, tmp_path).path
     tensors = read_header(tiny.path).tensors
     assert imatrix.read_imatrix(path, tensors).covered == imatrix.read_imatrix(path).covered
     with pytest.raises(InputError, match="of another model"):

@@ -1,4 +1,4 @@
-"""Importance matrices are read, added up and written to the byte as llama-imatrix does it; what is wrong is named."""
+"""Importance matrix files are read, merged and written with the bytes of llama-imatrix."""
 
 import struct
 import subprocess
@@ -31,7 +31,7 @@ DENSE, EXPERTS = "blk.0.attn_q.weight", "blk.1.ffn_up_exps.weight"
 
 
 def matrix(seed: int = 0, name: str = "a.txt", experts: int = 3) -> ImatrixData:
-    """Numbers that show every rounding: sums of very different sizes."""
+    """Sums of very different sizes, so that every rounding shows."""
     random = np.random.default_rng(seed)
 
     def sums(n: int) -> "np.typing.NDArray[np.float32]":
@@ -46,7 +46,7 @@ def matrix(seed: int = 0, name: str = "a.txt", experts: int = 3) -> ImatrixData:
 
 
 def by_the_tool(folder: Path, parts: list[str], out: str, *more: str) -> bytes:
-    """What llama-imatrix makes of files in a folder."""
+    """Return what llama-imatrix merges from files in a folder."""
     command: list[str | Path] = [
         toolchain.find_toolchain().path("llama-imatrix"),
         "-m",
@@ -70,7 +70,7 @@ def parts(tmp_path: Path) -> list[str]:
 
 @pytest.mark.tools
 @pytest.mark.parametrize("context", [512, 100])
-def test_a_merge_is_llama_imatrix_own_merge_byte_for_byte(
+def test_a_merge_has_the_bytes_of_llama_imatrix(
     parts: list[str], tmp_path: Path, context: int
 ) -> None:
     save_imatrix(
@@ -124,21 +124,21 @@ def test_old_and_new_forms_are_added_as_llama_imatrix_adds_them(
         )
 
 
-def test_what_was_written_is_what_is_read(tmp_path: Path) -> None:
+def test_a_saved_matrix_is_loaded_unchanged(tmp_path: Path) -> None:
     save_imatrix(matrix(), tmp_path / "m.gguf")
-    found = load_imatrix(tmp_path / "m.gguf")
-    assert (found.datasets, found.chunks, found.chunk_tokens, found.legacy) == (
+    loaded = load_imatrix(tmp_path / "m.gguf")
+    assert (loaded.datasets, loaded.chunks, loaded.chunk_tokens, loaded.legacy) == (
         ("a.txt",),
         3,
         512,
         False,
     )
-    assert found.counts() == matrix().counts()
-    assert list(found.counts()) == [DENSE, EXPERTS]
-    assert found.entries[EXPERTS].sums.tolist() == matrix().entries[EXPERTS].sums.tolist()
+    assert loaded.counts() == matrix().counts()
+    assert list(loaded.counts()) == [DENSE, EXPERTS]
+    assert loaded.entries[EXPERTS].sums.tolist() == matrix().entries[EXPERTS].sums.tolist()
 
 
-def test_parts_of_other_shapes_are_not_added() -> None:
+def test_parts_of_different_sizes_are_refused() -> None:
     with pytest.raises(
         InputError,
         match=rf"part 2: {EXPERTS}: expected 96 values as in the parts before, found 128",
@@ -202,12 +202,14 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("tensors", "said"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
-def test_broken_numbers_are_told_with_file_and_matrix(
-    tensors: list[Tensor], said: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("tensors", "problem"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS]
+)
+def test_broken_values_are_reported_with_file_and_tensor(
+    tensors: list[Tensor], problem: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "m.gguf", tensors, KEYS)
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=problem) as caught:
         load_imatrix(path)
     assert str(path) in str(caught.value)
 
@@ -227,20 +229,20 @@ def legacy(*entries: tuple[str, int, list[float]], end: bytes = b"") -> bytes:
 END = struct.pack("<ii", 7, 5) + b"a.txt"
 
 
-def test_the_older_form_is_read_with_and_without_its_end(tmp_path: Path) -> None:
+def test_a_dat_file_is_read_with_and_without_its_end(tmp_path: Path) -> None:
     for end, chunks, names in ((END, 7, ("a.txt",)), (b"", 0, ())):
         (tmp_path / "m.dat").write_bytes(legacy(("blk.0.a.weight", 7, [1, 2, 3]), end=end))
-        found = load_imatrix(tmp_path / "m.dat")
-        assert (found.chunks, found.datasets, found.counts()) == (
+        loaded = load_imatrix(tmp_path / "m.dat")
+        assert (loaded.chunks, loaded.datasets, loaded.counts()) == (
             chunks,
             names,
             {"blk.0.a.weight": (7,)},
         )
-        assert found.entries["blk.0.a.weight"].sums.tolist() == [1, 2, 3]
+        assert loaded.entries["blk.0.a.weight"].sums.tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "problem"),
     [
         (b"", "number of entries: expected 4 bytes at byte 0, found 0"),
         (b"some text of a person", "neither GGUF nor .dat"),
@@ -252,13 +254,13 @@ def test_the_older_form_is_read_with_and_without_its_end(tmp_path: Path) -> None
         (legacy(("a", 1, [1.0]), end=END[:-1]), "name of the text: expected 5 bytes"),
     ],
 )
-def test_a_broken_file_of_the_older_form_is_told(data: bytes, said: str, tmp_path: Path) -> None:
+def test_a_broken_dat_file_is_reported(data: bytes, problem: str, tmp_path: Path) -> None:
     (tmp_path / "m.dat").write_bytes(data)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=problem):
         load_imatrix(tmp_path / "m.dat")
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         load_imatrix(tmp_path / "m.gguf")
 
@@ -267,12 +269,12 @@ def spec(name: str, *shape: int) -> TensorSpec:
     return TensorSpec(name, shape, TYPES["BF16"])
 
 
-def test_a_matrix_of_the_model_is_no_stranger_to_it() -> None:
+def test_a_matrix_of_the_model_has_no_problems() -> None:
     model = (spec(DENSE, 64, 8), spec(EXPERTS, 32, 8, 3), spec("blk.2.attn_q.weight", 64, 8))
     assert list(find_model_problems(matrix().sizes(), model, "m.gguf")) == []
 
 
-def test_a_matrix_of_another_model_is_told() -> None:
+def test_a_matrix_of_another_model_is_reported() -> None:
     assert list(find_model_problems(matrix().sizes(), (spec(DENSE, 64, 8),), "m.gguf")) == [
         f"m.gguf: of another model; it has data for {EXPERTS}, which this model lacks"
     ]

@@ -1,4 +1,4 @@
-"""Packing: chunks end where documents end wherever that can be had, and everything is decided by names and a seed."""
+"""Chunks end where documents end as far as possible; ids and the seed decide everything."""
 
 import itertools
 import random
@@ -35,7 +35,7 @@ def docs(count: int, source: str = "a") -> tuple[Document, ...]:
 
 
 def needless(sizes: list[int], order: tuple[int, ...], context: int) -> int:
-    """Ends of chunks inside of pieces that could have been cut less often, counted from the positions alone."""
+    """Count needless cuts from the positions alone."""
     ends = list(itertools.accumulate((sizes[n] for n in order), initial=0))
     inside = sum((end - 1) // context - begin // context for begin, end in itertools.pairwise(ends))
     return inside - sum(-(-sizes[n] // context) - 1 for n in order)
@@ -48,14 +48,14 @@ def test_every_piece_is_read_once_and_the_cuts_are_counted(sizes: list[int], con
     assert packed.cuts == needless(sizes, packed.order, context)
 
 
-def test_pieces_that_can_fill_chunks_exactly_do() -> None:
+def test_pieces_fill_chunks_exactly_where_they_can() -> None:
     assert pack_chunks([60, 30, 50, 40, 10, 10], 100).cuts == 0
     assert (
         pack_chunks([250, 60, 50, 40], 100).cuts == 0
     )  # a long one is cut where it must be, and its rest is filled up
 
 
-def test_packing_cuts_far_less_than_taking_them_as_they_come() -> None:
+def test_packing_cuts_far_less_than_the_given_order() -> None:
     chance = random.Random(1)
     sizes = [chance.randint(20, 400) for _ in range(2000)]
     assert pack_chunks(sizes, 512).cuts * 4 < needless(sizes, tuple(range(2000)), 512)
@@ -78,8 +78,8 @@ def test_a_long_conversation_is_cut_between_exchanges() -> None:
 
 def test_order_and_held_out_part_are_decided_by_names_and_seed_alone() -> None:
     documents = docs(400)
-    read, held = split_held_out(SET, documents)
-    assert 20 < len(held) < 60 and sorted(d.id for d in read + held) == sorted(
+    read, held_out = split_held_out(SET, documents)
+    assert 20 < len(held_out) < 60 and sorted(d.id for d in read + held_out) == sorted(
         d.id for d in documents
     )
     again, _ = split_held_out(SET, documents[::-1])
@@ -89,15 +89,15 @@ def test_order_and_held_out_part_are_decided_by_names_and_seed_alone() -> None:
         d for d in read if d in documents[:200]
     }  # one more document moves no other
     assert shuffle_documents(SET, documents) == shuffle_documents(SET, documents[::-1]) != documents
-    assert split_held_out(replace(SET, seed=1), documents)[1] != held
+    assert split_held_out(replace(SET, seed=1), documents)[1] != held_out
     assert split_held_out(replace(SET, held_out=0.0), documents)[1] == ()
 
 
 def test_each_source_gives_its_share_of_the_tokens() -> None:
     sources = (replace(SET.source[0], share=0.75), replace(SET.source[1], share=0.25))
-    told = replace(SET, tokens=4000, source=sources)
-    documents = shuffle_documents(told, (*docs(100), *docs(100, "b")))
-    chosen = [documents[n].source for n in draw_documents(told, documents, [50] * 200)]
+    with_shares = replace(SET, tokens=4000, source=sources)
+    documents = shuffle_documents(with_shares, (*docs(100), *docs(100, "b")))
+    chosen = [documents[n].source for n in draw_documents(with_shares, documents, [50] * 200)]
     assert (chosen.count("a"), chosen.count("b")) == (60, 20)
     assert draw_documents(SET, documents, [50] * 200) == tuple(range(200))
 
@@ -115,7 +115,7 @@ TEXT = " ".join(f"word{n}" for n in range(120))
         (TEXT[:300] + " ".join(f"new{n}" for n in range(120)), 2),
     ],
 )
-def test_what_says_nearly_the_same_is_dropped(other: str, kept: int) -> None:
+def test_near_duplicates_are_dropped(other: str, kept: int) -> None:
     pair = [
         Document(name, "en", False, (), text=text)
         for name, text in (("first", TEXT), ("second", other))
@@ -123,5 +123,5 @@ def test_what_says_nearly_the_same_is_dropped(other: str, kept: int) -> None:
     assert [d.id for d in drop_duplicates(pair)] == ["first", "second"][:kept]
 
 
-def test_of_different_documents_none_is_dropped() -> None:
+def test_different_documents_are_kept() -> None:
     assert drop_duplicates(docs(50)) == docs(50)

@@ -1,4 +1,4 @@
-"""Sets are TOML; those of the hub are read from a lock, and are what was locked or are refused."""
+"""Sets are TOML; datasets of the hub are read as they were locked, or refused."""
 
 import io
 import json
@@ -27,33 +27,35 @@ def a_set(folder: Path, *sources: str, head: str = HEAD) -> str:
 
 
 def line(name: str, question: str = "Hi", **more: Any) -> str:
-    said = [
+    expected = [
         {"role": "user", "content": question},
         {"role": "assistant", "content": f"Hello {name}"},
     ]
-    return json.dumps({"id": name, "messages": said, **more}) + "\n"
+    return json.dumps({"id": name, "messages": expected, **more}) + "\n"
 
 
 def read(name: str) -> list[str]:
-    told, folder = sets.find_set(name)
+    calibration_set, folder = sets.find_set(name)
     return [
         d.id
-        for d in datasets.read_documents(told, folder, datasets.read_dataset_lock(told, folder))
+        for d in datasets.read_documents(
+            calibration_set, folder, datasets.read_dataset_lock(calibration_set, folder)
+        )
     ]
 
 
 @pytest.mark.parametrize("name", [p.stem for p in sorted(SETS.glob("*.toml"))])
-def test_every_shipped_set_is_sound_and_has_licenses(name: str) -> None:
-    told, _ = sets.find_set(name)
-    assert told.name == name
-    assert all(s.license in ("Apache-2.0", "MIT", "CC-BY-4.0") for s in told.source)
-    assert all(s.attribution for s in told.source if s.repo)
+def test_every_shipped_set_is_valid_and_has_licenses(name: str) -> None:
+    calibration_set, _ = sets.find_set(name)
+    assert calibration_set.name == name
+    assert all(s.license in ("Apache-2.0", "MIT", "CC-BY-4.0") for s in calibration_set.source)
+    assert all(s.attribution for s in calibration_set.source if s.repo)
 
 
 def test_the_release_set_has_its_shares_and_size() -> None:
-    told, _ = sets.find_set("glm")
+    calibration_set, _ = sets.find_set("glm")
     shares: dict[str, float] = {}
-    for s in told.source:
+    for s in calibration_set.source:
         shares[s.kind] = round(shares.get(s.kind, 0) + (s.share or 0), 4)
     assert shares == {
         "conversation": 0.32,
@@ -62,12 +64,12 @@ def test_the_release_set_has_its_shares_and_size() -> None:
         "languages": 0.13,
         "mathematics": 0.1,
     }
-    assert 1_000_000 <= (told.tokens or 0) <= 2_000_000
+    assert 1_000_000 <= (calibration_set.tokens or 0) <= 2_000_000
 
 
-def test_the_embedded_set_is_all_that_lies_in_its_folder() -> None:
-    told, folder = sets.find_set("embedded")
-    assert {p for s in told.source for p in datasets.list_local_files(s, folder)} == set(
+def test_the_embedded_set_has_every_file_of_its_folder() -> None:
+    calibration_set, folder = sets.find_set("embedded")
+    assert {p for s in calibration_set.source for p in datasets.list_local_files(s, folder)} == set(
         (SETS / "embedded").glob("*.jsonl")
     )
 
@@ -82,7 +84,7 @@ def test_files_beside_a_set_are_its_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sources", "head", "said"),
+    ("sources", "head", "expected"),
     [
         ([], HEAD, "source: missing"),
         (['path = "x"'], HEAD.replace("mine", "../x"), "name: expected letters"),
@@ -116,12 +118,12 @@ def test_files_beside_a_set_are_its_sources(tmp_path: Path) -> None:
         (['path = "x"\nlisense = "MIT"'], HEAD, "lisense: unknown key; did you mean 'license'?"),
     ],
 )
-def test_what_is_wrong_with_a_set_is_told(
-    tmp_path: Path, sources: list[str], head: str, said: str
+def test_problems_of_a_set_are_reported(
+    tmp_path: Path, sources: list[str], head: str, expected: str
 ) -> None:
     with pytest.raises(InputError) as caught:
         sets.find_set(a_set(tmp_path, *sources, head=head))
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_the_british_key_of_the_license_is_still_read(tmp_path: Path) -> None:
@@ -145,19 +147,19 @@ def test_the_british_key_of_the_license_is_still_read(tmp_path: Path) -> None:
 def test_the_digests_of_the_shipped_sets_are_those_of_the_first_release(
     name: str, digest: str
 ) -> None:
-    told, folder = sets.find_set(name)
-    inputs = datasets.describe_set_inputs(told, folder, {})
+    calibration_set, folder = sets.find_set(name)
+    inputs = datasets.describe_set_inputs(calibration_set, folder, {})
     assert hash_texts([to_canonical_json(inputs["set"])]) == digest
 
 
-def test_an_unknown_set_is_told_with_its_neighbour() -> None:
+def test_an_unknown_set_is_reported_with_the_nearest_name() -> None:
     with pytest.raises(
         InputError, match="calibration set 'embeded' is not known: did you mean 'embedded'"
     ):
         sets.find_set("embeded")
 
 
-def test_a_source_without_files_or_without_documents_is_told(tmp_path: Path) -> None:
+def test_a_source_without_files_or_documents_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none.jsonl: source a: expected files, found none"):
         read(a_set(tmp_path, 'path = "none.jsonl"'))
     (tmp_path / "x.json").write_text('[{"messages": []}]')
@@ -205,26 +207,28 @@ def add(hub: Hub, *names: str) -> str:
     return hub.add("org/chat", files)
 
 
-def locked(name: str) -> dict[str, Any]:
-    told, folder = sets.find_set(name)
-    datasets.lock_datasets(told, folder)
-    found: dict[str, Any] = json.loads(datasets.dataset_lock_path(told, folder).read_text())
+def lock_set(name: str) -> dict[str, Any]:
+    calibration_set, folder = sets.find_set(name)
+    datasets.lock_datasets(calibration_set, folder)
+    found: dict[str, Any] = json.loads(
+        datasets.dataset_lock_path(calibration_set, folder).read_text()
+    )
     return found
 
 
-def test_a_lock_says_commit_files_and_documents(hub: Hub, tmp_path: Path) -> None:
+def test_a_lock_has_commit_files_and_documents(hub: Hub, tmp_path: Path) -> None:
     commit = add(hub, "one", "two", "three")
-    one = locked(a_set(tmp_path, CHAT))["a"]
+    one = lock_set(a_set(tmp_path, CHAT))["a"]
     assert (one["repo"], one["revision"], one["rows"]) == ("org/chat", commit, 3)
     assert [f["path"] for f in one["files"]] == ["data/train.jsonl"]
     assert read(str(tmp_path / "mine.toml")) == ["one", "two", "three"]
 
 
-def test_what_is_built_from_a_lock_stays_when_the_branch_moves_and_when_the_hub_is_gone(
+def test_a_locked_set_is_the_same_when_the_branch_moves_or_the_hub_is_gone(
     hub: Hub, tmp_path: Path
 ) -> None:
     name = a_set(tmp_path, CHAT)
-    locked(name)
+    lock_set(name)
     add(hub, "other")
     assert read(name) == ["one", "two"]
     before = len(hub.requests)
@@ -241,7 +245,7 @@ def test_a_dataset_without_a_lock_is_refused(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "said"),
+    ("change", "error", "expected"),
     [
         (
             lambda d: d["a"].update(sha256="0" * 64),
@@ -263,27 +267,25 @@ def test_a_dataset_without_a_lock_is_refused(hub: Hub, tmp_path: Path) -> None:
         (lambda d: d["a"].pop("rows"), InputError, "expected a lock, found something else"),
     ],
 )
-def test_what_is_not_as_it_was_locked_is_refused(
-    hub: Hub, tmp_path: Path, change: Any, error: Any, said: str
+def test_content_that_differs_from_the_lock_is_refused(
+    hub: Hub, tmp_path: Path, change: Any, error: Any, expected: str
 ) -> None:
     name = a_set(tmp_path, CHAT)
-    data = locked(name)
+    data = lock_set(name)
     change(data)
     (tmp_path / "mine.lock.json").write_text(json.dumps(data))
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=expected):
         read(name)
 
 
-def test_a_set_that_asks_for_other_rows_than_were_locked_is_refused(
-    hub: Hub, tmp_path: Path
-) -> None:
-    locked(a_set(tmp_path, CHAT))
+def test_a_set_that_changed_since_it_was_locked_is_refused(hub: Hub, tmp_path: Path) -> None:
+    lock_set(a_set(tmp_path, CHAT))
     with pytest.raises(CheckError, match="the set has changed since it was locked"):
         read(a_set(tmp_path, CHAT + "\nrows = 1"))
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "expected"),
     [
         ('repo = "org/nobody"\nfiles = ["*"]', "org/nobody: not on the hub"),
         (
@@ -293,24 +295,26 @@ def test_a_set_that_asks_for_other_rows_than_were_locked_is_refused(
         ('path = "x"', "expected a dataset of the hub to lock, found only files"),
     ],
 )
-def test_what_cannot_be_locked_is_told(hub: Hub, tmp_path: Path, source: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        locked(a_set(tmp_path, source))
+def test_a_set_that_cannot_be_locked_is_reported(
+    hub: Hub, tmp_path: Path, source: str, expected: str
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        lock_set(a_set(tmp_path, source))
     assert not (tmp_path / "mine.lock.json").exists()
 
 
 def rows_of(*answers: str | None) -> dict[str, bytes]:
     """A file of conversations with those answers."""
-    said = [
+    expected = [
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": a}] for a in answers
     ]
-    return {"data/x.json": json.dumps([{"messages": m} for m in said]).encode()}
+    return {"data/x.json": json.dumps([{"messages": m} for m in expected]).encode()}
 
 
 FORMED = 'repo = "org/chat"\nfiles = ["data/x.json"]\nform = "messages"'
 
 
-def test_a_lock_counts_what_is_left_out_by_the_reason(
+def test_a_lock_counts_left_out_rows_by_reason(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.add("org/chat", rows_of("Hello", "", "Hello again", None))
@@ -321,12 +325,12 @@ def test_a_lock_counts_what_is_left_out_by_the_reason(
     assert len(read(str(tmp_path / "mine.toml"))) == 2
 
 
-def test_a_source_of_which_most_is_left_out_is_not_locked(hub: Hub, tmp_path: Path) -> None:
+def test_a_source_with_most_rows_left_out_is_not_locked(hub: Hub, tmp_path: Path) -> None:
     hub.add("org/chat", rows_of("Hello", "", ""))
     with pytest.raises(
         InputError, match=r"source a: .* found 1 that do and 2 that do not \(an empty message: 2\)"
     ):
-        locked(a_set(tmp_path, FORMED))
+        lock_set(a_set(tmp_path, FORMED))
     assert not (tmp_path / "mine.lock.json").exists()
 
 
@@ -349,7 +353,7 @@ def oasst(
         "review_result": True,
         "synthetic": False,
     }
-    told = {
+    calibration_set = {
         "message_id": name,
         "parent_id": parent,
         "text": f"{role} {name}",
@@ -357,7 +361,7 @@ def oasst(
         "lang": lang,
     }
     return (
-        told
+        calibration_set
         | {
             "rank": rank,
             "deleted": deleted,
@@ -374,14 +378,14 @@ def test_the_release_set_is_read_from_files_with_the_columns_of_its_datasets(
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     talk = parquet([{"messages": chat, "full_topic": "Greetings"}])
     call = '<tool_call>{"name": "weather", "arguments": {}}</tool_call>'
-    said = (
+    expected = (
         ("system", "<tools></tools>"),
         ("human", "Weather?"),
         ("gpt", call),
         ("tool", "sun"),
         ("gpt", "Sun."),
     )
-    tool = [{"from": who, "value": what} for who, what in said]
+    tool = [{"from": who, "value": what} for who, what in expected]
     hermes = {
         "id": "1",
         "conversations": tool,
@@ -418,10 +422,12 @@ def test_the_release_set_is_read_from_files_with_the_columns_of_its_datasets(
     hub.add("NousResearch/hermes-function-calling-v1", tools)
     shutil.copy(SETS / "glm.toml", tmp_path)
     shutil.copytree(SETS / "embedded", tmp_path / "embedded")
-    told, folder = sets.find_set(str(tmp_path / "glm.toml"))
-    locked = datasets.lock_datasets(told, folder)
-    found: dict[str, list[Any]] = {s.name: [] for s in told.source}
-    for document in datasets.read_documents(told, folder, datasets.read_dataset_lock(told, folder)):
+    calibration_set, folder = sets.find_set(str(tmp_path / "glm.toml"))
+    lock_set = datasets.lock_datasets(calibration_set, folder)
+    found: dict[str, list[Any]] = {s.name: [] for s in calibration_set.source}
+    for document in datasets.read_documents(
+        calibration_set, folder, datasets.read_dataset_lock(calibration_set, folder)
+    ):
         found[document.source].append(document)
     assert {name: len(d) for name, d in found.items() if name != "embedded-coding"} == {
         "oasst2-en": 1,
@@ -436,4 +442,4 @@ def test_the_release_set_is_read_from_files_with_the_columns_of_its_datasets(
     assert {d.language for d in found["oasst2-languages"]} == {"de", "zh"}
     assert found["oasst2-en"][0].messages[-1]["content"] == "assistant ena"
     assert found["hermes-tools"][0].tools and found["hermes-tools"][0].messages[1]["tool_calls"]
-    assert [f.path for f in locked["opencodeinstruct"].files] == [f"data/{part}"]
+    assert [f.path for f in lock_set["opencodeinstruct"].files] == [f"data/{part}"]

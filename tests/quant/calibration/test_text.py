@@ -1,4 +1,4 @@
-"""The calibration text: every document in the model's own words, always in the same order."""
+"""The calibration text: every document in the model's chat format, always in the same order."""
 
 import json
 import random
@@ -11,11 +11,11 @@ import pytest
 from quant.calibration.documents import Document
 from quant.calibration.text import (
     CalibrationText,
+    build_calibration_text,
     find_turn_marker,
     read_held_out_texts,
     render_document,
 )
-from quant.calibration.text import build_calibration_text as calibrate_with
 from quant.chat.families import load_family
 from quant.chat.stub_model import write_stub_model
 from quant.chat.template import ChatTemplate
@@ -69,16 +69,16 @@ def test_a_document_that_cannot_be_rendered_is_named() -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
-    """A model that can only count its tokens."""
+    """A model that has a vocabulary and no weights."""
     path = tmp_path_factory.mktemp("base") / "mute.gguf"
     write_stub_model(path, TEMPLATE.text, *GLM_TOKENS)
     return ModelFile.open(path)
 
 
-def calibrate(
+def build_text(
     model: ModelRecipe, template: ChatTemplate | None, base: ModelFile, store: Store
 ) -> CalibrationText:
-    return calibrate_with(model, template, base, toolchain.find_toolchain(), store)
+    return build_calibration_text(model, template, base, toolchain.find_toolchain(), store)
 
 
 def a_set(path: Path, *names: str) -> Path:
@@ -97,25 +97,27 @@ def of(path: Path, **more: Any) -> ModelRecipe:
 
 
 @pytest.mark.tools
-def test_the_text_holds_every_document_but_those_held_out_and_is_made_once(
+def test_the_text_has_every_document_that_is_not_held_out_and_is_made_once(
     base: ModelFile, tmp_path: Path
 ) -> None:
     names = [f"document number {n} with some words of its own like {n * n}" for n in range(60)]
     model, store = of(a_set(tmp_path / "mine.jsonl", *names)), Store(tmp_path / "store")
-    made = calibrate(model, TEMPLATE, base, store)
-    text = made.path.read_text()
-    assert made.held_out is not None
-    held = read_held_out_texts(made.held_out)
-    assert made.name == "mine" and made.documents + len(held) == 60 and 0 < len(held) < 20
-    read = [line.removeprefix("[user]").removesuffix("-no tools") for line in text.splitlines()]
-    assert sorted([*read, *(d.id for d in held)]) == sorted(names)
-    assert not any(d.text.strip() in text for d in held)
+    result = build_text(model, TEMPLATE, base, store)
+    text = result.path.read_text()
+    assert result.held_out is not None
+    held_out = read_held_out_texts(result.held_out)
     assert (
-        read_held_out_texts(made.held_out, "mine") == held
-        and read_held_out_texts(made.held_out, "other") == ()
+        result.name == "mine" and result.documents + len(held_out) == 60 and 0 < len(held_out) < 20
     )
-    assert made.receipt.bytes == len(text.encode())
-    assert calibrate(model, TEMPLATE, base, store) == made
+    read = [line.removeprefix("[user]").removesuffix("-no tools") for line in text.splitlines()]
+    assert sorted([*read, *(d.id for d in held_out)]) == sorted(names)
+    assert not any(d.text.strip() in text for d in held_out)
+    assert (
+        read_held_out_texts(result.held_out, "mine") == held_out
+        and read_held_out_texts(result.held_out, "other") == ()
+    )
+    assert result.receipt.bytes == len(text.encode())
+    assert build_text(model, TEMPLATE, base, store) == result
     assert len(list((tmp_path / "store" / "calibrate").iterdir())) == 1
 
 
@@ -123,11 +125,11 @@ def test_the_text_holds_every_document_but_those_held_out_and_is_made_once(
 def test_another_template_set_or_context_is_another_text(base: ModelFile, tmp_path: Path) -> None:
     path = a_set(tmp_path / "mine.jsonl", *map(str, range(20)))
     store = Store(tmp_path / "store")
-    made = [calibrate(of(path), TEMPLATE, base, store), calibrate(of(path), None, base, store)]
-    made.append(calibrate(of(path, context=64), TEMPLATE, base, store))
+    result = [build_text(of(path), TEMPLATE, base, store), build_text(of(path), None, base, store)]
+    result.append(build_text(of(path, context=64), TEMPLATE, base, store))
     a_set(path, *map(str, range(21)))
-    made.append(calibrate(of(path), TEMPLATE, base, store))
-    assert len({m.path for m in made}) == 4
+    result.append(build_text(of(path), TEMPLATE, base, store))
+    assert len({m.path for m in result}) == 4
 
 
 @pytest.mark.tools
@@ -135,28 +137,28 @@ def test_the_same_set_is_rendered_to_the_same_bytes_whatever_the_order_of_its_li
     base: ModelFile, tmp_path: Path
 ) -> None:
     names = [f"n{n}" for n in range(20)]
-    found = []
+    results = []
     for n, order in enumerate((names, names, names[::-1])):
-        made = calibrate(
+        result = build_text(
             of(a_set(tmp_path / "mine.jsonl", *order)),
             TEMPLATE,
             base,
             Store(tmp_path / f"store-{n}"),
         )
-        assert made.held_out is not None
-        found.append((made.path.read_bytes(), made.held_out.read_bytes(), made.facts))
-    assert found[0] == found[1] == found[2]
-    lines = found[0][0].decode().splitlines()
+        assert result.held_out is not None
+        results.append((result.path.read_bytes(), result.held_out.read_bytes(), result.facts))
+    assert results[0] == results[1] == results[2]
+    lines = results[0][0].decode().splitlines()
     assert [line[len("[user]") : -len("-no tools")] for line in lines] != names  # mixed
 
 
 @pytest.mark.tools
-def test_what_says_nearly_the_same_is_read_once(base: ModelFile, tmp_path: Path) -> None:
+def test_near_duplicates_are_used_once(base: ModelFile, tmp_path: Path) -> None:
     words = " ".join(f"word{n}" for n in range(100))
     path = a_set(tmp_path / "mine.jsonl", *(f"{words} {n}" for n in range(12)), "something else")
-    made = calibrate(of(path), TEMPLATE, base, Store(tmp_path / "store"))
-    assert made.facts["near_duplicates"] == 11
-    assert made.path.read_text().count(words) + made.facts["held_out"] <= 2
+    result = build_text(of(path), TEMPLATE, base, Store(tmp_path / "store"))
+    assert result.facts["near_duplicates"] == 11
+    assert result.path.read_text().count(words) + result.facts["held_out"] <= 2
 
 
 @pytest.mark.tools
@@ -169,23 +171,23 @@ def test_the_tokens_are_counted_and_chunks_begin_where_documents_begin(
         for n in range(300)
     ]
     marked = ChatTemplate("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", "0")
-    made = calibrate(
+    result = build_text(
         of(a_set(tmp_path / "mine.jsonl", *names), context=256),
         marked,
         base,
         Store(tmp_path / "store"),
     )
     tokenizer = Tokenizer(base, toolchain.find_toolchain())
-    ids, [user] = tokenizer.tokenize(made.path.read_text()), tokenizer.tokenize("<|user|>")
-    assert made.tokens == len(ids)
+    ids, [user] = tokenizer.tokenize(result.path.read_text()), tokenizer.tokenize("<|user|>")
+    assert result.tokens == len(ids)
     starts = [ids[n] == user for n in range(0, len(ids), 256)]
-    assert starts.count(False) == made.facts["needless_cuts"]
+    assert starts.count(False) == result.facts["needless_cuts"]
     assert starts.count(True) > 0.4 * len(
         starts
     )  # were they taken as they come, one in a hundred would be
 
 
-def test_the_turn_of_the_user_is_found_in_templates_of_many_families() -> None:
+def test_the_user_turn_marker_is_found_in_templates_of_many_families() -> None:
     families = {
         "<|user|>\n": (TINY_GLM / "chat_template.jinja").read_text(),
         "<|im_start|>user\n": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
@@ -212,6 +214,6 @@ def test_every_document_that_a_template_refuses_is_named(base: ModelFile, tmp_pa
         "bad four",
     )
     with pytest.raises(InputError) as caught:
-        calibrate(of(path), refusing, base, Store(tmp_path / "store"))
+        build_text(of(path), refusing, base, Store(tmp_path / "store"))
     assert len(caught.value.problems) >= 2
     assert all(p.startswith("calibration document mine: bad ") for p in caught.value.problems)

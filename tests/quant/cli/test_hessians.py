@@ -1,4 +1,4 @@
-"""`quant moments`: what it says, what it writes, and what it refuses."""
+"""`quant hessians`: messages, file, wrong input, and its former names."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.quant.quantize.engine.models import write_base
 
 
 @pytest.mark.tools
-def test_it_says_what_it_takes_and_what_was_seen_too_little(
+def test_it_reports_its_memory_and_the_experts_with_too_few_tokens(
     run: Run,
     tiny: tuple[Path, Path, Path],
     tmp_path: Path,
@@ -18,33 +18,33 @@ def test_it_says_what_it_takes_and_what_was_seen_too_little(
     base, _, text = tiny
     out = tmp_path / "m.safetensors"
     options = ("--chunks", "1", "--context", "64", "--only", r"blk\.1\.ffn_(up|down)_exps\.weight")
-    code, said, told = run("moments", base, "-f", text, "-o", out, *options)
-    found = Hessians.open(out)
-    needed = sum(4 * len(c) * (found.columns(n) or 0) ** 2 for n, c in found.counts.items())
-    few = sum(int((c < 32).sum()) for c in found.counts.values())
-    assert (code, said, found.about["context"], found.about["chunks"]) == (0, "", 64, 1)
-    assert f"2 matrices take {needed:,} bytes of memory, and as many of disk" in told
-    assert f"{few} experts saw fewer than 32 tokens: they have no Hessian" in told
-    assert f"{out}: 2 matrices, 1 chunks, each token by its gradient" in told
+    code, stdout, err = run("moments", base, "-f", text, "-o", out, *options)
+    hessians = Hessians.open(out)
+    needed = sum(4 * len(c) * (hessians.columns(n) or 0) ** 2 for n, c in hessians.counts.items())
+    few = sum(int((c < 32).sum()) for c in hessians.counts.values())
+    assert (code, stdout, hessians.about["context"], hessians.about["chunks"]) == (0, "", 64, 1)
+    assert f"2 matrices take {needed:,} bytes of memory, and as many of disk" in err
+    assert f"{few} experts saw fewer than 32 tokens: they have no Hessian" in err
+    assert f"{out}: 2 matrices, 1 chunks, each token by its gradient" in err
     assert few
     alike = tmp_path / "alike.safetensors"
-    code, _, told = run("moments", base, "-f", text, "-o", alike, *options, "--no-gradients")
-    assert (code, f"{alike}: 2 matrices, 1 chunks, all tokens alike" in told) == (0, True)
-    code, _, told = run("moments", base, "-f", text, "-o", out, *options)
-    assert (code, "exists already" in told) == (2, True)
+    code, _, err = run("moments", base, "-f", text, "-o", alike, *options, "--no-gradients")
+    assert (code, f"{alike}: 2 matrices, 1 chunks, all tokens alike" in err) == (0, True)
+    code, _, err = run("moments", base, "-f", text, "-o", out, *options)
+    assert (code, "exists already" in err) == (2, True)
 
 
 @pytest.mark.tools
-def test_a_text_of_no_whole_chunk_is_wrong_input(
+def test_a_text_without_a_whole_chunk_is_wrong_input(
     run: Run,
     tiny: tuple[Path, Path, Path],
     tmp_path: Path,
 ) -> None:
     (tmp_path / "short").write_text("def double(x):\n")
-    code, _, told = run("moments", tiny[0], "-f", tmp_path / "short", "-o", tmp_path / "m")
+    code, _, err = run("moments", tiny[0], "-f", tmp_path / "short", "-o", tmp_path / "m")
     assert (
         code,
-        "short: expected at least one chunk of 512 tokens, found fewer tokens" in told,
+        "short: expected at least one chunk of 512 tokens, found fewer tokens" in err,
     ) == (2, True)
 
 
@@ -66,8 +66,8 @@ def test_wrong_input_is_refused(
 ) -> None:
     base = write_base(tmp_path / "base.gguf")
     (tmp_path / "text").write_text("x")
-    code, _, told = run("moments", base, "-f", tmp_path / "text", "-o", tmp_path / "m", *change)
-    assert (code, problem in told) == (2, True)
+    code, _, err = run("moments", base, "-f", tmp_path / "text", "-o", tmp_path / "m", *change)
+    assert (code, problem in err) == (2, True)
     assert not (tmp_path / "m").exists()
 
 

@@ -1,4 +1,4 @@
-"""The commands about importance matrices: the verb may be left out, nothing is overwritten, and what is missed is told."""
+"""The commands about importance matrices: defaults, exit codes, and nothing is overwritten."""
 
 import json
 from pathlib import Path
@@ -29,13 +29,13 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
     return paths
 
 
-def test_the_word_compute_may_be_left_out() -> None:
+def test_compute_is_the_default_command() -> None:
     for words in (("compute", "--help"), ("base.gguf", "--help"), ("--out", "x", "--help")):
         assert "imatrix compute [OPTIONS] BASE" in call(*words).output
     assert "merge" in call("--help").output
 
 
-def test_parts_are_merged_and_an_old_form_is_converted(
+def test_parts_are_merged_and_a_dat_file_is_converted(
     two: tuple[Path, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "all.gguf"
@@ -52,7 +52,7 @@ def test_parts_are_merged_and_an_old_form_is_converted(
     assert load_imatrix(tmp_path / "new.gguf").counts() == {"blk.0.a.weight": (700,)}
 
 
-def test_what_experts_saw_is_shown_and_one_that_saw_nothing_is_exit_code_1(
+def test_show_exits_with_1_if_an_expert_saw_no_token(
     two: tuple[Path, Path], tmp_path: Path
 ) -> None:
     shown = call("show", two[0], "--svg", tmp_path / "map.svg")
@@ -62,16 +62,16 @@ def test_what_experts_saw_is_shown_and_one_that_saw_nothing_is_exit_code_1(
         in shown.output
     )
     assert (tmp_path / "map.svg").read_text().startswith("<svg ")
-    told = json.loads(call("show", two[0], "--json").stdout)
-    assert told["tokens"][EXPERTS] == list(matrix().counts()[EXPERTS])
-    assert len(told["missed"]) == 1
+    options = json.loads(call("show", two[0], "--json").stdout)
+    assert options["tokens"][EXPERTS] == list(matrix().counts()[EXPERTS])
+    assert len(options["missed"]) == 1
 
 
-@pytest.mark.parametrize("told", ["40", "a:b", "4:0", "-1:4", ":"])
-def test_a_range_is_two_numbers(told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["40", "a:b", "4:0", "-1:4", ":"])
+def test_a_range_is_two_numbers(options: str, tmp_path: Path) -> None:
     assert (
         "--range: expected FIRST:COUNT"
-        in call(tmp_path / "b.gguf", "-o", tmp_path / "o", f"--range={told}").output
+        in call(tmp_path / "b.gguf", "-o", tmp_path / "o", f"--range={options}").output
     )
 
 
@@ -86,11 +86,11 @@ def test_a_matrix_is_computed_and_ranges_from_other_machines_add_up_to_it(tmp_pa
         for n in range(400)
     ]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = ("--calibration", tmp_path / "set.jsonl", "--context", "32", "--expert-tokens", "0")
-    whole = call(base, "-o", tmp_path / "whole.gguf", "--chunks", "80", *told)
+    options = ("--calibration", tmp_path / "set.jsonl", "--context", "32", "--expert-tokens", "0")
+    whole = call(base, "-o", tmp_path / "whole.gguf", "--chunks", "80", *options)
     assert whole.exit_code == 0, whole.output
     for name, part in (("a", "0:40"), ("b", "40:40")):
-        assert call(base, "-o", tmp_path / f"{name}.gguf", "--range", part, *told).exit_code == 0
+        assert call(base, "-o", tmp_path / f"{name}.gguf", "--range", part, *options).exit_code == 0
     parts = [tmp_path / "a.gguf", tmp_path / "b.gguf"]
     assert call("merge", *parts, "-o", tmp_path / "sum.gguf", "--context", "32").exit_code == 0
     assert (tmp_path / "sum.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
@@ -102,7 +102,7 @@ def test_a_matrix_is_computed_and_ranges_from_other_machines_add_up_to_it(tmp_pa
         "sum.gguf",
         "whole.gguf",
     ]
-    assert call(base, "-o", tmp_path / "whole.gguf", *told).exit_code == 2
+    assert call(base, "-o", tmp_path / "whole.gguf", *options).exit_code == 2
     assert isinstance(
-        call(base, "-o", tmp_path / "c.gguf", "--range", "9000:1", *told).exception, InputError
+        call(base, "-o", tmp_path / "c.gguf", "--range", "9000:1", *options).exception, InputError
     )

@@ -79,9 +79,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     for name in folders:
         (root / "matrices" / name).mkdir(parents=True)
         settings, out = ImatrixRecipe(context=256, chunks=4), root / "matrices" / name / "m.gguf"
-        imatrix.run_llama_imatrix(
-            root / f"{name}.gguf", text, settings, toolchain.find_toolchain(), out
-        )
+        run = imatrix.ImatrixRun(root / f"{name}.gguf", text, out, settings)
+        imatrix.run_llama_imatrix(run, toolchain.find_toolchain())
     return {
         n: Made(folders[n], root / f"{n}.gguf", root / "matrices" / n / "m.gguf") for n in folders
     }

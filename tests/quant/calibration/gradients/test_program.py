@@ -1,4 +1,4 @@
-"""Reading forward and backward: held against llama.cpp, and against what small errors really do."""
+"""The forward and backward pass, compared with llama.cpp, and with the effect of small errors."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quant.calibration.gradients.glm4moe import apply_rms_norm
 from quant.calibration.gradients.program import ModelPass, ModelWeights
-from quant.calibration.hessian_collector import HessianSums
+from quant.calibration.hessian_sums import HessianSums
 from quant.calibration.hessians import HessianSettings, collect_hessians
 from quant.core import child, memory
 from quant.errors import InputError, ToolError
@@ -20,7 +20,7 @@ from tests.quant.quantize.engine.models import replace_weight, write_base
 
 pytestmark = pytest.mark.tools
 Tiny = tuple[Path, Path, Path]
-CONTEXT, CHUNKS, EVERY_WORD = 128, 3, 1 << 20
+CONTEXT, CHUNKS, WHOLE_VOCABULARY = 128, 3, 1 << 20
 MATRICES = {
     OUTPUT: (1, 256),
     TOKEN_EMBEDDING: (1, 256),
@@ -35,7 +35,7 @@ MATRICES = {
 
 @pytest.fixture(scope="module")
 def exact(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model in F32, of which llama.cpp rounds no inputs."""
+    """The tiny model in F32: llama.cpp does not round the inputs of its products."""
     folder = tmp_path_factory.mktemp("exact")
     find_toolchain().run(
         "llama-quantize", [tiny[0], "f32.gguf", "F32", "1"], cwd=folder, log=folder / "log"
@@ -43,113 +43,126 @@ def exact(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "f32.gguf"
 
 
-def said(way: ModelPass, given: NDArray[np.float32]) -> Tensor:
-    """The logarithms of all words' likelihoods, after what the last block made."""
+def log_probabilities(model: ModelPass, outputs: NDArray[np.float32]) -> Tensor:
+    """Return log probabilities of all tokens from outputs of the last block."""
     x = apply_rms_norm(
-        way.shape, torch.from_numpy(np.array(given)), way.tensors.of("output_norm.weight")
+        model.shape, torch.from_numpy(np.array(outputs)), model.weights.read("output_norm.weight")
     )
-    return (x.double() @ way.tensors.of(OUTPUT).double().T).log_softmax(-1)
+    return (x.double() @ model.weights.read(OUTPUT).double().T).log_softmax(-1)
 
 
-def test_read_forward_a_model_says_what_it_says_in_llama_cpp(
+def test_the_forward_pass_predicts_what_llama_cpp_predicts(
     tiny: Tiny, exact: Path, tmp_path: Path
 ) -> None:
     part = {"model": str(exact), "text": str(tiny[2]), "folder": str(tmp_path)}
-    job = {"context": CONTEXT, "threads": 1, "chunks": CHUNKS, "top": EVERY_WORD, "parts": [part]}
+    job = {
+        "context": CONTEXT,
+        "threads": 1,
+        "chunks": CHUNKS,
+        "top": WHOLE_VOCABULARY,
+        "parts": [part],
+    }
     child.run_child("quant.evaluate.scorer", job, folder=tmp_path, name="reading the text")
-    way = ModelPass(
+    model = ModelPass(
         ModelWeights(tiny[0]), HessianSums({}), np.load(tmp_path / "tokens.npy"), tmp_path, 2
     )
-    way.forward()
+    model.run_forward()
     for n, expected in enumerate(np.load(tmp_path / "said.npy")):
-        off = np.abs(said(way, way.given[-1, n, CONTEXT // 2 : -1]).numpy() - expected)
+        off = np.abs(
+            log_probabilities(model, model.inputs[-1, n, CONTEXT // 2 : -1]).numpy() - expected
+        )
         # llama.cpp keeps keys and values in 16 bits.
         assert off.max() < 1e-2 and off.mean() < 1e-3
 
 
-class Disturbed(ModelWeights):
-    """With an error in one of the tensors, all of whose numbers have one variance."""
+class NoisyWeights(ModelWeights):
+    """Weights with Gaussian noise of one variance in one of the tensors."""
 
     def __init__(self, first: Path, name: str, size: float) -> None:
         super().__init__(first)
-        self.metadata = every_expert(self).metadata
+        self.metadata = use_all_experts(self).metadata
         stored = super().rows(name, range(1 << 20))
         self.name, self.size = name, size * float(stored.square().mean().sqrt())
-        self.error = self.size * torch.randn(
+        self.noise = self.size * torch.randn(
             stored.shape, generator=torch.Generator().manual_seed(5)
         )
 
     def rows(self, name: str, wanted: range | NDArray[np.int32]) -> Tensor:
-        found = super().rows(name, wanted)
+        written = super().rows(name, wanted)
         if name != self.name:
-            return found
-        return found + (
-            self.error[wanted.start : wanted.stop]
+            return written
+        return written + (
+            self.noise[wanted.start : wanted.stop]
             if isinstance(wanted, range)
-            else self.error[wanted]
+            else self.noise[wanted]
         )
 
 
-def every_expert(tensors: ModelWeights) -> ModelWeights:
-    """All experts are chosen, so that no error changes which."""
-    tensors.metadata = {
-        **tensors.metadata,
-        "glm4moe.expert_used_count": tensors.metadata["glm4moe.expert_count"],
-    }
-    return tensors
+def use_all_experts(weights: ModelWeights) -> ModelWeights:
+    """Let every token use all experts, so that noise does not change the choice."""
+    experts = weights.metadata["glm4moe.expert_count"]
+    weights.metadata = {**weights.metadata, "glm4moe.expert_used_count": experts}
+    return weights
 
 
-def test_moments_foretell_what_small_errors_do(tiny: Tiny, tmp_path: Path) -> None:
-    """Of a text of single words: there, errors of one token do not meet those of another.
+def test_hessians_predict_the_divergence_that_small_errors_cause(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """In chunks of one token, where errors of one token do not add to those of another.
 
-    An error e whose numbers all have the variance v diverges by v / 2 · Σ |g|² |x|², which is the trace of the sums.
+    Noise of variance v causes a divergence of v / 2 · Σ |g|² |x|², the trace of the Hessian.
     """
-    words = len(ModelWeights(tiny[0]).of(TOKEN_EMBEDDING))
-    tokens = np.random.default_rng(3).integers(0, words, (1000, 1)).astype(np.int32)
-    way = ModelPass(every_expert(ModelWeights(tiny[0])), HessianSums(MATRICES), tokens, tmp_path, 2)
-    way.forward()
-    way.output()
-    way.backward()
-    before = said(way, way.given[-1, :, 0])
-    for name, products in way.sums.products.items():
+    vocabulary = len(ModelWeights(tiny[0]).read(TOKEN_EMBEDDING))
+    tokens = np.random.default_rng(3).integers(0, vocabulary, (1000, 1)).astype(np.int32)
+    model = ModelPass(
+        use_all_experts(ModelWeights(tiny[0])), HessianSums(MATRICES), tokens, tmp_path, 2
+    )
+    model.run_forward()
+    model.run_output()
+    model.run_backward()
+    before = log_probabilities(model, model.inputs[-1, :, 0])
+    for name, products in model.sums.products.items():
         (tmp_path / name).mkdir()
-        tensors = Disturbed(tiny[0], name, 3e-3)
-        other = ModelPass(tensors, HessianSums({}), tokens, tmp_path / name, 2)
-        other.forward()
-        found = (before.exp() * (before - said(other, other.given[-1, :, 0]))).sum()
-        foretold = tensors.size**2 / 2 * float(np.trace(products.sum(0)))
-        assert 0.8 < float(found) / foretold < 1.25, name
+        noisy = NoisyWeights(tiny[0], name, 3e-3)
+        other = ModelPass(noisy, HessianSums({}), tokens, tmp_path / name, 2)
+        other.run_forward()
+        divergence = (
+            before.exp() * (before - log_probabilities(other, other.inputs[-1, :, 0]))
+        ).sum()
+        predicted = noisy.size**2 / 2 * float(np.trace(products.sum(0)))
+        assert 0.8 < float(divergence) / predicted < 1.25, name
 
 
-def test_the_sums_do_not_depend_on_the_threads_and_are_of_the_rows_that_llama_cpp_sees(
+def test_the_sums_do_not_depend_on_threads_and_have_the_rows_of_llama_cpp(
     tiny: Tiny,
     tmp_path: Path,
 ) -> None:
     base, _, text = tiny
-    made = [
+    results = [
         collect_hessians(base, text, tmp_path / str(n), HessianSettings(CONTEXT, CHUNKS, threads=n))
         for n in (1, 3)
     ]
     assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()
-    assert made[0].about["gradients"] == 1
+    assert results[0].about["gradients"] == 1
     plain = collect_hessians(
         base, text, tmp_path / "plain", HessianSettings(CONTEXT, CHUNKS, gradients=False)
     )
     assert "gradients" not in plain.about
-    assert made[0].counts.keys() == plain.counts.keys() | {TOKEN_EMBEDDING}
+    assert results[0].counts.keys() == plain.counts.keys() | {TOKEN_EMBEDDING}
     for name, counts in plain.counts.items():
-        # Rows that count differently are worth fewer; and llama.cpp rounds inputs, so that some go to other experts.
-        assert (made[0].counts[name] <= counts + 9).all(), name
-        assert made[0].counts[name].sum() > 0.05 * counts.sum(), name
-    weighed, alike = (m.read_mean("blk.0.attn_q.weight") for m in (made[0], plain))
+        # The effective sample size is at most the number of rows. llama.cpp rounds inputs, so some
+        # tokens go to other experts.
+        assert (results[0].counts[name] <= counts + 9).all(), name
+        assert results[0].counts[name].sum() > 0.05 * counts.sum(), name
+    weighed, alike = (m.read_mean("blk.0.attn_q.weight") for m in (results[0], plain))
     assert weighed is not None and alike is not None
     assert np.array_equal(weighed, weighed.T)
-    # Weights are one on average, and the norm gives all tokens of a block inputs of about one length.
+    # Weights have a mean of one, and RMSNorm gives all inputs of a block about the same length.
     assert 0.5 < np.trace(weighed) / np.trace(alike) < 2
     assert not np.allclose(weighed, alike, rtol=0.05)
 
 
-def test_an_expert_that_matters_more_keeps_larger_moments() -> None:
+def test_an_expert_with_larger_weights_keeps_a_larger_hessian() -> None:
     sums = HessianSums({"e.weight": (2, 4)})
     x = np.eye(4, dtype=np.float32)
     sums.add("e.weight", 0, x, np.full(4, 3, np.float32))
@@ -159,18 +172,18 @@ def test_an_expert_that_matters_more_keeps_larger_moments() -> None:
         assert [*sums.tensors()["e.weight.counts"]] == [4, 4]
 
 
-def test_rows_of_which_one_counts_most_are_worth_little_more_than_one() -> None:
+def test_the_effective_sample_size_of_one_dominant_row_is_about_one() -> None:
     sums = HessianSums({"a.weight": (1, 4)})
     rows = np.random.default_rng(1).standard_normal((100, 4)).astype(np.float32)
     weights = np.where(np.arange(100) == 7, np.float32(1000), np.float32(1))
     sums.add("a.weight", 0, rows, weights)
-    found = sums.tensors()
-    assert [*found["a.weight.counts"]] == [1]
+    written = sums.tensors()
+    assert [*written["a.weight.counts"]] == [1]
     expected = (rows.T * weights) @ rows / weights.mean() / 100
-    assert np.allclose(found["a.weight"], expected, rtol=1e-5)
+    assert np.allclose(written["a.weight"], expected, rtol=1e-5)
 
 
-def test_what_cannot_be_read_backward_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_model_without_a_backward_pass_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     _, quantised, text = tiny
     with pytest.raises(
         InputError,
@@ -192,24 +205,24 @@ def test_what_cannot_be_read_backward_is_refused(tiny: Tiny, tmp_path: Path) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["llama.gguf"]
 
 
-def test_a_model_that_says_nothing_is_told_and_nothing_left(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_model_with_nan_is_refused_and_leaves_no_file(tiny: Tiny, tmp_path: Path) -> None:
     base = tmp_path / "base.gguf"
     base.write_bytes(tiny[0].read_bytes())
     replace_weight(base, "blk.3.attn_v.weight", 7, 0x7FC0)
     with pytest.raises(
         ToolError,
-        match=r"output\.weight: what comes out is NaN or infinite: the model says nothing",
+        match=r"output\.weight: its outputs are NaN or infinite: the model is broken",
     ):
         collect_hessians(base, tiny[2], tmp_path / "m", HessianSettings(CONTEXT, 1))
     assert [p.name for p in tmp_path.iterdir()] == ["base.gguf"]
 
 
-def test_what_reading_backward_takes_is_told_before_it_begins(
+def test_too_little_memory_for_the_backward_pass_is_refused_before_it_begins(
     tiny: Tiny,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The sums, the largest block or the output in F32, and of one thread four arrays of logits and a product."""
+    """Sums, the largest block or the output in F32, and a thread's four logit arrays and product."""
     attention, routing, norms = (
         256 * (256 + 128 + 128 + 256) + 256 + 128 + 128 + 64 + 64,
         8 * 256 + 8,
