@@ -160,7 +160,7 @@ def quant() -> None:
 
 
 def parse_size_option(text: str | None) -> int | None:
-    """``2G`` as bytes. Raises BadParameter for anything else."""
+    """Return the bytes of a size such as 2G, or None for None. Raise BadParameter if it is none."""
     from quant.plan.recipe import SIZE, parse_size
 
     if text is None:
@@ -178,13 +178,13 @@ def make_engine_settings(jobs: int | None, memory: int | None) -> "EngineSetting
 
 
 def shorten(value: Any) -> str:
-    """A value in a cell of a table: no line breaks, and not too long."""
+    """Return a value as one line of at most 110 characters, for a cell of a table."""
     text = " ".join(str(value).split())
     return text if len(text) <= 110 else f"{text[:107]}..."
 
 
 def require_absent(path: Path) -> Path:
-    """The path, if nothing stands there: these commands never overwrite."""
+    """Return a path that does not exist. Raise UsageError if it does: no command overwrites."""
     if path.exists():
         raise click.UsageError(f"{path}: exists already; name another file or take it away")
     return path

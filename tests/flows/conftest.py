@@ -80,8 +80,8 @@ class Prefect:
     def run(self, *args: str, seconds: float = 900) -> tuple[int, str, str]:
         """``prefect deployment run``: exit code, output, and the id of the flow run."""
         code, output = self.say("deployment", "run", *args, seconds=seconds)
-        found = re.search(r"UUID: ([0-9a-f-]{36})", output)
-        return code, output, found[1] if found else ""
+        match = re.search(r"UUID: ([0-9a-f-]{36})", output)
+        return code, output, match[1] if match else ""
 
     def ask(self, kind: str, **filters: Any) -> list[dict[str, Any]]:
         """Everything of a kind that fits: ``ask("artifacts", flow_runs=…)``."""
@@ -99,7 +99,7 @@ class Prefect:
 
     def running(self, word: str = "") -> dict[int, str]:
         """Processes that were started by this Prefect and have that word in their command line."""
-        found = {}
+        commands = {}
         for path in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 if f"PREFECT_HOME={self.env['PREFECT_HOME']}".encode() in (
@@ -112,8 +112,8 @@ class Prefect:
                         .decode(errors="replace")
                     )
                     if word in command:
-                        found[int(path.name)] = command
-        return found
+                        commands[int(path.name)] = command
+        return commands
 
     def stop(self) -> None:
         """End everything: the worker before the server, and by force whatever does not go."""

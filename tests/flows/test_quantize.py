@@ -210,17 +210,17 @@ def test_a_wrong_name_fails_the_run_with_one_line_that_suggests_the_right_one(
         f"out={tmp_path}",
         seconds=180,
     )
-    said = "InputError: variant 'UD-Q2_K_XK' is not known: did you mean 'UD-Q2_K_XL'?"
+    message = "InputError: variant 'UD-Q2_K_XK' is not known: did you mean 'UD-Q2_K_XL'?"
     assert code == 1
     assert prefect.state(run)["type"] == "FAILED"
-    assert prefect.state(run)["message"] == f"Flow run encountered an exception: {said}"
+    assert prefect.state(run)["message"] == f"Flow run encountered an exception: {message}"
     logs = prefect.ask("logs", logs={"flow_run_id": {"any_": [run]}})
-    assert any(log["message"].rstrip().endswith(said) for log in logs)
+    assert any(log["message"].rstrip().endswith(message) for log in logs)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("parameter", "said"),
+    ("parameter", "message"),
     [
         ("variants=7", "Validation failed for field 'variants'"),
         ("revision=[1]", "Validation failed for field 'revision'"),
@@ -228,12 +228,12 @@ def test_a_wrong_name_fails_the_run_with_one_line_that_suggests_the_right_one(
     ],
 )
 def test_a_parameter_of_the_wrong_type_is_refused_before_anything_is_scheduled(
-    prefect: Prefect, parameter: str, said: str
+    prefect: Prefect, parameter: str, message: str
 ) -> None:
     before = {r["id"] for r in prefect.ask("flow_runs")}
     code, output, _ = prefect.run(DEPLOYMENT, "--param", parameter, seconds=120)
     assert code == 1
-    assert said in " ".join(output.split())
+    assert message in " ".join(output.split())
     assert {r["id"] for r in prefect.ask("flow_runs")} == before
 
 

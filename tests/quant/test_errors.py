@@ -43,7 +43,7 @@ def test_all_problems_are_raised_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "answer"),
     [
         ("q4_k", "did you mean 'Q4_K'?"),
         ("Q4K", "did you mean 'Q4_K'?"),
@@ -51,8 +51,8 @@ def test_all_problems_are_raised_at_once() -> None:
         ("zzz", "known are IQ4_NL, Q4_K, bf16"),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_closest_or_all_names(name: str, said: str) -> None:
-    assert suggest_name(name, ["Q4_K", "IQ4_NL", "bf16"]) == said
+def test_an_unknown_name_is_answered_with_the_closest_or_all_names(name: str, answer: str) -> None:
+    assert suggest_name(name, ["Q4_K", "IQ4_NL", "bf16"]) == answer
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

@@ -41,7 +41,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (
             InputError("first: wrong", "second: wrong"),
@@ -62,13 +62,13 @@ def test_every_outcome_has_its_exit_code(
     capsys: pytest.CaptureFixture[str],
     error: BaseException,
     code: int,
-    said: str,
+    message: str,
 ) -> None:
     failing(error)
     assert run(monkeypatch, "fail") == code
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == said or (said.startswith("Usage") and "no such thing" in err)
+    assert err == message or (message.startswith("Usage") and "no such thing" in err)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), click.Abort()])
@@ -123,9 +123,9 @@ def test_a_missing_file_is_wrong_input_and_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, *arguments) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    named = [a for a in arguments[1:] if a in said]
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    named = [a for a in arguments[1:] if a in message]
     assert named
     assert list(tmp_path.iterdir()) == []
 

@@ -29,10 +29,10 @@ def test_the_json_has_every_tensor_and_the_length_of_lists(tmp_path: Path) -> No
 
 
 def test_without_json_tables_and_totals_are_printed(tmp_path: Path) -> None:
-    said = inspect(write(tmp_path / "f.gguf"))
-    assert said.splitlines()[-1] == "2 tensors, 192 weights, 0.4 kB, 16.33 bits per weight"
-    assert "general.architecture" in said
-    assert "64 x 2" in said
+    text = inspect(write(tmp_path / "f.gguf"))
+    assert text.splitlines()[-1] == "2 tensors, 192 weights, 0.4 kB, 16.33 bits per weight"
+    assert "general.architecture" in text
+    assert "64 x 2" in text
 
 
 def test_all_shards_of_a_split_are_listed(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_nan_in_metadata_is_still_valid_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "text"),
     [
         ("a\n  b\tc", "a b c"),
         (1.5, "1.5"),
@@ -67,10 +67,10 @@ def test_nan_in_metadata_is_still_valid_json(tmp_path: Path) -> None:
         ("[red]x[/red]", "[red]x[/red]"),
     ],
 )
-def test_a_value_becomes_one_short_line(value: object, said: str) -> None:
-    assert shorten(value) == said
+def test_a_value_becomes_one_short_line(value: object, text: str) -> None:
+    assert shorten(value) == text
 
 
 def test_brackets_in_metadata_are_text_and_no_style(tmp_path: Path) -> None:
-    said = inspect(write(tmp_path / "f.gguf", [], [key("general.name", "[red]tiny[/red] [/bold]")]))
-    assert "[red]tiny[/red] [/bold]" in said
+    text = inspect(write(tmp_path / "f.gguf", [], [key("general.name", "[red]tiny[/red] [/bold]")]))
+    assert "[red]tiny[/red] [/bold]" in text

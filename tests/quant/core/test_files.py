@@ -66,17 +66,17 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(
 def test_a_folder_gets_its_name_after_all_that_is_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = tmp_path / "x.partial"
-    (made / "sub").mkdir(parents=True)
-    (made / "sub" / "f").write_text("1")
-    (made / "link").symlink_to("sub/f")
+    partial = tmp_path / "x.partial"
+    (partial / "sub").mkdir(parents=True)
+    (partial / "sub" / "f").write_text("1")
+    (partial / "link").symlink_to("sub/f")
     flushed: list[Path] = []
     monkeypatch.setattr(files, "flush_file", flushed.append)
     monkeypatch.setattr(files, "flush_folder", flushed.append)
-    files.commit_folder(made, tmp_path / "x")
-    assert flushed == [made / "sub", made / "sub" / "f", made, tmp_path]
+    files.commit_folder(partial, tmp_path / "x")
+    assert flushed == [partial / "sub", partial / "sub" / "f", partial, tmp_path]
     assert (tmp_path / "x" / "link").read_text() == "1"
-    assert not made.exists()
+    assert not partial.exists()
 
 
 def test_text_is_written_as_utf_8(tmp_path: Path) -> None:
@@ -166,10 +166,10 @@ def test_a_temp_folder_is_empty_at_first_and_removed_afterwards(
     try:
         with files.temp_folder(final) as folder:
             assert list(folder.iterdir()) == []
-            (folder / "made").write_text("x")
+            (folder / "partial").write_text("x")
             if not ends_well:
                 raise ValueError
-            files.replace_atomically(folder / "made", final)
+            files.replace_atomically(folder / "partial", final)
     except ValueError:
         pass
     assert [p.name for p in tmp_path.iterdir()] == (["out.gguf"] if ends_well else [])

@@ -40,16 +40,18 @@ class Work:
 
 def test_work_is_done_once_and_then_reused(tmp_path: Path) -> None:
     work, store = Work(), Store(tmp_path)
-    made = store.run_once("stage", INPUTS, work)
-    found = store.run_once("stage", INPUTS, work)
+    first = store.run_once("stage", INPUTS, work)
+    second = store.run_once("stage", INPUTS, work)
     assert work.times == 1
-    assert (made.fresh, found.fresh) == (True, False)
-    assert made.folder == found.folder == tmp_path / "stage" / hash_inputs(INPUTS)
-    assert made.facts == found.facts == FACTS
+    assert (first.fresh, second.fresh) == (True, False)
+    assert first.folder == second.folder == tmp_path / "stage" / hash_inputs(INPUTS)
+    assert first.facts == second.facts == FACTS
     assert (
-        made.receipts == found.receipts == (files.make_receipt(made.path("sub/out"), made.folder),)
+        first.receipts
+        == second.receipts
+        == (files.make_receipt(first.path("sub/out"), first.folder),)
     )
-    assert found.receipt("sub/out").bytes == 5
+    assert second.receipt("sub/out").bytes == 5
     assert sorted(p.name for p in (tmp_path / "stage").iterdir()) == [hash_inputs(INPUTS)]
 
 
@@ -141,12 +143,12 @@ def test_a_partial_folder_is_no_result(tmp_path: Path) -> None:
 
 def test_what_an_interrupted_run_left_is_kept_only_when_asked_for(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    seen: list[bool] = []
+    kept: list[bool] = []
 
     def make(folder: Path) -> Mapping[str, Any]:
-        seen.append((folder / "half").exists())
+        kept.append((folder / "half").exists())
         (folder / "half").write_text("x")
-        if len(seen) < 3:
+        if len(kept) < 3:
             raise KeyboardInterrupt
         return {}
 
@@ -154,7 +156,7 @@ def test_what_an_interrupted_run_left_is_kept_only_when_asked_for(tmp_path: Path
         with pytest.raises(KeyboardInterrupt):
             store.run_once("stage", INPUTS, make, keep_partial=keep)
     store.run_once("stage", INPUTS, make)
-    assert seen == [False, True, False]
+    assert kept == [False, True, False]
 
 
 def test_intact_files_of_damaged_work_can_be_kept(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_sound_folder_has_no_problems(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (
             {"config.json": None},
@@ -142,12 +142,12 @@ def test_a_sound_folder_has_no_problems(tmp_path: Path) -> None:
     ],
 )
 def test_a_problem_names_the_file_what_was_expected_and_what_was_found(
-    tmp_path: Path, changes: Mapping[str, bytes | None], said: str
+    tmp_path: Path, changes: Mapping[str, bytes | None], message: str
 ) -> None:
-    found = problems(lay(tmp_path, changes))
-    assert said in found
-    assert str(tmp_path) in found
-    assert len(found.splitlines()) == 1
+    actual = problems(lay(tmp_path, changes))
+    assert message in actual
+    assert str(tmp_path) in actual
+    assert len(actual.splitlines()) == 1
 
 
 def test_weights_in_pickles_are_refused_by_name(tmp_path: Path) -> None:
@@ -164,10 +164,10 @@ def test_weights_in_pickles_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_truncated_file_is_reported_with_both_lengths_and_the_last_tensor(tmp_path: Path) -> None:
     whole = CHECKPOINT[SHARDS[1]]
-    found = problems(lay(tmp_path, {SHARDS[1]: whole[:-500]}))
+    actual = problems(lay(tmp_path, {SHARDS[1]: whole[:-500]}))
     assert (
         f"{SHARDS[1]}: expected {len(whole)} bytes (the last tensor is b), found {len(whole) - 500}"
-        in found
+        in actual
     )
 
 
@@ -186,29 +186,29 @@ def test_all_problems_of_a_folder_are_reported_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "found"), [("file", "found a file"), ("nothing", "found nothing")]
+    ("kind", "actual"), [("file", "found a file"), ("nothing", "found nothing")]
 )
-def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, kind: str, found: str) -> None:
+def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, kind: str, actual: str) -> None:
     path = tmp_path / "checkpoint"
     if kind == "file":
         path.write_text("")
-    assert problems(path) == f"{path}: expected a folder with a checkpoint, {found}"
+    assert problems(path) == f"{path}: expected a folder with a checkpoint, {actual}"
 
 
 def test_a_relative_folder_begins_beside_the_recipe(tmp_path: Path) -> None:
     lay(tmp_path / "recipes" / "weights")
-    found = checkpoint.pull_checkpoint(
+    actual = checkpoint.pull_checkpoint(
         ModelSource(folder="weights"), tmp_path / "recipes", Store(tmp_path / "work")
     )
-    assert found.folder == tmp_path / "recipes" / "weights"
-    assert found.origin == {"folder": "weights"}
+    assert actual.folder == tmp_path / "recipes" / "weights"
+    assert actual.origin == {"folder": "weights"}
 
 
 def test_receipts_name_what_a_conversion_can_read_and_nothing_else(tmp_path: Path) -> None:
-    found = checkpoint.read_checkpoint(
+    actual = checkpoint.read_checkpoint(
         lay(tmp_path, {"README.md": b"# Tiny", "training_args.bin": b"x"})
     )
-    assert {r.path: (r.sha256, r.bytes) for r in found.receipts} == {
+    assert {r.path: (r.sha256, r.bytes) for r in actual.receipts} == {
         name: (hashlib.sha256(data).hexdigest(), len(data)) for name, data in CHECKPOINT.items()
     }
 

@@ -78,17 +78,17 @@ def test_files_that_are_not_the_locked_ones_stop_the_build(hub: Hub, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{}", "expected a lock"),
         ('{"repo": "a/b", "revision": "x", "files": []}', "expected a commit of org/tiny"),
     ],
 )
-def test_a_broken_lock_is_refused(hub: Hub, tmp_path: Path, text: str, said: str) -> None:
+def test_a_broken_lock_is_refused(hub: Hub, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "tiny.lock.json").write_text(text)
     done = quant(hub, tmp_path, "pull", "tiny.toml", "--work", "work")
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 def test_a_branch_that_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> None:

@@ -80,12 +80,12 @@ class Puller:
     def kept(self) -> dict[str, bytes]:
         """Every file of the work folder's checkpoints, but for the notes of the hub's client."""
         folders = self.folder.glob("work/tiny/source/*/checkpoint")
-        found = {
+        paths = {
             p.relative_to(f).as_posix(): p for f in folders for p in f.rglob("*") if p.is_file()
         }
         return {
             name: path.read_bytes()
-            for name, path in found.items()
+            for name, path in paths.items()
             if not name.startswith(".cache/")
         }
 
@@ -160,7 +160,7 @@ def test_one_server_error_delays_a_pull_and_does_not_stop_it(
 
 
 @pytest.mark.parametrize(
-    ("path", "fault", "said"),
+    ("path", "fault", "message"),
     [
         (SHARDS[1], Fault.RESET, "Connection reset by peer"),
         (
@@ -172,13 +172,13 @@ def test_one_server_error_delays_a_pull_and_does_not_stop_it(
     ],
 )
 def test_a_file_that_does_not_come_is_one_line_and_the_next_run_continues(
-    hub: Hub, puller: Puller, path: str, fault: Fault, said: str
+    hub: Hub, puller: Puller, path: str, fault: Fault, message: str
 ) -> None:
     hub.plant(path, fault, times=1)
     code, _, err = puller.run()
     assert code == 1
     assert err.startswith(f"error: {REPO}@{puller.commit}: the hub did not deliver (")
-    assert said in err
+    assert message in err
     assert err.endswith("; run again to continue\n")
     assert len(err.splitlines()) == 1
     assert hubs.SIGNED not in err
@@ -194,7 +194,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(puller: Puller) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "fault", "said"),
+    ("path", "fault", "message"),
     [
         (
             REPO,
@@ -220,7 +220,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(puller: Puller) -> None:
     ],
 )
 def test_a_repo_that_is_refused_is_one_clear_line(
-    hub: Hub, puller: Puller, path: str, fault: Fault | None, said: str
+    hub: Hub, puller: Puller, path: str, fault: Fault | None, message: str
 ) -> None:
     if fault:
         hub.plant(path, fault)
@@ -232,7 +232,7 @@ def test_a_repo_that_is_refused_is_one_clear_line(
         puller.commit = hub.add(REPO, {"config.json": b"{}", "pytorch_model.bin": b"x"})
     code, out, err = puller.run()
     assert (code, out) == (2, "")
-    assert said in err
+    assert message in err
     assert len(err.splitlines()) == 1
     assert path != "weights" or hub.gets() == []
 
@@ -401,14 +401,14 @@ def _requests(hub: Hub, puller: Puller) -> list[str]:
     return paths
 
 
-@pytest.mark.parametrize("found", ["hf_With A Blank In Itsss", "hf_WithA\nLineInItXXXXXX"])
+@pytest.mark.parametrize("token", ["hf_With A Blank In Itsss", "hf_WithA\nLineInItXXXXXX"])
 def test_a_token_that_no_header_can_carry_is_refused_and_not_quoted(
-    puller: Puller, found: str
+    puller: Puller, token: str
 ) -> None:
-    code, _, err = puller.run(HF_TOKEN=found)
+    code, _, err = puller.run(HF_TOKEN=token)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "HF_TOKEN: expected a token of the hub" in err
-    assert found not in err
+    assert token not in err
 
 
 def test_a_token_that_a_login_left_is_not_used(hub: Hub, puller: Puller) -> None:

@@ -48,9 +48,9 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What the limiter was asked to let pass."""
-    taken: list[int] = []
-    monkeypatch.setattr(RateLimiter, "take", lambda _self, count: taken.append(count))
-    return taken
+    counts: list[int] = []
+    monkeypatch.setattr(RateLimiter, "take", lambda _self, count: counts.append(count))
+    return counts
 
 
 def early(folder: Path, *names: str, limit: int | None = None) -> None:
