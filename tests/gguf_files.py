@@ -1,6 +1,7 @@
-"""The one builder of tiny GGUF files, whole or broken in exactly one place.
+"""The builder of tiny GGUF files, sound or broken in exactly one place.
 
-It knows nothing of the code that it tests: bytes are laid out here from the format's description alone.
+It shares no code with the reader that it tests: bytes are laid out from the format's description
+(ggml's docs/gguf.md) alone.
 """
 
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 4, 5, 6, 7, 8, 9, 10
-#           id  weights in a block, bytes of a block
+#         id, weights in a block, bytes of a block
 BLOCKS = {
     "F32": (0, 1, 4),
     "F16": (1, 1, 2),
@@ -25,7 +26,7 @@ BLOCKS = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as it is written; what is None is computed."""
+    """A tensor as it is written. A field that is None is computed."""
 
     name: str | bytes = "a.weight"
     shape: tuple[int, ...] = (32, 2)
@@ -37,7 +38,7 @@ class Tensor:
     data: bytes | None = None
 
     def bytes(self) -> bytes:
-        """Its data: what was given, or noise that its name decides."""
+        """Return the data that was given, or noise whose seed is the name."""
         if self.data is not None:
             return self.data
         _, block, block_bytes = BLOCKS[self.type]
@@ -58,19 +59,19 @@ class Key:
 
 
 def text(value: str | bytes, length: int | None = None) -> bytes:
-    """A GGUF string; ``length`` lies about it."""
+    """Return a GGUF string, with a wrong length if one is given."""
     raw = value.encode() if isinstance(value, str) else value
     return struct.pack("<Q", len(raw) if length is None else length) + raw
 
 
 def key(name: str | bytes, value: Any) -> Key:
-    """A key of the type that its Python value suggests."""
+    """Return a key of the type that its Python value suggests."""
     kind, raw = _encoded(value)
     return Key(name, kind, raw)
 
 
 def array(kind: int, count: int, raw: bytes) -> bytes:
-    """An array's value, whose count and element type may be anything."""
+    """Return the value of an array, of any count and element type."""
     return struct.pack("<IQ", kind, count) + raw
 
 
@@ -110,7 +111,7 @@ def content(
     alignment: int = 32,
     cut: int = 0,
 ) -> bytes:
-    """The bytes of a GGUF file; ``cut`` takes so many from its end."""
+    """Return the bytes of a GGUF file, without the last ``cut`` ones."""
     head = magic + struct.pack(
         "<IQQ", version, _or(n_tensors, len(tensors)), _or(n_keys, len(keys))
     )
@@ -129,7 +130,7 @@ def content(
 def write(
     path: Path, tensors: Sequence[Tensor] = TWO, keys: Sequence[Key] = LLAMA, **faults: Any
 ) -> Path:
-    """A GGUF file at ``path``, whole unless a fault is asked for."""
+    """Write a GGUF file at ``path``, sound unless a fault is given, and return the path."""
     path.write_bytes(content(tensors, keys, **faults))
     return path
 

@@ -1,4 +1,4 @@
-"""llama-quantize, called with an explicit type for every tensor: the oracle of the engine."""
+"""llama-quantize, called with an explicit type for every tensor: the oracle of the quantizer."""
 
 import re
 import subprocess
@@ -21,7 +21,10 @@ def llama_quantize(
     *,
     threads: int = 2,
 ) -> Path:
-    """Write ``out`` with these types; its folder gets the table, and the matrix under the name that the file tells."""
+    """Write ``out`` with these types.
+
+    Its folder also gets the table of types, and the imatrix under the name that the file records.
+    """
     tensors = read_header(base).by_name
     table = out.with_name(f"{out.name}.types")
     files.write_text(
@@ -29,9 +32,9 @@ def llama_quantize(
     )
     if matrix and not (out.parent / MATRIX_NAME).exists():
         files.link_or_copy(matrix, out.parent / MATRIX_NAME)
-    given = ["--imatrix", MATRIX_NAME] if matrix else []
+    options = ["--imatrix", MATRIX_NAME] if matrix else []
     command: list[str | Path] = [
-        *given,
+        *options,
         "--tensor-type-file",
         table.name,
         base.resolve(),
@@ -39,22 +42,22 @@ def llama_quantize(
         file_type,
         str(threads),
     ]
-    done = subprocess.run(
+    process = subprocess.run(
         [find_toolchain().path("llama-quantize"), *command],
         cwd=out.parent,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     return out
 
 
 def type_file(types: Mapping[str, str]) -> str:
-    """The ``--tensor-type-file`` that means exactly this table.
+    """Return the ``--tensor-type-file`` that means exactly this table.
 
-    llama-quantize searches every name with a regular expression that is not anchored and takes the first hit, so
-    ``blk.1`` would also be ``blk.11``: every name is escaped and anchored.
+    llama-quantize searches every name with unanchored regular expressions and takes the first hit,
+    so ``blk.1`` would also match ``blk.11``. Every name is escaped and anchored.
     """
     return "".join(
         f"^{re.escape(name)}$={ggml_type.lower()}\n" for name, ggml_type in types.items()

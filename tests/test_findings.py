@@ -1,4 +1,4 @@
-"""What docs/ggml-findings.md says of ggml is so with the ggml that is installed; when it is not, the report is out of date."""
+"""docs/ggml-findings.md is true of the ggml that is installed. A failure means that the report is out of date."""
 
 import re
 import subprocess
@@ -16,29 +16,29 @@ SCRIPTS = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```\n", REPORT.read_tex
 pytestmark = pytest.mark.tools
 
 
-def run(name: str, folder: Path) -> tuple[int, str]:
+def run_script(name: str, folder: Path) -> tuple[int, str]:
     (folder / name).write_text(SCRIPTS[name])
     command = [sys.executable, name, str(ggml.find_library(find_toolchain().bin).resolve())]
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, env={"GGML_NO_BACKTRACE": "1"}
     )
-    return done.returncode, done.stdout
+    return process.returncode, process.stdout
 
 
-def test_an_empty_sub_block_of_iq3_s_spoils_the_others(tmp_path: Path) -> None:
-    _, out = run("shift.py", tmp_path)
-    spoiled, sound = (
+def test_an_all_zero_sub_block_of_iq3_s_spoils_the_others(tmp_path: Path) -> None:
+    _, out = run_script("shift.py", tmp_path)
+    shifted, sound = (
         [float(e) for e in line.split("[")[1].strip(" ]").split()] for line in out.splitlines()
     )
-    assert min(spoiled) > 1 > 0.1 > max(sound)
+    assert min(shifted) > 1 > 0.1 > max(sound)
 
 
 def test_the_tables_of_the_iq2_types_take_seconds(tmp_path: Path) -> None:
-    _, out = run("init.py", tmp_path)
+    _, out = run_script("init.py", tmp_path)
     assert sum(float(line.split()[1]) for line in out.splitlines()) > 2
 
 
 def test_large_weights_end_the_process(tmp_path: Path) -> None:
-    code, out = run("abort.py", tmp_path)
+    code, out = run_script("abort.py", tmp_path)
     assert out == "1.0 written\n1000000000000.0 written\n"
     assert code < 0

@@ -1,4 +1,4 @@
-"""Twins of the real models go the whole way: converted, measured, quantised to the byte, served, and spoken with."""
+"""Small twins of the real models are converted, measured, quantized and served."""
 
 import base64
 import struct
@@ -48,8 +48,8 @@ VARIANTS = [name for name in list_recipes("variants") if name != "BF16"]
 
 
 @dataclass(frozen=True)
-class Made:
-    """A model as far as every variant needs it."""
+class ConvertedModel:
+    """What every variant of a model is made from."""
 
     checkpoint: Path
     base: Path
@@ -57,8 +57,8 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
-    """Every twin, and the tiny model itself: converted, with an importance matrix over a few documents."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ConvertedModel]:
+    """Return every twin, and the tiny model: converted, with an imatrix of a few documents."""
     root = tmp_path_factory.mktemp("twins")
     folders = {"tiny-glm": twins.TINY_GLM}
     for name, (architecture, changes) in MODELS.items():
@@ -82,11 +82,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
         run = imatrix.ImatrixRun(root / f"{name}.gguf", text, out, settings)
         imatrix.run_llama_imatrix(run, toolchain.find_toolchain())
     return {
-        n: Made(folders[n], root / f"{n}.gguf", root / "matrices" / n / "m.gguf") for n in folders
+        n: ConvertedModel(folders[n], root / f"{n}.gguf", root / "matrices" / n / "m.gguf")
+        for n in folders
     }
 
 
-def make_request(model: Made, target: QuantizeTarget) -> WriteRequest:
+def make_request(model: ConvertedModel, target: QuantizeTarget) -> WriteRequest:
     return WriteRequest(
         base=ModelFile.open(model.base),
         targets=[target],
@@ -96,8 +97,8 @@ def make_request(model: Made, target: QuantizeTarget) -> WriteRequest:
     )
 
 
-def quantised(model: Made, variant: Variant, out: Path) -> Header:
-    """A variant, written and compared with its plan and its forecast."""
+def write_variant(model: ConvertedModel, variant: Variant, out: Path) -> Header:
+    """Write a variant and return its header."""
     out.parent.mkdir()
     planned = make_plan(
         variant, read_header(model.base).tensors, imatrix.read_imatrix(model.matrix).covered
@@ -107,13 +108,13 @@ def quantised(model: Made, variant: Variant, out: Path) -> Header:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_forecast_of_the_tiny_model_is_the_length_of_the_file(
-    name: str, made: dict[str, Made], tmp_path: Path
+def test_the_forecast_size_of_a_variant_is_that_of_its_file(
+    name: str, models: dict[str, ConvertedModel], tmp_path: Path
 ) -> None:
-    model, variant = made["tiny-glm"], load_variant(name)
+    model, variant = models["tiny-glm"], load_variant(name)
     base = read_header(model.base)
     planned = make_plan(variant, base.tensors)
-    header = quantised(model, variant, tmp_path / "q" / "V.gguf")
+    header = write_variant(model, variant, tmp_path / "q" / "V.gguf")
     assert header.path.stat().st_size == forecast_file_bytes(
         planned, base, read_header(model.matrix)
     )
@@ -121,8 +122,8 @@ def test_a_forecast_of_the_tiny_model_is_the_length_of_the_file(
     assert [t.name for t in header.tensors] == [t.tensor.name for t in planned.tensors]
 
 
-def test_a_forecast_of_the_converted_file_is_its_own_length(made: dict[str, Made]) -> None:
-    for model in made.values():
+def test_the_forecast_size_of_the_base_is_its_own(models: dict[str, ConvertedModel]) -> None:
+    for model in models.values():
         base = read_header(model.base)
         assert (
             forecast_file_bytes(make_plan(load_variant("BF16"), base.tensors), base)
@@ -131,14 +132,14 @@ def test_a_forecast_of_the_converted_file_is_its_own_length(made: dict[str, Made
 
 
 @pytest.mark.parametrize("name", ["BF16", "Q8_0"])
-def test_shards_are_cut_where_they_were_foretold(
-    name: str, made: dict[str, Made], tmp_path: Path
+def test_shards_are_cut_where_the_forecast_cuts_them(
+    name: str, models: dict[str, ConvertedModel], tmp_path: Path
 ) -> None:
-    model = made["tiny-glm"]
+    model = models["tiny-glm"]
     planned = make_plan(load_variant(name), read_header(model.base).tensors)
     path = model.base
     if not planned.is_base:
-        path = quantised(model, planned.variant, tmp_path / "q" / "V.gguf").path
+        path = write_variant(model, planned.variant, tmp_path / "q" / "V.gguf").path
     (tmp_path / "s").mkdir()
     split_file(path, "3M", toolchain.find_toolchain(), tmp_path / "s" / "V")
     shards = [read_header(shard) for shard in sorted((tmp_path / "s").glob("*.gguf"))]
@@ -149,47 +150,47 @@ def test_shards_are_cut_where_they_were_foretold(
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_llama_quantize_takes_every_plan_as_it_is(
-    name: str, variant: str, made: dict[str, Made], tmp_path: Path
+def test_llama_quantize_takes_every_plan_unchanged(
+    name: str, variant: str, models: dict[str, ConvertedModel], tmp_path: Path
 ) -> None:
-    model = made[name]
+    model = models[name]
     planned = make_plan(
         load_variant(variant),
         read_header(model.base).tensors,
         imatrix.read_imatrix(model.matrix).covered,
     )
-    types = tmp_path / "types.txt"
-    types.write_text(
+    table = tmp_path / "types.txt"
+    table.write_text(
         type_file({t.tensor.name: t.type.name for t in planned.tensors if t.rule is not None})
     )
-    found = dry_run(
+    types = dry_run(
         model.base,
         "--imatrix",
         model.matrix,
         "--tensor-type-file",
-        types,
+        table,
         model.base,
         planned.variant.file_type,
     )
-    assert list(found.items()) == list(planned.types().items())
+    assert list(types.items()) == list(planned.types().items())
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("preset", ["IQ4_NL", "Q4_1", "Q8_0"])
-def test_a_variant_that_is_called_as_a_preset_has_its_types(
-    name: str, preset: str, made: dict[str, Made]
+def test_a_variant_named_like_a_preset_has_its_types(
+    name: str, preset: str, models: dict[str, ConvertedModel]
 ) -> None:
-    model = made[name]
+    model = models[name]
     planned = make_plan(load_variant(preset), read_header(model.base).tensors)
-    found = dry_run(model.base, "--imatrix", model.matrix, model.base, preset)
-    assert found == planned.types()
+    types = dry_run(model.base, "--imatrix", model.matrix, model.base, preset)
+    assert types == planned.types()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_matrix_of_a_twin_that_is_read_can_be_fed_back(
-    name: str, made: dict[str, Made], tmp_path: Path
+def test_error_compensation_changes_every_matrix_with_a_hessian(
+    name: str, models: dict[str, ConvertedModel], tmp_path: Path
 ) -> None:
-    model = made[name]
+    model = models[name]
     seen = tmp_path / "moments.safetensors"
     observed = hessians.collect_hessians(
         model.base, model.base.parent / "text.txt", seen, hessians.HessianSettings(256, 4)
@@ -203,26 +204,28 @@ def test_every_matrix_of_a_twin_that_is_read_can_be_fed_back(
     changed = {
         n for n, t in facts["tensors"].items() if t["sha256"] != plain["tensors"][n]["sha256"]
     }
-    quantised = {t.tensor.name for t in planned.tensors if t.type != t.tensor.type}
-    assert changed == quantised & {*observed.counts, "token_embd.weight"}
-    assert covered & quantised <= {*observed.counts}
+    quantized = {t.tensor.name for t in planned.tensors if t.type != t.tensor.type}
+    assert changed == quantized & {*observed.counts, "token_embd.weight"}
+    assert covered & quantized <= {*observed.counts}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_twin_is_quantised_to_the_byte_and_answers(
-    name: str, made: dict[str, Made], tmp_path: Path
+def test_a_quantized_twin_answers(
+    name: str, models: dict[str, ConvertedModel], tmp_path: Path
 ) -> None:
-    header = quantised(made[name], load_variant("UD-Q2_K_XL"), tmp_path / "q" / "V.gguf")
-    with served(header.path, tmp_path) as client:
-        said = client.post(
+    header = write_variant(models[name], load_variant("UD-Q2_K_XL"), tmp_path / "q" / "V.gguf")
+    with serve(header.path, tmp_path) as client:
+        answer = client.post(
             "/completion", json={"prompt": "Hello.", "n_predict": 8, "ignore_eos": True}
         ).json()
-    assert said["tokens_predicted"] == 8
-    assert said["tokens_evaluated"] > 1
+    assert answer["tokens_predicted"] == 8
+    assert answer["tokens_evaluated"] > 1
 
 
-def test_a_twin_that_sees_is_shown_a_picture(made: dict[str, Made], tmp_path: Path) -> None:
-    model = made["glm-4.6v-flash"]
+def test_a_twin_with_vision_reads_an_image(
+    models: dict[str, ConvertedModel], tmp_path: Path
+) -> None:
+    model = models["glm-4.6v-flash"]
     vision = tmp_path / "v" / "mmproj-Twin-F16.gguf"
     vision.parent.mkdir()
     facts = write_vision(
@@ -244,12 +247,12 @@ def test_a_twin_that_sees_is_shown_a_picture(made: dict[str, Made], tmp_path: Pa
         assert answer.status_code == 200, answer.text
         return int(answer.json()["usage"]["prompt_tokens"])
 
-    with served(model.base, tmp_path, "--mmproj", vision) as client:
+    with serve(model.base, tmp_path, "--mmproj", vision) as client:
         # 56 x 84 pixels are 4 x 6 patches of 14, of which every 2 x 2 become one token.
         assert prompt_tokens(question) - prompt_tokens(question[1:]) >= 6
 
 
-def test_an_fp8_checkpoint_is_converted_as_what_it_stands_for(tmp_path: Path) -> None:
+def test_an_fp8_checkpoint_converts_to_its_dequantized_weights(tmp_path: Path) -> None:
     fp8 = write_twin(tmp_path / "fp8", MODELS["glm-5"][0], n_routed_experts=3, index_n_heads=3)
     add_prediction(fp8, own_embedding=False)
     stored = in_fp8(fp8)
@@ -268,7 +271,7 @@ def test_an_fp8_checkpoint_is_converted_as_what_it_stands_for(tmp_path: Path) ->
 
 
 @contextmanager
-def served(model: Path, folder: Path, *options: str | Path) -> Iterator[httpx.Client]:
+def serve(model: Path, folder: Path, *options: str | Path) -> Iterator[httpx.Client]:
     """Yield a client of a server that has loaded this file."""
     arguments = ("-m", model, "-c", "512", "--jinja", "-t", "2", *options)
     settings = ServerSettings(arguments, folder / "server.log")
@@ -280,7 +283,7 @@ def served(model: Path, folder: Path, *options: str | Path) -> Iterator[httpx.Cl
 
 
 def png(width: int, height: int) -> bytes:
-    """A picture: red from left to right, green from top to bottom."""
+    """Return a PNG: red grows from left to right, green from top to bottom."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (

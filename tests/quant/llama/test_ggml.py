@@ -1,4 +1,4 @@
-"""The door to ggml's library: where it is found, what it must have, and that its rows are gguf-py's."""
+"""The binding to ggml: where the library is found, what it must have, and that its rows are gguf-py's."""
 
 import dataclasses
 import subprocess
@@ -15,7 +15,7 @@ from quant.llama.types import TYPES
 
 ROWS = np.random.default_rng(3).normal(0, 0.02, (5, 512)).astype(np.float32)
 EXACT = ("BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
-"""Types that gguf-py quantises with the same bytes as the kernels without an imatrix."""
+"""Types that gguf-py quantizes to the same bytes as the kernels do without an imatrix."""
 READ = (
     "F16",
     "Q2_K",
@@ -39,7 +39,7 @@ def library() -> ggml.Library:
 
 @pytest.mark.tools
 @pytest.mark.parametrize("name", EXACT)
-def test_stored_rows_are_gguf_pys(library: ggml.Library, name: str) -> None:
+def test_quantized_rows_are_gguf_pys(library: ggml.Library, name: str) -> None:
     library.initialize(TYPES[name])
     expected = gguf.quants.quantize(ROWS, gguf.GGMLQuantizationType[name])
     assert library.kernel(TYPES[name])(ROWS, None).tobytes() == expected.tobytes()
@@ -49,22 +49,22 @@ def test_stored_rows_are_gguf_pys(library: ggml.Library, name: str) -> None:
 @pytest.mark.parametrize("name", READ)
 def test_rows_are_read_back_as_gguf_py_reads_them(library: ggml.Library, name: str) -> None:
     data = library.kernel(TYPES[name])(ROWS, np.ones(512, np.float32))
-    theirs = gguf.quants.dequantize(data.reshape(5, -1), gguf.GGMLQuantizationType[name])
-    mine = library.to_float(TYPES[name], data, 512)
-    assert mine.shape == ROWS.shape
-    np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-9)
+    expected = gguf.quants.dequantize(data.reshape(5, -1), gguf.GGMLQuantizationType[name])
+    actual = library.to_float(TYPES[name], data, 512)
+    assert actual.shape == ROWS.shape
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-9)
     assert library.is_valid(TYPES[name], data)
 
 
 @pytest.mark.tools
-def test_weights_of_the_columns_count(library: ggml.Library) -> None:
+def test_weights_of_columns_change_the_bytes(library: ggml.Library) -> None:
     kernel = library.kernel(TYPES["Q4_K"])
     some = np.linspace(0.01, 9, 512, dtype=np.float32)
     assert kernel(ROWS, some).tobytes() != kernel(ROWS, np.ones(512, np.float32)).tobytes()
 
 
 @pytest.mark.tools
-def test_a_scale_that_is_no_number_is_not_valid(library: ggml.Library) -> None:
+def test_a_row_with_a_nan_scale_is_not_valid(library: ggml.Library) -> None:
     data = library.kernel(TYPES["Q8_0"])(ROWS, None)
     data[34:36] = (0x00, 0x7E)
     assert not library.is_valid(TYPES["Q8_0"], data)
@@ -92,14 +92,14 @@ def test_the_library_is_found_in_a_build_tree_through_a_link(tmp_path: Path) -> 
     assert ggml.find_library(tree) == tree / ggml.NAME
 
 
-def test_a_file_that_is_no_library_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_no_library_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / ggml.NAME
     path.write_bytes(b"text")
     with pytest.raises(ToolError, match=rf"{path}: cannot be loaded"):
         ggml.load_ggml(path)
 
 
-def test_a_missing_function_is_told_with_every_other(tmp_path: Path) -> None:
+def test_all_missing_functions_are_named(tmp_path: Path) -> None:
     source, path = tmp_path / "empty.c", tmp_path / ggml.NAME
     source.write_text("int ggml_validate_row_data(void) { return 1; }\n")
     try:
@@ -115,7 +115,7 @@ def test_a_missing_function_is_told_with_every_other(tmp_path: Path) -> None:
     }
 
 
-def test_a_folder_of_tools_without_the_library_is_told_with_the_places(tmp_path: Path) -> None:
+def test_tools_without_the_library_are_an_error_that_lists_the_places(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     with pytest.raises(
         ToolError,

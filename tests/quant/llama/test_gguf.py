@@ -1,4 +1,4 @@
-"""Headers: what gguf-py writes is read back, what is broken is refused by name, and no byte does more than that."""
+"""GGUF heads: what gguf-py writes is read back, faults are refused by name, no byte breaks the reader."""
 
 import hashlib
 import resource
@@ -37,7 +37,7 @@ A, B = TWO
 HUGE = 2**62
 
 FAULTS: Sequence[tuple[str, dict[str, Any], str]] = [
-    # what is wrong, how to make it, what must be said
+    # the fault, how to make it, what the error says
     ("an empty file", {"cut": 10**6}, "magic"),
     ("another magic", {"magic": b"GGML"}, "magic: expected"),
     ("version 0", {"version": 0}, "version: expected 3, found 0"),
@@ -203,26 +203,26 @@ FAULTS: Sequence[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-def broken(path: Path, faults: dict[str, Any]) -> Path:
-    if faults.get("cut", 0) < 0:  # so many bytes are left
+def write_broken(path: Path, faults: dict[str, Any]) -> Path:
+    if faults.get("cut", 0) < 0:  # minus the number of bytes that are left
         path.write_bytes(content()[: -faults["cut"]])
         return path
     return write(path, **faults)
 
 
-@pytest.mark.parametrize(("faults", "said"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+@pytest.mark.parametrize(("faults", "message"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
 def test_a_broken_file_is_refused_by_name(
-    tmp_path: Path, faults: dict[str, Any], said: str
+    tmp_path: Path, faults: dict[str, Any], message: str
 ) -> None:
-    path = broken(tmp_path / "broken.gguf", faults)
+    path = write_broken(tmp_path / "broken.gguf", faults)
     with pytest.raises(InputError) as caught:
         read_header(path)
     assert len(caught.value.problems) == 1
     assert caught.value.problems[0].startswith(f"{path}: ")
-    assert said in caught.value.problems[0]
+    assert message in caught.value.problems[0]
 
 
-def test_the_whole_file_that_the_faults_are_made_from_is_read(tmp_path: Path) -> None:
+def test_the_sound_file_behind_the_faults_is_read(tmp_path: Path) -> None:
     header = read_header(write(tmp_path / "whole.gguf"))
     assert [(t.name, t.shape, t.type.name, t.offset) for t in header.tensors] == [
         ("a.weight", (32, 2), "F32", 0),
@@ -243,7 +243,7 @@ def test_the_padding_after_the_last_tensor_may_be_missing(tmp_path: Path) -> Non
     assert read_header(write(tmp_path / "f.gguf", [odd], cut=20)).by_name["a"].bytes == 12
 
 
-def test_another_alignment_is_kept(tmp_path: Path) -> None:
+def test_another_alignment_is_respected(tmp_path: Path) -> None:
     keys = [key("general.alignment", 64)]
     header = read_header(
         write(tmp_path / "f.gguf", [Tensor("a", (8,)), Tensor("b", (8,))], keys, alignment=64)
@@ -335,7 +335,7 @@ def test_gguf_py_reads_the_same_from_what_the_builder_writes(tmp_path: Path) -> 
     assert ours.metadata == their_values
 
 
-def test_a_tensors_digest_is_that_of_its_bytes(tmp_path: Path) -> None:
+def test_the_digest_of_a_tensor_is_that_of_its_bytes(tmp_path: Path) -> None:
     header = read_header(write(tmp_path / "f.gguf"))
     assert header.hash_tensors() == {
         str(t.name): hashlib.sha256(t.bytes()).hexdigest() for t in TWO
@@ -355,7 +355,7 @@ WHOLE = content()
     length=st.integers(0, len(WHOLE)),
     cut=st.booleans(),
 )
-def test_whatever_bytes_are_flipped_the_file_is_read_or_refused(
+def test_a_file_with_flipped_bytes_is_read_or_refused(
     tmp_path: Path, flips: list[tuple[int, int]], length: int, cut: bool
 ) -> None:
     raw = bytearray(WHOLE)
@@ -387,18 +387,18 @@ def test_no_single_byte_of_a_head_breaks_the_reader(tmp_path: Path, value: int) 
             assert str(path) in str(e)
 
 
-LIES = {
+HUGE_COUNTS = {
     "a string of 50 GB": [Key("k", 8, text("x", 50 * 10**9))],
     "an array of 50 GB": [Key("k", ARRAY, array(0, 50 * 10**9, b""))],
     "an array of strings": [Key("k", ARRAY, array(8, 6 * 10**9, b""))],
 }
 
 
-@pytest.mark.parametrize("name", LIES)
-def test_a_count_that_a_large_file_could_hold_takes_no_memory(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path / "sparse.gguf", [], LIES[name])
+@pytest.mark.parametrize("name", HUGE_COUNTS)
+def test_a_huge_count_in_a_huge_file_takes_no_memory(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "sparse.gguf", [], HUGE_COUNTS[name])
     with path.open("r+b") as f:
-        f.truncate(100 * 10**9)  # holes: no byte of it is on the disk
+        f.truncate(100 * 10**9)  # a sparse file: none of it is on the disk
     code = (
         "import resource, sys; from pathlib import Path; from quant.llama.gguf import read_header\n"
         "from quant.errors import InputError\n"
@@ -406,15 +406,15 @@ def test_a_count_that_a_large_file_could_hold_takes_no_memory(tmp_path: Path, na
         "try: read_header(Path(sys.argv[1]))\n"
         "except InputError as e: print(e)"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=PATIENCE_SECONDS
     )
-    assert done.returncode == 0, done.stderr
-    assert str(path) in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert str(path) in process.stdout
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2**21  # kB
 
 
-def split_pair(folder: Path, *, no: int = 1, count: int = 2) -> Path:
+def write_shards(folder: Path, *, no: int = 1, count: int = 2) -> Path:
     for n in (0, 1):
         keys = [key("split.no", no if n else 0), key("split.count", count if n else 2)]
         write(folder / f"m-{n + 1:05d}-of-00002.gguf", [TWO[n]], keys)
@@ -435,8 +435,8 @@ def test_a_single_file_is_its_own_only_shard(tmp_path: Path) -> None:
         assert list_shards(tmp_path / name) == (tmp_path / name,)
 
 
-def test_the_first_shard_brings_all_others(tmp_path: Path) -> None:
-    first = split_pair(tmp_path)
+def test_the_first_shard_stands_for_all(tmp_path: Path) -> None:
+    first = write_shards(tmp_path)
     assert list_shards(first) == (first, tmp_path / "m-00002-of-00002.gguf")
     assert [t.name for h in read_headers(first) for t in h.tensors] == ["a.weight", "b.weight"]
 
@@ -450,12 +450,12 @@ def test_every_missing_shard_is_named(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("lie", [{"no": 0}, {"count": 3}])
-def test_a_shard_of_another_split_is_refused(tmp_path: Path, lie: dict[str, int]) -> None:
+@pytest.mark.parametrize("wrong", [{"no": 0}, {"count": 3}])
+def test_a_shard_of_another_split_is_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(
         InputError, match=r"m-00002-of-00002.gguf: split.no, split.count: expected \(1, 2\), found"
     ):
-        read_headers(split_pair(tmp_path, **lie))
+        read_headers(write_shards(tmp_path, **wrong))
 
 
 @pytest.mark.parametrize(

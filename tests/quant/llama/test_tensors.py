@@ -1,4 +1,4 @@
-"""Order, shapes and shards, as llama.cpp's tools have them."""
+"""Order, shapes and shards of tensors are those of llama.cpp's tools."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_ones_at_the_end_of_a_shape_are_not_written(
     assert stored_shape(TensorSpec("a.weight", shape, TYPES["F32"])) == stored
 
 
-def test_a_file_is_in_order_of_blocks_as_numbers_and_of_names() -> None:
+def test_tensors_are_sorted_by_block_number_and_then_by_name() -> None:
     names = [t.name for t in sort_tensors(list_tensors(load_model("glm-4.6")[0].architecture))]
     assert names[:4] == [
         "output.weight",
@@ -38,6 +38,6 @@ def test_a_file_is_in_order_of_blocks_as_numbers_and_of_names() -> None:
     assert blocks == sorted(blocks)
 
 
-def test_a_shard_ends_before_the_tensor_that_it_has_no_room_for() -> None:
+def test_a_shard_ends_before_the_tensor_that_would_exceed_its_limit() -> None:
     assert list(split_into_shards([4, 4, 2, 9, 1], 10)) == [[4, 4, 2], [9, 1]]
     assert list(split_into_shards([10, 10], 10)) == [[10], [10]]

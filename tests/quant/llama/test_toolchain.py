@@ -1,4 +1,4 @@
-"""The one door to native tools: failures are quoted, versions are checked, nobody outlives a killed parent."""
+"""Native tools: failures are quoted, versions are checked, and no tool outlives a killed parent."""
 
 import os
 import shutil
@@ -22,15 +22,15 @@ from tests.processes import lives, wait_for, written_pid
 Fake = Callable[..., Toolchain]
 
 
-def test_a_tool_runs_where_it_is_told_and_speaks_into_the_log(
+def test_a_tool_runs_in_its_folder_and_prints_into_the_log(
     fake_tools: Fake, tmp_path: Path
 ) -> None:
     tools = fake_tools(llama_quantize='pwd; echo "$@"; echo complaint >&2')
     log = tmp_path / "log"
     tools.run("llama-quantize", ["in file.gguf", Path("out"), "it's"], cwd=tmp_path, log=log)
-    command, *said = log.read_text().splitlines()
+    command, *output = log.read_text().splitlines()
     assert command == f"$ {tools.bin}/llama-quantize 'in file.gguf' out 'it'\"'\"'s'"
-    assert said == [str(tmp_path), "in file.gguf out it's", "complaint"]
+    assert output == [str(tmp_path), "in file.gguf out it's", "complaint"]
 
 
 def test_the_command_in_the_log_can_be_typed_again(fake_tools: Fake, tmp_path: Path) -> None:
@@ -46,11 +46,11 @@ def test_the_command_in_the_log_can_be_typed_again(fake_tools: Fake, tmp_path: P
     assert again.stdout == "".join(f"<{a}>" for a in arguments)
 
 
-def test_the_log_is_added_to(fake_tools: Fake, tmp_path: Path) -> None:
+def test_a_log_is_appended_to(fake_tools: Fake, tmp_path: Path) -> None:
     log = tmp_path / "log"
     for _ in range(2):
-        fake_tools(llama_quantize="echo said").run("llama-quantize", [], cwd=tmp_path, log=log)
-    assert log.read_text().count("said") == 2
+        fake_tools(llama_quantize="echo printed").run("llama-quantize", [], cwd=tmp_path, log=log)
+    assert log.read_text().count("printed") == 2
 
 
 def test_a_failing_tool_is_quoted(fake_tools: Fake, tmp_path: Path) -> None:
@@ -63,14 +63,14 @@ def test_a_failing_tool_is_quoted(fake_tools: Fake, tmp_path: Path) -> None:
     )
 
 
-def test_a_name_can_stand_for_the_program(tmp_path: Path) -> None:
+def test_an_error_calls_a_program_by_the_name_it_was_given(tmp_path: Path) -> None:
     with pytest.raises(ToolError, match=r"^the converter exited with 1; its last words:"):
         run_program(
             ["/bin/sh", "-c", "exit 1"], cwd=tmp_path, log=tmp_path / "log", name="the converter"
         )
 
 
-def test_only_the_last_words_are_quoted(tmp_path: Path) -> None:
+def test_only_the_last_lines_of_a_log_are_quoted(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"".join(f"line {n}\n\n".encode() for n in range(100)) + b"\xff broken\n")
     words = read_log_tail(log).splitlines()
@@ -82,20 +82,20 @@ def test_only_the_last_words_are_quoted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("SIGKILL", "was ended by SIGKILL (out of memory?)"),
         ("SIGXFSZ", "was ended by SIGXFSZ (a file grew too large)"),
         ("SIGABRT", "was ended by SIGABRT;"),
     ],
 )
-def test_a_tool_that_was_ended_by_a_signal_says_which(
-    fake_tools: Fake, tmp_path: Path, name: str, said: str
+def test_the_signal_that_ended_a_tool_is_named(
+    fake_tools: Fake, tmp_path: Path, name: str, message: str
 ) -> None:
     tools = fake_tools(llama_quantize=f"ulimit -c 0; kill -{int(getattr(signal, name))} $$")
     with pytest.raises(ToolError) as caught:
         tools.run("llama-quantize", [], cwd=tmp_path, log=tmp_path / "log")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_tool_that_is_no_program_is_a_tool_error(fake_tools: Fake, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_tool_that_is_no_program_is_a_tool_error(fake_tools: Fake, tmp_path: P
         _ = tools.version
 
 
-def test_a_missing_tool_says_what_brings_it(fake_tools: Fake, tmp_path: Path) -> None:
+def test_the_error_of_a_missing_tool_says_what_brings_it(fake_tools: Fake, tmp_path: Path) -> None:
     tools = fake_tools(missing=("llama-imatrix",))
     with pytest.raises(ToolError) as caught:
         tools.run("llama-imatrix", [], cwd=tmp_path, log=tmp_path / "log")
@@ -122,7 +122,7 @@ def test_a_tool_that_may_not_be_run_counts_as_missing(fake_tools: Fake) -> None:
         tools.path("llama-imatrix")
 
 
-def test_all_missing_tools_are_told_at_once(fake_tools: Fake) -> None:
+def test_all_missing_tools_are_named_at_once(fake_tools: Fake) -> None:
     tools = fake_tools(missing=("llama-imatrix", "llama-server"))
     with pytest.raises(ToolError) as caught:
         tools.require(*TOOLS)
@@ -130,7 +130,7 @@ def test_all_missing_tools_are_told_at_once(fake_tools: Fake) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "number", "commit"),
+    ("output", "number", "commit"),
     [
         ("version: 0.5.0-dev (build 1, commit 0c1e570)", (0, 5, 0), "0c1e570"),
         ("version: 0.5.0 (build 12345, commit abcdef0)", (0, 5, 0), "abcdef0"),
@@ -142,20 +142,20 @@ def test_all_missing_tools_are_told_at_once(fake_tools: Fake) -> None:
     ],
 )
 def test_a_version_is_read(
-    fake_tools: Fake, said: str, number: tuple[int, ...], commit: str
+    fake_tools: Fake, output: str, number: tuple[int, ...], commit: str
 ) -> None:
-    version = fake_tools(said).version
+    version = fake_tools(output).version
     assert (version.number, version.commit) == (number, commit)
     assert str(version) == f"{'.'.join(map(str, number))} ({commit})"
 
 
-def test_a_version_may_be_told_on_standard_error(fake_tools: Fake) -> None:
+def test_a_version_may_be_printed_on_standard_error(fake_tools: Fake) -> None:
     tools = fake_tools(llama_server="echo 'version: 0.5.1 (build 1, commit abc)' >&2")
     assert tools.version.number == (0, 5, 1)
 
 
 @pytest.mark.parametrize(
-    ("said", "found"),
+    ("output", "message"),
     [
         ("version: 6123 (abc)", "found 'version: 6123 (abc)'"),
         ("version: 0.4.9 (build 1, commit abc)", "found 0.4.9 (abc)"),
@@ -166,23 +166,24 @@ def test_a_version_may_be_told_on_standard_error(fake_tools: Fake) -> None:
     ],
 )
 def test_a_version_that_is_too_old_or_cannot_be_read_is_refused(
-    fake_tools: Fake, said: str, found: str
+    fake_tools: Fake, output: str, message: str
 ) -> None:
-    tools = fake_tools(said)
+    tools = fake_tools(output)
     with pytest.raises(ToolError) as caught:
         tools.require("llama-quantize")
     oldest = ".".join(map(str, OLDEST))
     assert (
-        str(caught.value) == f"{tools.bin}: llama.cpp: expected version {oldest} or later, {found}"
+        str(caught.value)
+        == f"{tools.bin}: llama.cpp: expected version {oldest} or later, {message}"
     )
 
 
-def test_bytes_that_are_no_text_are_no_version(fake_tools: Fake) -> None:
+def test_a_version_that_is_no_utf8_is_refused(fake_tools: Fake) -> None:
     with pytest.raises(ToolError, match="expected version"):
         _ = fake_tools(llama_server=r"printf '\377\376'").version
 
 
-def test_the_version_is_asked_once(fake_tools: Fake, tmp_path: Path) -> None:
+def test_the_version_is_asked_for_once(fake_tools: Fake, tmp_path: Path) -> None:
     tools = fake_tools(
         llama_server=f"echo asked >> {tmp_path}/asked; echo 'version: 0.5.0 (build 1, commit a)'"
     )
@@ -212,7 +213,7 @@ def test_a_build_tree_is_looked_into(fake_tools: Fake, tmp_path: Path) -> None:
     assert find_toolchain(tmp_path / "llama.cpp" / "build").bin == tree
 
 
-def test_a_folder_that_is_not_there_is_refused_with_how_it_was_named(
+def test_a_missing_folder_is_refused_with_the_option_that_named_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ToolError, match=r"/none: llama.cpp: no such folder \(--llama-cpp\)"):
@@ -277,21 +278,21 @@ def test_a_tool_is_ended_when_the_run_is_interrupted(fake_tools: Fake, tmp_path:
 
 
 @pytest.mark.tools
-def test_this_environments_tools_are_all_there_and_new_enough() -> None:
+def test_the_tools_of_this_environment_are_complete_and_new_enough() -> None:
     find_toolchain().require(*TOOLS)
 
 
-def test_the_settings_of_this_environments_tools_are_those_of_the_project() -> None:
+def test_the_tools_of_this_environment_were_built_with_the_projects_settings() -> None:
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
-    told = project["tool"]["uv"]["config-settings-package"]["llama-cpp-python"]
-    built = Toolchain(Path(sys.prefix) / "bin").build_info
-    assert built["settings"] == {
-        k.removeprefix(DEFINE): v for k, v in told.items() if k.startswith(DEFINE)
+    settings = project["tool"]["uv"]["config-settings-package"]["llama-cpp-python"]
+    build_info = Toolchain(Path(sys.prefix) / "bin").build_info
+    assert build_info["settings"] == {
+        k.removeprefix(DEFINE): v for k, v in settings.items() if k.startswith(DEFINE)
     }
-    assert built["compiler"] and "built with" not in built["compiler"]
+    assert build_info["compiler"] and "built with" not in build_info["compiler"]
 
 
-def test_tools_of_somebody_elses_say_their_compiler_and_nothing_is_said_of_their_settings(
+def test_other_tools_have_a_compiler_and_no_settings(
     fake_tools: Fake,
 ) -> None:
     tools = fake_tools(

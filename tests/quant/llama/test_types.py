@@ -24,7 +24,7 @@ def test_every_type_of_ggml_is_known_or_left_out_on_purpose() -> None:
     assert {t.name for t in GGMLQuantizationType} - LEFT_OUT == set(TYPES)
 
 
-def test_types_are_found_by_their_ids() -> None:
+def test_every_type_has_its_id_in_the_index() -> None:
     assert {t.id: t.name for t in BY_ID.values()} == {t.id: t.name for t in TYPES.values()}
     assert all(BY_ID[t.id] is t for t in TYPES.values())
 
@@ -62,7 +62,7 @@ def test_a_row_fits_when_it_is_whole_blocks() -> None:
     assert TYPES["Q8_0"].fits(384)
 
 
-def test_an_unknown_type_is_told_with_its_neighbour() -> None:
+def test_an_unknown_type_is_an_error_with_the_nearest_name() -> None:
     assert find_type("IQ2_XXS") is TYPES["IQ2_XXS"]
     with pytest.raises(
         InputError, match=r"type 'q4_k_m' is not one of ggml's: did you mean 'Q4_K'\?"
@@ -72,5 +72,5 @@ def test_an_unknown_type_is_told_with_its_neighbour() -> None:
 
 def test_types_below_three_bits_need_an_imatrix_as_llama_quantize_says() -> None:
     # tensor_requires_imatrix in llama-quant.cpp
-    needy = {"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"}
-    assert {t.name for t in TYPES.values() if t.needs_imatrix} == needy
+    requiring = {"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"}
+    assert {t.name for t in TYPES.values() if t.needs_imatrix} == requiring
