@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from quant.chat.file_checks import FILE_CHECKS, find_zero_tensors
+from quant.chat.file_checks import FILE_CHECKS
 from quant.chat.gguf_patch import KEY, write_with_template
 from quant.chat.report import TRANSCRIPT
 from quant.chat.scenarios import merge_scenarios
@@ -38,7 +38,7 @@ from quant.plan.load import RECIPES, load_model, load_template_patch
 from quant.plan.recipe import Waiver
 from quant.plan.sizes import kv_cache_bytes
 from quant.quantize.shard import merge_shards, split_file
-from tests.gguf_files import LLAMA, Tensor, key, write
+from tests.gguf_files import LLAMA, key, write
 from tests.models.conversion import convert
 from tests.models.twins import write_twin
 from tests.processes import PATIENCE_SECONDS, lives, wait_for, written_pid
@@ -494,22 +494,6 @@ def test_a_port_in_use_is_refused(fake_tools: Fake, model: Path, tmp_path: Path)
         port = listener.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port}: expected a free port"):
             run_smoke_test(make_settings(model, port=port), fake_tools(), tmp_path)
-
-
-def test_a_tensor_of_zeros_is_named_and_one_with_a_single_bit_is_not(tmp_path: Path) -> None:
-    size = 4 * 300_000
-    lone = bytes(size // 3) + b"\1" + bytes(size - size // 3 - 1)
-    tensors = [
-        Tensor("zero.weight", (300_000,), data=bytes(size)),
-        Tensor("lone.weight", (300_000,), data=lone),
-        Tensor("zero.bias", (32,), data=bytes(128)),
-        Tensor("small.weight", (32,), data=bytes(128)),
-    ]
-    header = read_header(write(tmp_path / "f.gguf", tensors))
-    assert list(find_zero_tensors(header)) == [
-        f"tensor zero.weight: expected weights, found {size} bytes of zero",
-        "tensor small.weight: expected weights, found 128 bytes of zero",
-    ]
 
 
 def test_the_kv_cache_is_computed_from_the_files_metadata(tmp_path: Path) -> None:
