@@ -25,7 +25,8 @@ file_checks    checks of a file that need no answer: template, tokens, weights
 reply_checks   checks of one reply; pure
 runner         runs scenarios with a server and records the checks
 verdict        the record of a file and its judgment; pure
-smoke          `quant smoke` and the stage of a build: serve, run, store, judge
+smoke          the stage of a build: serve, run, store, judge
+standalone     the same for a file outside of a build: what `quant smoke` calls
 report         the result as a transcript and as JUnit XML; pure
 ```
 

@@ -1,10 +1,9 @@
 """The command that runs the smoke test of a file: ``quant smoke``."""
 
 import json
-import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,17 +19,9 @@ from quant.cli.options import (
     shorten,
     tools_option,
 )
-from quant.core import process
 
 if TYPE_CHECKING:
-    from quant.chat.smoke import SmokeSettings
     from quant.chat.verdict import SmokeResult
-    from quant.llama.model_file import ModelFile
-    from quant.plan.recipe import ModelRecipe
-
-GENERAL = "general"
-"""The scenarios for a file that belongs to no model recipe and no family."""
-GENERAL_MAX_ANSWER = 1024
 
 
 @dataclass(frozen=True)
@@ -100,34 +91,27 @@ def smoke(options: SmokeOptions) -> None:
 
     Exits with 1 if the file may not be published.
     """
-    from quant.chat import report
-    from quant.chat.smoke import collect_waivers, run_smoke_test
-    from quant.chat.verdict import judge_run
-    from quant.llama import toolchain
-    from quant.llama.model_file import ModelFile
+    from quant.chat.standalone import SmokeFileRequest, smoke_test_file
 
     began = time.monotonic()
-    file = ModelFile.open(options.path.resolve())
-    recipe = _find_recipe(options, file)
-    settings = _make_settings(options, file, recipe)
-    waivers = collect_waivers(recipe.waivers if recipe else (), settings.scenarios, options.waive)
-    tools = toolchain.find_toolchain(options.llama_cpp)
-    with tempfile.TemporaryDirectory(prefix="quant-smoke-") as name:
-        folder, reference = Path(name), None
-        log = folder / report.LOG
-        if options.reference:
-            base = replace(settings, file=ModelFile.open(options.reference.resolve()))
-            reference = run_smoke_test(base, tools, folder)
-            log.unlink(missing_ok=True)
-        run = run_smoke_test(settings, tools, folder)
-        required = options.answers
-        if required is None:
-            required = _read_required_answers(options.path)
-        result = judge_run(run, required, reference, waivers)
-        result = replace(result, server_log=process.read_log_tail(log))
-        if options.out:
-            seconds = time.monotonic() - began
-            _write_files(options.out, _format_files(result, seconds, log))
+    outcome = smoke_test_file(
+        SmokeFileRequest(
+            path=options.path,
+            model=options.model,
+            reference=options.reference,
+            required_answers=options.answers,
+            scenarios=options.only,
+            waivers=options.waive,
+            mmproj=options.mmproj,
+            override_tensors=options.overrides,
+            port=options.port,
+            llama_cpp=options.llama_cpp,
+        )
+    )
+    result = outcome.result
+    if options.out:
+        texts = _format_files(result, time.monotonic() - began, outcome.server_log)
+        _write_files(options.out, texts)
     if options.as_json:
         click.echo(json.dumps(result.json(), ensure_ascii=False))
     else:
@@ -135,47 +119,7 @@ def smoke(options: SmokeOptions) -> None:
     raise SystemExit(0 if result.passed else 1)
 
 
-def _find_recipe(options: SmokeOptions, file: "ModelFile") -> "ModelRecipe | None":
-    """The recipe that was named, that the file's name or its family leads to, or None."""
-    from quant.chat.families import find_file_family
-    from quant.plan.load import find_model_of_file, load_model
-
-    name = options.model or find_model_of_file(options.path.name)
-    name = name or find_file_family(file.header).default_model
-    return load_model(name)[0] if name else None
-
-
-def _make_settings(
-    options: SmokeOptions, file: "ModelFile", recipe: "ModelRecipe | None"
-) -> "SmokeSettings":
-    from quant.chat.scenarios import load_scenarios, merge_scenarios, select_scenarios
-    from quant.chat.smoke import SmokeSettings
-
-    has_vision = options.mmproj is not None
-    if recipe:
-        scenarios = merge_scenarios(recipe, options.only, has_vision=has_vision)
-    else:
-        scenarios = select_scenarios(load_scenarios(GENERAL), options.only, has_vision=has_vision)
-    return SmokeSettings(
-        file=file,
-        scenarios=scenarios,
-        max_answer=recipe.max_answer if recipe else GENERAL_MAX_ANSWER,
-        end_tokens=recipe.ollama.stop if recipe else (),
-        vision=options.mmproj.resolve() if options.mmproj else None,
-        override_tensors=options.overrides,
-        port=options.port,
-    )
-
-
-def _read_required_answers(path: Path) -> float:
-    """The fraction that the recipe of the file's variant names; 1 for a file of no variant."""
-    from quant.plan.load import find_variant_of_file, load_variant
-
-    name = find_variant_of_file(path.name)
-    return load_variant(name).answers if name else 1.0
-
-
-def _format_files(result: "SmokeResult", seconds: float, log: Path) -> dict[str, str]:
+def _format_files(result: "SmokeResult", seconds: float, log: str) -> dict[str, str]:
     from quant.chat import report
     from quant.core.format import to_pretty_json
 
@@ -183,7 +127,7 @@ def _format_files(result: "SmokeResult", seconds: float, log: Path) -> dict[str,
         report.TRANSCRIPT: report.format_transcript(result),
         report.JUNIT: report.format_junit(result, seconds),
         report.JSON: to_pretty_json(result.json()),
-        report.LOG: log.read_text(errors="replace"),
+        report.LOG: log,
     }
 
 
