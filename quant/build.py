@@ -91,6 +91,12 @@ def build_release(job: ReleaseJob, run: StageRunner = run_now) -> BuildResult:
         CheckError: If a result is not what it must be: a file that fails its smoke test, a download
             that differs from its lock, a file that is further from BF16 than the recipe allows.
         ToolError: If a tool of llama.cpp fails.
+
+    Example:
+        >>> from quant.job import BuildRequest, prepare_job
+        >>> job = prepare_job(BuildRequest("tiny-glm", out="release"))  # doctest: +SKIP
+        >>> build_release(job).folder  # doctest: +SKIP
+        PosixPath('/home/me/release/tiny-glm')
     """
     raise_problems(disk_problems(job.model, job.variants, job.store.root, job.out))
     began = time.time()

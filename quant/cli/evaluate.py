@@ -94,7 +94,7 @@ def evaluate(options: EvaluateOptions) -> None:
     from quant.evaluate import html
     from quant.evaluate.compare import EvaluationSettings
     from quant.evaluate.request import EvaluationRequest
-    from quant.evaluate.request import evaluate as measure
+    from quant.evaluate.request import evaluate_files as measure
 
     comparison = measure(
         EvaluationRequest(

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quant.evaluate.compare import EvaluationSettings
-    from quant.evaluate.request import Comparison, EvaluationRequest, evaluate
+    from quant.evaluate.request import Comparison, EvaluationRequest, evaluate_files
     from quant.evaluate.scores import Estimate, Evaluation, TokenScores
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
     "EvaluationRequest",
     "EvaluationSettings",
     "TokenScores",
-    "evaluate",
+    "evaluate_files",
 ]
 
 _MODULES = {
@@ -51,7 +51,7 @@ _MODULES = {
     "EvaluationRequest": "request",
     "EvaluationSettings": "compare",
     "TokenScores": "scores",
-    "evaluate": "request",
+    "evaluate_files": "request",
 }
 
 

@@ -161,6 +161,9 @@ def allocate(request: AllocationRequest) -> AllocationResult:
     Args:
         request: The model, the sizes and the constraints.
 
+    Returns:
+        A variant for each size, with its predicted KLD and the proven gap to the optimum.
+
     Raises:
         InputError: The request contradicts itself, a size is out of reach, or a file is of another
             model.

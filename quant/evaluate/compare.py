@@ -53,7 +53,7 @@ class EvaluationSettings:
     """
 
 
-def evaluate_files(
+def evaluate_models(
     base: ModelFile,
     models: Sequence[ModelFile],
     texts: Mapping[str, Path],

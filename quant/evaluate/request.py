@@ -7,7 +7,7 @@ from typing import Any
 
 from quant.calibration.held_out import HeldOutDomains
 from quant.core.store import Store
-from quant.evaluate.compare import EvaluationSettings, evaluate_files
+from quant.evaluate.compare import EvaluationSettings, evaluate_models
 from quant.evaluate.scores import Estimate, Evaluation, estimate_difference
 from quant.evaluate.texts import name_domains, prepare_held_out
 from quant.llama import toolchain
@@ -66,11 +66,14 @@ class Comparison:
         return document
 
 
-def evaluate(request: EvaluationRequest) -> Comparison:
+def evaluate_files(request: EvaluationRequest) -> Comparison:
     """Measure files against their base: perplexity, KLD and top-1 agreement, with 95 % intervals.
 
     Args:
         request: The files, and what to measure them on.
+
+    Returns:
+        The figures of each file, over all text and by domain.
 
     Raises:
         InputError: If a text is too short, or a file is of another model than the base.
@@ -78,7 +81,7 @@ def evaluate(request: EvaluationRequest) -> Comparison:
 
     Example:
         >>> request = EvaluationRequest(Path("BF16.gguf"), (Path("Q4_K_M.gguf"),))
-        >>> evaluate(request).json()["files"][0]["kld_mean"]  # doctest: +SKIP
+        >>> evaluate_files(request).json()["files"][0]["kld_mean"]  # doctest: +SKIP
         0.0123
     """
     base = ModelFile.open(request.base)
@@ -88,7 +91,7 @@ def evaluate(request: EvaluationRequest) -> Comparison:
     with tempfile.TemporaryDirectory(prefix="quant-evaluate-") as temporary:
         store = Store((request.work or Path(temporary)).resolve())
         texts = _prepare_texts(request, base, store)
-        evaluations = evaluate_files(
+        evaluations = evaluate_models(
             base=base, models=models, texts=texts.paths, store=store, settings=request.settings
         )
     return Comparison(

@@ -32,8 +32,16 @@ def load_model(name: str) -> tuple[ModelRecipe, Path]:
     Args:
         name: A name in recipes/models, or a path that ends in ``.toml``.
 
+    Returns:
+        The model, and the file: relative paths in the recipe start at its folder.
+
     Raises:
         InputError: The recipe does not exist or is wrong; every problem is listed.
+
+    Example:
+        >>> model, path = load_model("glm-4.6")
+        >>> model.title, path.name
+        ('GLM-4.6', 'glm-4.6.toml')
     """
     path = find_recipe_path("models", name)
     model = read_toml(path, ModelRecipe)
@@ -47,8 +55,15 @@ def load_variant(name: str) -> Variant:
     Args:
         name: A name in recipes/variants, or a path that ends in ``.toml``.
 
+    Returns:
+        The variant and its rules.
+
     Raises:
         InputError: The recipe does not exist or is wrong; every problem is listed.
+
+    Example:
+        >>> load_variant("UD-TQ1_0").split
+        False
     """
     path = find_recipe_path("variants", name)
     variant = read_toml(path, Variant)
@@ -97,7 +112,18 @@ def read_type_file(path: Path) -> Variant:
 
 
 def list_recipes(kind: str) -> list[str]:
-    """Return the sorted names of the shipped recipes of a kind: models, variants or templates."""
+    """Return the sorted names of the shipped recipes of a kind.
+
+    Args:
+        kind: models, variants, templates or scenarios.
+
+    Returns:
+        The names, without ``.toml``.
+
+    Example:
+        >>> "glm-4.6" in list_recipes("models")
+        True
+    """
     return sorted(p.stem for p in (RECIPES / kind).glob("*.toml"))
 
 

@@ -44,8 +44,15 @@ def verify_release(folder: Path, public_key: Path | None = None) -> VerifyResult
         folder: The release.
         public_key: The public half of its maker's key; then the signature is checked too.
 
+    Returns:
+        Every problem, what was checked, and what only other commands can check.
+
     Raises:
         InputError: For a folder that is no release, and for a key that is none.
+
+    Example:
+        >>> verify_release(Path("release/tiny-glm")).problems  # doctest: +SKIP
+        ()
     """
     manifest = Manifest.read(folder / MANIFEST)
     problems = list(_find_file_problems(folder, read_checksums(folder)))

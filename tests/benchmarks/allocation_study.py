@@ -261,7 +261,7 @@ def _refit(
 ) -> Sensitivities:
     """Return our sensitivities, refitted on whole files read on the calibration text."""
     models = [ModelFile.open(p) for p in paths]
-    evaluations = compare.evaluate_files(
+    evaluations = compare.evaluate_models(
         settings.base, models, {"text": settings.text}, settings.store, settings.evaluation
     )
     measured = [(types.get(e.file.stem) or read_types(e.file), _mean_kld(e)) for e in evaluations]
@@ -286,12 +286,12 @@ def _judge(
     paths = (*study.presets.values(), *single.values(), *study.paths.values())
     reading = replace(settings.evaluation, chunks=chunks, top=WHOLE_VOCABULARY)
     held_out, store = folder.texts[1], folder.store
-    evaluations = compare.evaluate_files(
+    evaluations = compare.evaluate_models(
         folder.base, [ModelFile.open(p) for p in paths], held_out, store, reading
     )
     quantized = ModelFile.open(single["Q8_0"])
     dequantized = ModelFile.open(folder.dequantized(quantized.path))
-    (activations,) = compare.evaluate_files(dequantized, [quantized], held_out, store, reading)
+    (activations,) = compare.evaluate_models(dequantized, [quantized], held_out, store, reading)
     print(f"the same weights, activations in 8 bits: {_mean_kld(activations):.5f}")
     return {e.file.stem: e for e in evaluations}
 

@@ -9,7 +9,7 @@ import pytest
 
 from quant.core.store import Store
 from quant.errors import InputError
-from quant.evaluate.compare import EvaluationSettings, evaluate_files
+from quant.evaluate.compare import EvaluationSettings, evaluate_models
 from quant.evaluate.scores import compute_figures
 from quant.llama import toolchain
 from quant.llama.model_file import ModelFile
@@ -20,7 +20,7 @@ from tests.quant.quantize.engine.models import write_base
 def test_figures_agree_with_llama_perplexity(tiny: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, quantized, text = tiny
     # All tokens are kept: llama-perplexity keeps all as well.
-    [evaluation] = evaluate_files(
+    [evaluation] = evaluate_models(
         ModelFile.open(base),
         [ModelFile.open(quantized)],
         {"code": text},
@@ -51,7 +51,7 @@ def test_the_base_does_not_diverge_from_itself_and_half_of_the_vocabulary_hides_
 ) -> None:
     base, quantized, text = ModelFile.open(tiny[0]), ModelFile.open(tiny[1]), tiny[2]
     store = Store(tmp_path)
-    same, half = evaluate_files(
+    same, half = evaluate_models(
         base,
         [base, quantized],
         {"code": text},
@@ -61,7 +61,7 @@ def test_the_base_does_not_diverge_from_itself_and_half_of_the_vocabulary_hides_
     assert float(same.overall.kld.max()) == 0
     assert same.overall.same_top.all()
     assert same.json()["ppl"] == same.json()["ppl_base"]
-    [whole] = evaluate_files(
+    [whole] = evaluate_models(
         base, [quantized], {"code": text}, store, EvaluationSettings(chunks=4, threads=1)
     )
     assert half.overall.kld.mean() == pytest.approx(whole.overall.kld.mean(), rel=0.06)
@@ -78,7 +78,7 @@ def test_a_text_that_is_too_short_is_refused_with_the_length_that_would_do(
         r"expected at least 4 chunks of 512 tokens, found \d: .* a text of [\d,]+ bytes would do"
     )
     with pytest.raises(InputError, match=problem):
-        evaluate_files(
+        evaluate_models(
             ModelFile.open(tiny[0]),
             [ModelFile.open(tiny[1])],
             {"short": tmp_path / "short.txt"},
@@ -95,7 +95,7 @@ def test_a_file_of_another_model_is_refused_before_anything_is_read(tmp_path: Pa
     with pytest.raises(
         InputError, match=r"other\.gguf: of another model than .*: \d+ tensors differ, first blk\.0"
     ):
-        evaluate_files(
+        evaluate_models(
             ModelFile.open(base),
             [ModelFile.open(other)],
             {"x": tmp_path / "none.txt"},
