@@ -1,4 +1,4 @@
-// Words beside those of lanes.h, for kernels whose lanes are no superblocks and do look at one another.
+// Operations beside those of lanes.h, for kernels whose lanes are not superblocks and depend on each other.
 //
 //   mask_of(bits)           the inverse of bits(m)
 //   following(a, b)         lane l of it is lane l + 1 of a, and the last one the first of b

@@ -1,7 +1,7 @@
-// The search of IQ1 for the best way to cut the sorted weights of a block into three levels.
+// The search of IQ1 for the best partition of a block's sorted weights into three levels.
 //
-// ggml tries every pair of a first and a second place, in that order, and takes a cut that is better than the best so
-// far. Here lanes are second places.
+// A cut is a pair of places in the sorted order. ggml tries every pair, the first place in the outer loop, and takes a
+// cut that is better than the best so far. Here lanes are second places.
 #pragma once
 
 #include <cfloat>
@@ -10,7 +10,7 @@
 
 namespace {
 
-// How many weights of a block are less than each; of those that are equal, with `ties` those before it count, too.
+// Counts for each weight of a block how many are less; with `ties` also the equal ones before it.
 template <int N, bool ties>
 INLINE void count_less(const float *x, int32_t *rank) {
     for (int i = 0; i < N; i += W) {
@@ -26,8 +26,7 @@ INLINE void count_less(const float *x, int32_t *rank) {
     }
 }
 
-// The places of the weights of a block when they are sorted; those that are equal stay in their order, as glibc's qsort
-// leaves them.
+// The ranks of a block's weights in sorted order. Equal weights keep their order, as in glibc's qsort (a merge sort).
 template <int N>
 INLINE void ranks(const float *x, int32_t *rank) {
     count_less<N, false>(x, rank);
@@ -40,16 +39,16 @@ INLINE void ranks(const float *x, int32_t *rank) {
 struct Cut {
     float score = -FLT_MAX, scale = 0;
     int first = -1, second = -1;
-    int way = -1;   // in which of the ways the levels are moved
+    int way = -1;   // in which way the levels are shifted
 };
 
-// The sums of W cuts with one first place, or of one, for every way to move the levels.
+// The sums of W cuts with the same first place, or of one cut, for every way to shift the levels.
 template <class V, int WAYS>
 struct Sums {
     V qx[WAYS], q2[WAYS];
 };
 
-// ggml's steps for one cut.
+// What ggml does for one cut.
 template <int WAYS>
 INLINE void take(Cut &best, const Sums<float, WAYS> &s, int first, int second) {
     for (int way = 0; way < WAYS; way++) {
@@ -75,8 +74,8 @@ INLINE unsigned lanes_from(int i1, int v) {
     return i1 - 1 > v ? every & ~((1u << (i1 - 1 - v)) - 1) : every;
 }
 
-// The cut that ggml ends with, found in its own order. `one(i1, i2)` gives the sums of a cut, `some(i1, v)` those of W
-// second places from v + 1 on.
+// The cut that ggml takes last, found in ggml's order. `one(i1, i2)` returns the sums of a cut, `some(i1, v)` those of
+// W second places from v + 1 on.
 template <int N, class One, class Some>
 INLINE Cut cut_in_order(One one, Some some) {
     Cut best;
@@ -105,13 +104,13 @@ INLINE int less_than(const float *x, float bound) {
 constexpr float CLOSE = 1.0f - 0x1p-17f, APART = 1.0f - 0x1p-18f;   // see best_cut
 constexpr float SMALLEST = 1e-32f, LARGEST = 1e32f;
 
-// The cut that ggml ends with, found sooner where one cut is better than all others by more than rounding can do.
+// The cut that ggml takes last, found faster if one cut is better than all others by more than rounding errors.
 //
 // ggml takes a cut when qx * qx > score * q2 for the score of the one that it took before, which is qx / q2 * qx. Every
 // rounding here is one part in 2^24 at most, as long as nothing is below the normal numbers or overflows. So a cut that
-// is better than every other by one part in 2^19 is taken when its turn comes, whichever was taken before it, and none
-// is taken after it; the order does not matter. Cuts that are no better than CLOSE times the best so far are left out
-// by a comparison that may err by some parts in 2^24; of those that are not, the second best has to stay below APART.
+// is better than every other by one part in 2^19 is taken whichever was taken before it, and none is taken after it: the
+// order does not matter. Cuts no better than CLOSE times the best so far are skipped, by a comparison that may err by
+// some parts in 2^24. Of the others, the second best must stay below APART times the best.
 template <int N, int WAYS, class One, class Some>
 INLINE Cut best_cut(const float *x, float largest, float weights, One one, Some some) {
     float top = 0, second = 0, top_qx = 0, top_q2 = 1;
@@ -152,8 +151,8 @@ INLINE Cut best_cut(const float *x, float largest, float weights, One one, Some 
     const auto row = [&](int i1) {
         for (int v = i1 > 0 ? (i1 - 1) / W * W : 0; v < N; v += W) consider(i1, v, lanes_from(i1, v), some(i1, v));
     };
-    // The first two places are guesses, the second one by what came out for the first: the sooner the best cut is met, the
-    // fewer are looked at closely.
+    // Start with two guesses for the first place, the second guess from the result of the first. The sooner the best cut
+    // is found, the fewer cuts pass the cheap comparison.
     const int start = less_than<N>(x, -0.34f * largest);
     row(start);
     const int next = less_than<N>(x, -0.5f * std::fabs(top_qx / top_q2));
@@ -164,7 +163,7 @@ INLINE Cut best_cut(const float *x, float largest, float weights, One one, Some 
     const Sums<float, WAYS> none = one(0, 0);
     for (int way = 0; way < WAYS; way++) {
         const float gain = none.qx[way] / none.q2[way] * none.qx[way];
-        if (!(gain < top * CLOSE)) second = top;   // the best cut is none, which is rare
+        if (!(gain < top * CLOSE)) second = top;   // no cut at all is best, which is rare
     }
     const float square = top_qx * top_qx;
     if (second < top * APART && top > SMALLEST && top < LARGEST && square > SMALLEST && square < LARGEST &&

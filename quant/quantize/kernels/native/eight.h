@@ -1,9 +1,8 @@
 // Groups of eight weights on a grid of eight dimensions (IQ1, IQ2), and the search for the nearest point.
 //
-// Here lanes are not superblocks. They are eight neighbours of one code (four where a vector has no more), as often as a
-// vector holds them, each time for another scale; one group is worked on at a time. A distance is a sum of eight terms,
-// and as a dimension has three levels only, the terms that there can be are laid out in tables and picked from them by
-// the bits of a neighbour's word.
+// Here lanes are not superblocks. They are eight neighbors of one code (four with NEON), repeated as often as a vector
+// holds them, each time for another scale. One group is searched at a time. A distance is a sum of eight terms. A
+// dimension has only three levels, so all possible terms lie in tables, from which the bits of a neighbor's word select.
 #pragma once
 
 #include <cfloat>
@@ -13,13 +12,13 @@
 
 namespace {
 
-constexpr int NEAR = W < 8 ? W : 8;        // neighbours in a vector
+constexpr int NEAR = W < 8 ? W : 8;        // neighbors in a vector
 constexpr int SCALES = W / NEAR;           // scales in a vector
-constexpr int DIMENSIONS = NEAR / 4;       // of a group that fit into one table, four levels each
+constexpr int DIMENSIONS = NEAR / 4;       // dimensions of a group in one table, four levels each
 constexpr int PARTS = 8 / DIMENSIONS;      // tables for all eight
 
 struct Eight {
-    F x[PARTS], w[PARTS];   // every value once for each level, and that for each scale
+    F x[PARTS], w[PARTS];   // every value once for each level, repeated for each scale
 };
 
 INLINE Eight eight(const float *x, const float *w) {
@@ -31,15 +30,15 @@ INLINE Eight eight(const float *x, const float *w) {
     return e;
 }
 
-// What the levels 0, 1 and 2 stand for, as often as they stand in a table. The fourth makes a distance that is never the
-// least: infinite, or no number.
+// The values of the levels 0, 1 and 2, repeated as in a table. The fourth makes a distance that is never the least:
+// infinite, or NaN.
 INLINE F level_table(float a, float b, float c) {
     alignas(64) float each[W];
     for (int i = 0; i < W; i += 4) each[i] = a, each[i + 1] = b, each[i + 2] = c, each[i + 3] = INFINITY;
     return load(each);
 }
 
-// Where in a table of terms a scale's half of it begins, for all eight dimensions of a word.
+// Where a scale's half of a table of terms begins, for all eight dimensions of a word.
 INLINE I second_half() {
     alignas(64) int32_t each[W];
     for (int i = 0; i < W; i++) each[i] = i < NEAR ? 0 : static_cast<int32_t>(0x88888888u);
@@ -52,7 +51,7 @@ INLINE I places() {
     return load(each);
 }
 
-// The place of each of the eight dimensions in its table, in turn, for a vector of words.
+// Calls a function with the index of each of the eight dimensions in its table, for a vector of words.
 template <class Use>
 INLINE void each_dimension(I words, Use use) {
     use(0, words);
@@ -65,9 +64,8 @@ INLINE void each_dimension(I words, Use use) {
     use(7, shr<28>(words));
 }
 
-// For N * SCALES scales at once: the first of the nearest neighbours of a group, in ggml's sense of near. Of the scales
-// only the first `real` count. False where ggml finds no neighbour for one of them, because every distance overflows; it
-// ends the process then.
+// Finds, for N * SCALES scales at once, the first of a group's nearest neighbors by ggml's distance. Only the first
+// `real` scales count. Returns false where every distance for one of them overflows: ggml would abort.
 template <int N>
 INLINE bool nearest_points(const uint32_t *words, uint32_t count, const Eight &e, F levels, const float *scale, int real,
                            uint32_t *found) {
@@ -116,7 +114,7 @@ INLINE bool nearest_points(const uint32_t *words, uint32_t count, const Eight &e
         for (int s = 0; s < SCALES; s++) {
             const unsigned there = all_there >> s * NEAR & ((1u << NEAR) - 1);
             int32_t first = at[s * NEAR + __builtin_ctz(there)];
-            if (there & (there - 1)) {   // some are as near, and the first of them may be in another lane
+            if (there & (there - 1)) {   // some are equally near, and the first of them may be in another lane
                 for (unsigned others = there; others; others &= others - 1) {
                     const int32_t other = at[s * NEAR + __builtin_ctz(others)];
                     first = other < first ? other : first;
@@ -129,7 +127,7 @@ INLINE bool nearest_points(const uint32_t *words, uint32_t count, const Eight &e
     return !(lost & ((1ull << counted * NEAR) - 1));
 }
 
-// The same for one scale, W neighbours at a time.
+// The same for one scale, W neighbors at a time.
 INLINE bool nearest_point(const uint32_t *words, uint32_t count, const Eight &e, F levels, float scale, uint32_t *found) {
     F term[PARTS];
     const F q = vec(scale) * levels;
@@ -155,7 +153,7 @@ INLINE bool nearest_point(const uint32_t *words, uint32_t count, const Eight &e,
     store(at, where);
     const unsigned there = bits(nearest == least);
     int32_t first = at[__builtin_ctz(there)] + __builtin_ctz(there);
-    for (unsigned others = there & (there - 1); others; others &= others - 1) {   // as near, and perhaps before it
+    for (unsigned others = there & (there - 1); others; others &= others - 1) {   // equally near, and perhaps before it
         const int32_t other = at[__builtin_ctz(others)] + __builtin_ctz(others);
         first = other < first ? other : first;
     }
@@ -163,7 +161,7 @@ INLINE bool nearest_point(const uint32_t *words, uint32_t count, const Eight &e,
     return first_of(least) < FLT_MAX;
 }
 
-// The digits of a code of base 3, for each set of its eight dimensions: the sum of their powers.
+// For each subset of the eight dimensions, the sum of their powers of 3: a code has one such sum for each level.
 struct Powers {
     uint16_t of[256];
     constexpr Powers() : of() {

@@ -1,16 +1,16 @@
-// What the IQ2 and IQ3 types have in common: superblocks of 256 weights in blocks of 16 or 32, each with a scale and with
-// the signs and the sizes of its weights apart.
+// What the grid types have in common: superblocks of 256 weights in blocks of 16 or 32, each with a scale, and with
+// signs and magnitudes stored apart (IQ2, IQ3).
 //
-// Blocks follow one another; what is in the lanes is said with each function. Whatever is summed is summed in ggml's
-// order. A type is a struct of constants:
+// Blocks are done one after another; each function says what its lanes are. All sums run in ggml's order. A type is a
+// struct of constants:
 //   NAME         the grid
 //   N            weights in a block
-//   EMPTY        a block with nothing above it is all zeros
-//   EVEN_SIGNS   whether only seven signs of eight are kept, and the last one makes them even
-//   SIGMA        what the mean square is multiplied with
-//   WEIGHTED     whether there have to be weights of the columns
+//   EMPTY        a block whose weights are all below it is stored as zeros
+//   EVEN_SIGNS   whether only seven of eight signs are stored, and the eighth makes the number of negative ones even
+//   SIGMA        factor of the mean square
+//   WEIGHTED     whether column weights are required
 //   ROOTS        whether their square roots are needed
-//   unweighted   how much a weight counts where there are none
+//   unweighted   the weight of an error without column weights
 #pragma once
 
 #include "across.h"
@@ -21,10 +21,10 @@ namespace {
 
 constexpr int SUPER = 256;
 
-// A block of 16 or 32 weights on its way. The arrays are longer than the block because vectors are loaded from them.
+// A block of 16 or 32 weights in work. The arrays are longer than the block because whole vectors are loaded from them.
 struct alignas(64) Block {
-    float x[48];      // without their signs
-    float w[48];      // how much each counts
+    float x[48];      // magnitudes
+    float w[48];      // weights of the squared errors
     float root[48];   // square roots of w
     float wx[48];     // w * x
     uint8_t signs[4];
@@ -33,12 +33,12 @@ struct alignas(64) Block {
 
 struct Done {
     float scale;
-    uint16_t point[8];   // numbers on the grid
+    uint16_t point[8];   // numbers of grid points
     uint8_t signs[4];
     bool empty;
 };
 
-// Of each group of eight with an odd number of negative weights, the first of those that count least: a bit for each.
+// In each group of eight with an odd number of negative weights, the first with the least weighted square: a bit each.
 template <class T>
 INLINE uint32_t wrong_signs(const float *x, const Block &b, uint32_t signs) {
     alignas(64) float loss[T::N];
@@ -62,8 +62,8 @@ INLINE uint32_t wrong_signs(const float *x, const Block &b, uint32_t signs) {
     return wrong;
 }
 
-// The weights without their signs. The signs go into a byte for eight weights; where a format keeps seven and has the
-// eighth be what makes them even, the weight that counts least is taken with the wrong sign and is negative here.
+// Separates magnitudes and signs. Eight signs go into a byte. Where a format stores seven and derives the eighth, an odd
+// number of signs is made even at the weight that counts least, whose magnitude is negative here.
 template <class T>
 INLINE void take_signs(const float *from, Block &b) {
     uint32_t signs = 0, wrong = 0;
@@ -83,7 +83,7 @@ INLINE void take_signs(const float *from, Block &b) {
     b.smallest = T::EVEN_SIGNS ? -largest_of(-fewest) : 0.0f;
 }
 
-// How much every weight counts. False where that is no finite number from 0 on.
+// The weights of the squared errors. Returns false if one is negative or not finite.
 template <class T>
 INLINE bool weigh(const float *x, const float *weights, float sigma2, Block &b) {
     M good = ~no_lane();
@@ -117,7 +117,7 @@ INLINE unsigned scale_bits(float id, float scale, int most = 15) {
     return static_cast<unsigned>(l < 0 ? 0 : l > most ? most : l);
 }
 
-// A superblock whose blocks are done.
+// A superblock whose blocks are quantized.
 struct Super {
     const float *x, *weights;
     float sigma2;
@@ -131,7 +131,7 @@ INLINE void superblocks(const Call &call, Quantize quantize, Pack pack) {
     const int64_t per_row = call.row / SUPER, blocks = call.nrows * per_row;
     constexpr int BLOCKS = SUPER / T::N;
     for (int64_t first = 0; first < blocks; first += W) {
-        // The sums of squares of W superblocks side by side: each goes over 256 weights in turn.
+        // The sums of squares of W superblocks side by side, each over its 256 weights in order.
         const float *rows[W];
         for (int l = 0; l < W; l++) rows[l] = call.rows + (first + l < blocks ? first + l : blocks - 1) * SUPER;
         F sum = vec(0.0f), some[W];

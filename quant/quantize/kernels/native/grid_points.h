@@ -1,8 +1,8 @@
-// The points of the six grids: which of all the codes are taken, six codes a character, '0' being none of them.
+// The points of the six grids: which of all codes are points, as a bitmap of six codes per character ('0' is none).
 //
-// A code is a number of eight digits of base 3 (IQ1, IQ2) or of four of base 8 (IQ3), one for each dimension, the first
-// the least. ggml numbers the points of a grid by rising codes. The values are part of the formats: they stand in
-// ggml-quants.c and in gguf-py.
+// A code is a number of eight digits of base 3 (IQ1, IQ2) or of four digits of base 8 (IQ3), one per dimension, the first
+// being the least significant. ggml numbers the points of a grid by rising codes. The grids are part of the formats: they
+// are also in ggml-quants.c and in gguf-py.
 #pragma once
 
 namespace {

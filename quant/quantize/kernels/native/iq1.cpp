@@ -1,5 +1,5 @@
-// IQ1_S and IQ1_M: groups of eight weights on a grid of eight dimensions with the levels -1, 0 and 1, all of them moved
-// a little up or down: a block in IQ1_S, a group in IQ1_M.
+// IQ1_S and IQ1_M: groups of eight weights on a grid of eight dimensions with the levels -1, 0 and 1, all shifted by
+// DELTA up or down: those of a block in IQ1_S, of a group in IQ1_M (quantize_row_iq1_*_impl in ggml-quants.c).
 #include "cuts.h"
 #include "eight.h"
 #include "grid_blocks.h"
@@ -25,7 +25,7 @@ struct Mixed {
 };
 
 struct Sorted {
-    float x[48], w[48];   // sums of w * x and of w over the first weights in their order
+    float x[48], w[48];   // prefix sums of w * x and of w over the sorted weights
 };
 
 // ---------------------------------------------------------------------------------------------------- IQ1_S
@@ -42,7 +42,7 @@ INLINE Cut best_cut_s(const Block &b, const Sorted &sum) {
         }
         return s;
     };
-    // What the weights before the first place and those behind the second one give.
+    // The parts of the sums from the weights before the first place and after the second.
     alignas(64) float before_x[2][N + 16], before_w[2][N + 16];
     F x2[N / W], w2[N / W], behind_x[2][N / W], behind_w[2][N / W];
     for (int v = 0; v < N / W; v++) {
@@ -59,7 +59,7 @@ INLINE Cut best_cut_s(const Block &b, const Sorted &sum) {
     }
     const auto some = [&](int i1, int i2) {
         const int v = i2 / W;
-        // DELTA is a power of two: the middle part for the levels moved down is this one with the other sign.
+        // DELTA is a power of two: the middle part for levels shifted down is this one with the other sign.
         const F x = (x2[v] - vec(sum.x[i1])) * vec(DELTA), w = (w2[v] - vec(sum.w[i1])) * vec(DELTA) * vec(DELTA);
         return Sums<F, 2>{{vec(before_x[0][i1]) + x + behind_x[0][v], vec(before_x[1][i1]) - x + behind_x[1][v]},
                           {vec(before_w[0][i1]) + w + behind_w[0][v], vec(before_w[1][i1]) + w + behind_w[1][v]}};
@@ -69,16 +69,16 @@ INLINE Cut best_cut_s(const Block &b, const Sorted &sum) {
 
 // ---------------------------------------------------------------------------------------------------- IQ1_M
 
-// The ways to move the levels of two groups of eight: each up or down.
+// The ways to shift the levels of two groups of eight: each up or down.
 constexpr int WAYS = 4;
 INLINE bool is_up(int way, int group) { return group ? way % 2 == 0 : way < 2; }
 
-// ggml's constants, for the levels moved up and down.
+// ggml's constants for levels shifted up and down.
 constexpr float TOP[2] = {UP[2], DOWN[2]};
 constexpr float C1[2] = {UP[0] * UP[0] - UP[1] * UP[1], DOWN[0] * DOWN[0] - DOWN[1] * DOWN[1]};
 constexpr float C2[2] = {UP[1] * UP[1] - UP[2] * UP[2], DOWN[1] * DOWN[1] - DOWN[2] * DOWN[2]};
 
-// From the sums of both groups, for either way to move them, those of the block.
+// The sums of the block from those of both groups, for either way to shift them.
 template <class V>
 INLINE Sums<V, WAYS> together(const V (&qx)[2][2], const V (&q2)[2][2]) {
     Sums<V, WAYS> s;
@@ -102,7 +102,7 @@ INLINE Cut best_cut_m(const Block &b, const Sorted (&sum)[2]) {
         }
         return together(qx, q2);
     };
-    // What does not depend on the second place, and what does not depend on the first.
+    // The terms that do not depend on the second place, and those that do not depend on the first.
     alignas(64) float first_w[2][2][N + 16];
     F x2[2][N / W], w2[2][2][N / W], all_x[2][2];
     for (int h = 0; h < 2; h++) {
@@ -135,18 +135,18 @@ INLINE Cut best_cut_m(const Block &b, const Sorted (&sum)[2]) {
 
 // ---------------------------------------------------------------------------------------------------- both
 
-// By the best cut, the points of a block, and the scale for them. `ways[k]` is the grid of group k. False where ggml ends
-// the process.
+// The points of a block with the best cut, and their scale. `ways[k]` holds the values of group k's levels. Returns false
+// where ggml would abort.
 template <class T>
 INLINE bool points(const Grid &g, const Block &b, const int32_t *rank, const Cut &cut, float scale,
                    const float *const *ways, Done &done) {
-    uint32_t ones = 0, twos = 0;   // which weights have a level of 1 at least, and of 2
+    uint32_t ones = 0, twos = 0;   // which weights have a level of at least 1, and of 2
     for (int i = 0; i < T::N; i += W) {
         const I r = load(rank + i);
         ones |= bits(r > vec(cut.first - 1)) << i;
         twos |= bits(r > vec(cut.second - 1)) << i;
     }
-    if (cut.scale < 0) {   // the other way round: level 2 is what level 0 was
+    if (cut.scale < 0) {   // reversed: level 2 becomes level 0
         const uint32_t were_ones = ones;
         ones = ~twos, twos = ~were_ones;
     }
@@ -177,7 +177,7 @@ INLINE bool points(const Grid &g, const Block &b, const int32_t *rank, const Cut
     return done.scale >= 0;
 }
 
-// A block of nothing, or of weights that do not count.
+// A block of zeros, or of weights that do not count.
 INLINE void nothing(Done &done) {
     done.scale = 0;
     for (int k = 0; k < 4; k++) done.point[k] = 0;
@@ -227,7 +227,7 @@ INLINE bool quantize_m(const Grid &g, const float *x, const float *weights, floa
     done.signs[0] = 0;
     if (!prepare<Mixed>(x, weights, sigma2, b, rank)) return false;
     if (b.largest < Mixed::EMPTY) return true;
-    // The sums for the weights of one group do not change where a weight of the other one stands.
+    // The prefix sums of one group do not change at a weight of the other group.
     float wx[2][N] = {}, w[2][N] = {};
     for (int i = 0; i < N; i++) wx[i / 8][rank[i]] = b.wx[i], w[i / 8][rank[i]] = b.w[i];
     Sorted sum[2];

@@ -1,14 +1,14 @@
 // IQ2_XXS, IQ2_XS and IQ2_S: groups of eight weights on a grid of eight dimensions with three levels each.
 //
-// Lanes are the scales that are tried for one block (13 or 19 of them), and in the search the neighbours of one code;
-// superblocks follow one another. Whatever a scale's lane sums, it sums in ggml's order.
+// Lanes are the scales that are tried for one block (13 or 19 of them), and in the search the neighbors of one code.
+// Superblocks are done one after another. Each lane adds in ggml's order (quantize_row_iq2_*_impl in ggml-quants.c).
 #include "eight.h"
 #include "grid_blocks.h"
 
 namespace {
 
-// What is different among the three. SCALE_FIRST: the scales that are tried lie about one that was searched for, and all
-// points are looked for again by the one that is chosen.
+// How the three types differ. SCALE_FIRST: the scales that are tried lie around one from a first search, and all points
+// are searched again with the scale that is chosen.
 struct Xxs {
     static constexpr GridName NAME = GridName::iq2_xxs;
     static constexpr int N = 32, TRIES = 13, MIDDLE = 6;
@@ -38,8 +38,8 @@ constexpr float FIRST_TRIES[16] = {4.0f,
                                    0.1f * 1 + 4, 0.1f * 2 + 4, 0.1f * 3 + 4, 0.1f * 4 + 4,
                                    4, 4, 4, 4, 4, 4, 4};
 
-// ggml's make_qp_quants for 32 weights and steps of 0 … 4: the scale. The first of the nine tries keeps a step in a
-// byte without a sign, so that -1 becomes 255, and does not stop at 4.
+// The scale from ggml's make_qp_quants for 32 weights and steps 0 … 4. The first of its nine tries keeps a step in an
+// unsigned byte, where -1 becomes 255, and does not clamp at 4.
 INLINE float first_scale(const Block &b) {
     constexpr int V = (9 + W - 1) / W;
     alignas(64) float reciprocal[V * W], error[V * W];
@@ -61,7 +61,7 @@ INLINE float first_scale(const Block &b) {
     int best = 0;
     for (int t = 1; t < 9; t++) best = error[t] < error[best] ? t : best;
 
-    // Steps by that scale; kept in a byte each, like above, but summed as they are.
+    // Steps with that scale: kept in an unsigned byte each, as above, but summed as they are.
     alignas(64) float qx[32], q2[32];
     alignas(64) int32_t step[32];
     for (int i = 0; i < 32; i += W) {
@@ -75,8 +75,8 @@ INLINE float first_scale(const Block &b) {
     float sumqx = 0, sumq2 = 0;
     for (int i = 0; i < 32; i++) sumqx += qx[i], sumq2 += q2[i];
 
-    // One step after the other is moved where that is better. All are looked at for the sums as they are; the first that
-    // moves changes the sums, and those after it are looked at again.
+    // One step after the other is changed if that is better. All lanes are tried with the current sums; the first that
+    // changes its step changes the sums, and those after it are tried again.
     for (int round = 0; round < 5; round++) {
         bool moved = false;
         for (int i = 0; i < 32; i += W) {
@@ -113,9 +113,9 @@ INLINE float first_scale(const Block &b) {
 
 // ------------------------------------------------------------------------------------------------ one block
 
-// Rounding y = 0.5 * (id * x - 1) to the nearest of 0, 1, 2, ties to even: 1 from id * x > 2 on, and 2 from 4 on. The
-// subtraction is exact about there. Not so where y is out of ggml's rounding range; then the bits of the sum are what
-// ggml takes them for.
+// Rounds y = 0.5 * (id * x - 1) to the nearest of 0, 1, 2, ties to even: 1 for id * x > 2, and 2 from 4 on. The
+// subtraction is exact near there. Where y is out of ggml's rounding range (not PLAIN), the bits of the sum are
+// interpreted as ggml does.
 template <bool PLAIN>
 INLINE void levels_of(F x, F id, uint32_t &one, uint32_t &two) {
     const F p = id * x;
@@ -129,7 +129,7 @@ INLINE void levels_of(F x, F id, uint32_t &one, uint32_t &two) {
     }
 }
 
-// Which of the weights of a block have a level of 1 at least, and which of 2, by each scale: a bit for each weight.
+// Which weights of a block have a level of at least 1, and of 2, with each scale: a bit for each weight.
 template <class T, bool PLAIN>
 INLINE void levels_by(const Block &b, const float *ids, int n, uint32_t *ones, uint32_t *twos) {
     for (int t = 0; t < n; t++) {
@@ -144,13 +144,13 @@ INLINE void levels_by(const Block &b, const float *ids, int n, uint32_t *ones, u
     }
 }
 
-// The two sums over a block for points in words, one try a lane: of w * x * q and of w * q * q.
+// The two sums over a block for points in words, one try per lane: of w * x * q and of w * q * q.
 struct Sums {
     F qx, q2;
 };
 
 struct Products {
-    F qx[4][PARTS], q2[4][PARTS];   // by group: of every weight with what its levels stand for
+    F qx[4][PARTS], q2[4][PARTS];   // by group: of every weight with the value of each level
 };
 
 template <class T>
@@ -177,7 +177,7 @@ INLINE Sums sum_up(const Products &p, const int32_t (*words)[48], int first) {
     return s;
 }
 
-// The points of a group for every try, and in `on_grid` a bit for each try whose code is one.
+// The points of a group for every try; `on_grid` gets a bit for each try whose code is a point itself.
 template <class T>
 INLINE bool try_points(const Grid &g, const Block &b, int k, F levels, const uint32_t *ones, const uint32_t *twos,
                        const float *scale, int32_t *words, uint32_t &on_grid) {
@@ -199,7 +199,7 @@ INLINE bool try_points(const Grid &g, const Block &b, int k, F levels, const uin
             for (; t < end; t++) to[t] = *near;
             continue;
         }
-        // What is found for scales beyond the run is overwritten by the next one.
+        // Results for scales beyond the run are overwritten by the next run.
         for (; end - t > SCALES; t += 2 * SCALES) {
             found &= nearest_points<2>(near, cell.count, e, levels, scale + t, end - t, to + t);
         }
@@ -209,7 +209,7 @@ INLINE bool try_points(const Grid &g, const Block &b, int k, F levels, const uin
     return found;
 }
 
-// The point of one group by one scale.
+// The point of one group with one scale.
 INLINE bool point_of(const Grid &g, const Block &b, int k, F levels, uint32_t ones, uint32_t twos, float scale,
                      int32_t *word) {
     const Cell cell = g.cells[POWERS.of[ones >> 8 * k & 255] + POWERS.of[twos >> 8 * k & 255]];
@@ -220,7 +220,7 @@ INLINE bool point_of(const Grid &g, const Block &b, int k, F levels, uint32_t on
     return well;
 }
 
-// False where ggml ends the process.
+// Quantizes a block. Returns false where ggml would abort.
 template <class T>
 INLINE bool quantize(const Grid &g, const float *x, const float *weights, float sigma2, Done &done) {
     constexpr int V = (T::TRIES + W - 1) / W, GROUPS = T::N / 8;

@@ -1,8 +1,8 @@
 // IQ3_XXS and IQ3_S: groups of four weights on a grid of four dimensions with eight levels each.
 //
-// The lists of neighbours are short and the scales that are tried are many, so that lanes are scales here, in the search
-// too: what a dimension adds to a distance is tabulated for every level and every scale, and the neighbours of a code are
-// gone through one by one, for all the scales in a row that lead to that code.
+// The lists of neighbors are short and many scales are tried, so lanes are scales here, in the search too. What a
+// dimension adds to a distance is tabulated for every level and every scale. The neighbors of a code are tried one by
+// one, for all consecutive scales that lead to that code (quantize_row_iq3_*_impl in ggml-quants.c).
 #include <cfloat>
 
 #include "grid_blocks.h"
@@ -29,27 +29,26 @@ struct S {
 
 constexpr float STANDS_FOR[16] = {1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15};
 
-// ggml's level of a weight, 0 … 7, for y = 0.5 * (p - 1): what is rounded by adding MAGIC, with the bits taken for what
-// ggml takes them for where y is out of range.
+// ggml's level of a weight, 0 … 7, for y = 0.5 * (p - 1): rounded by adding MAGIC, with the bits interpreted as ggml
+// does where y is out of range.
 INLINE I level_of(F p) {
     const I l = (bits_of(vec(0.5f) * (p - vec(1.0f)) + vec(MAGIC)) & vec(0x007fffff)) - vec(0x00400000);
     return min_(max_(l, vec(0)), vec(LEVELS - 1));
 }
 
-// The same where nothing is out of range. Half of everything may be left out then: p - 1 has the same bits after the sum
-// with twice MAGIC as half of it after the sum with MAGIC. `edge` becomes how far p - 1 is from what it is rounded to, if
-// that is more; 1 is the edge between two levels.
+// The same where nothing is out of range. Then halving can be skipped: p - 1 plus twice MAGIC has the same bits as half
+// of it plus MAGIC. `edge` is raised to the distance of p - 1 from its rounded value; 1 is the edge between two levels.
 INLINE I level_in_range(F p, F &edge) {
     const F y = min_(max_(p - vec(1.0f), vec(0.0f)), vec(14.0f)), rounded_y = y + vec(2 * MAGIC);
     edge = max_(abs(y - (rounded_y - vec(2 * MAGIC))), edge);
     return bits_of(rounded_y) & vec(7);
 }
 
-// Nearer to the edge than this, rounding might have a say in which of two points is the nearer one, whose levels are on
-// either side of it. What is compared is scale * q - x in floats, which is off by some 2e-6 of the scale at most.
+// Closer to the edge than this, rounding errors might decide which of two points on either side of it is nearer. What is
+// compared is scale * q - x in floats, whose error is at most some 2e-6 of the scale.
 constexpr float EDGE = 1 - 2e-5f;
 
-// The nearest neighbour of one group by one scale; the lanes are neighbours.
+// The nearest neighbor of one group with one scale; the lanes are neighbors.
 INLINE bool nearest_point(const uint32_t *words, uint32_t count, const float *x, const float *w, float scale,
                           uint32_t *found) {
     if (W < 8) {
@@ -91,25 +90,25 @@ template <class T>
 struct alignas(64) Tries {
     static constexpr int V = (T::TRIES + W - 1) / W;
     float id[V * W], scale[V * W];
-    float levels[LEVELS][V * W];        // scale times what a level stands for
-    float terms[4][LEVELS][MOST_TRIES]; // of the group that is worked on
-    I code[V + 1];                      // of that group, too
+    float levels[LEVELS][V * W];        // scale times the value of a level
+    float terms[4][LEVELS][MOST_TRIES]; // of the current group
+    I code[V + 1];                      // of the current group
     int32_t words[GROUPS][V * W];       // the points
     uint32_t on_grid[GROUPS];           // a bit for each try
 };
 
-// A byte of a word is its level times 16. The terms of a level are eight times as many bytes after those of level 0, which
-// is an address that the processor computes as it loads.
+// A byte of a word is its level times 16. The terms of a level begin eight times as many bytes after those of level 0,
+// an address that the processor computes as part of the load.
 INLINE F terms_at(const char *terms, uint8_t byte) {
     static_assert(MOST_TRIES * sizeof(float) == 8 * 16);
     return load(reinterpret_cast<const float *>(terms + size_t{8} * byte));
 }
 
-// The points of a group for every try. False where ggml finds none and ends the process, because all distances overflow.
+// The points of a group for every try. Returns false where all distances overflow: ggml finds none then, and aborts.
 template <class T>
 INLINE bool try_points(const Grid &g, const Cell *by_code, const Block &b, int k, Tries<T> &t) {
     constexpr int V = Tries<T>::V;
-    // A bit for each try that is the last one of a run: of those with the same code, and of those in one vector.
+    // A bit for each try that is the last of a run, in which all tries have the same code and lie in one vector.
     uint32_t last = 1u << (T::TRIES - 1);
     alignas(64) int32_t code[V * W];
     for (int v = 0; v < V; v++) {
@@ -119,7 +118,7 @@ INLINE bool try_points(const Grid &g, const Cell *by_code, const Block &b, int k
     }
     last &= (2u << (T::TRIES - 1)) - 1;
     Cell cells[T::TRIES];
-    uint32_t needed = 0;   // levels of each dimension
+    uint32_t needed = 0;   // the levels of each dimension that are needed
     int runs = 0, start = 0;
     for (uint32_t ends = last; ends; ends &= ends - 1) {
         cells[runs] = by_code[code[start]];
@@ -175,7 +174,7 @@ INLINE void sum_up(const Block &b, const Tries<T> &t, F *qx, F *q2) {
                 if (W >= 8) {
                     qx[v] = qx[v] + pick(wxq, words[v]);
                     q2[v] = q2[v] + pick(wqq, words[v]);
-                } else {   // a vector does not hold all levels
+                } else {   // a vector does not hold all eight levels
                     const F q = float_of(shl<1>(words[v] & vec(7)) + vec(1));
                     qx[v] = qx[v] + vec(b.wx[i]) * q;
                     q2[v] = q2[v] + vec(b.w[i]) * q * q;
@@ -190,7 +189,7 @@ INLINE int code_of_word(uint32_t word) {
     return static_cast<int>((word >> 4 & 7) | (word >> 12 & 7) << 3 | (word >> 20 & 7) << 6 | (word >> 28 & 7) << 9);
 }
 
-// The codes of a group by every scale: three bits for each weight. Returns the cells to look them up in.
+// The codes of a group with every scale: three bits per weight. Returns the cells in which to look them up.
 template <class T>
 INLINE const Cell *try_codes(const Grid &g, const Block &b, int k, bool in_range, Tries<T> &t) {
     F edge = vec(0.0f);
@@ -207,7 +206,7 @@ INLINE const Cell *try_codes(const Grid &g, const Block &b, int k, bool in_range
     return in_range && !any(edge > vec(EDGE)) ? g.clear : g.cells;
 }
 
-// False where ggml ends the process.
+// Quantizes a block. Returns false where ggml would abort.
 template <class T>
 INLINE bool quantize(const Grid &g, const float *x, const float *weights, float sigma2, Done &done) {
     constexpr int V = Tries<T>::V;
@@ -301,8 +300,8 @@ INLINE void pack_xxs(const Super &s, Counts &, uint8_t *out) {
     }
 }
 
-// As ggml writes it, with its fault: a block of zeros takes no place among the points and signs, so that those of the
-// blocks after it stand where nobody looks for them. The high bits of the points and the scales are where they should be.
+// Packs as ggml does, with its fault: a block of zeros does not advance the pointers to points and signs, so those of the
+// blocks after it are stored one block too early. The high bits of the points and the scales are stored correctly.
 INLINE void pack_s(const Super &s, Counts &counts, uint8_t *out) {
     const float d = s.largest / 31, id = 1 / d;
     const uint16_t stored = s.largest == 0 ? 0 : half(d * 1.033f);

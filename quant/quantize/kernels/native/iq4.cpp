@@ -1,11 +1,11 @@
-// IQ4_NL: blocks of 32 weights, each one of 16 uneven steps, and a scale. IQ4_XS: superblocks of eight such blocks, whose
-// scales are themselves stored as levels of a scale of the superblock's.
+// IQ4_NL: blocks of 32 weights with a scale, each weight one of 16 uneven steps. IQ4_XS: superblocks of eight such
+// blocks, whose scales are stored as levels of one fp16 number (quantize_row_iq4_nl_impl in ggml-quants.c).
 //
 // ggml tries 16 scales for a block, and for each of them finds the nearest step of every weight. The tries differ by
-// little: 15 of them multiply the weights by (-134 … -120) / max. Two neighbouring thresholds between steps differ by
-// a factor of 1.2 at least, and 134 / 120 is less, so that over all 15 tries a weight meets one threshold at most.
-// Hence, for each weight, two candidates for its step and the threshold between them are found once, and a try is left
-// with one comparison. The sums run through the weights in order, several tries at a time.
+// little: 15 of them multiply the weights by (-134 … -120) / max. Two neighboring thresholds between steps differ by
+// a factor of 1.2 at least, and 134 / 120 is less: over all 15 tries a weight crosses one threshold at most. So for
+// each weight two candidate steps and the threshold between them are found once, and a try needs one comparison. The
+// sums run through the weights in order, several tries at a time.
 #include "kernel.h"
 #include "search.h"
 
@@ -15,8 +15,8 @@ constexpr int TRIES = 15;        // 2 * 7 + 1
 
 alignas(64) constexpr float STEPS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 alignas(64) constexpr float NEXT[16] = {-104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113, 113};
-// From here on the step after it is the nearest: the middle, exactly, for both distances are exact in its neighbourhood
-// (they are not larger than the number itself, or small multiples of its last place), and at equal ones ggml goes up.
+// From here on the next step is nearest: exactly the middle. Near it both distances are exact in floats (they are not
+// larger than the number itself, or small multiples of its last place), and at equal distances ggml takes the upper.
 alignas(64) constexpr float UP[16] = {-115.5f, -93.5f, -74, -57, -42, -28.5f, -16, -4.5f,
                                       7, 19, 31.5f, 45.5f, 61, 79, 101, INFINITY};
 
@@ -33,7 +33,7 @@ struct Scaled {
     M odd;
 };
 
-// The scale of 32 weights `x` that count as much as `w` says, before it is rounded.
+// The scale of 32 weights `x` with error weights `w`, before it is rounded.
 INLINE Scaled scale_of(const F *x, const F *w) {
     F max;
     const M empty = largest_first(x, 32, max) < vec(TINY);
@@ -46,7 +46,7 @@ INLINE Scaled scale_of(const F *x, const F *w) {
     }
     F qx = vec(0.0f), q2 = vec(0.0f);
 
-    // What a weight adds to the sums if it gets the lower of its two steps, and if it gets the upper.
+    // What a weight adds to the sums with the lower of its two steps, and with the upper.
     F up[32], lower_qx[32], lower_q2[32], upper_qx[32], upper_q2[32];
     for (int j = 0; j < 32; j++) {
         const F q = lookup16(STEPS, nearest_step(first * x[j])), wq = w[j] * q;
@@ -79,11 +79,11 @@ INLINE Scaled scale_of(const F *x, const F *w) {
         d = select(better, sumqx[t] / sumq2[t], d);
         best = select(better, d * sumqx[t], best);
     }
-    // With all weights within ±largest, no product above leaves -134.1 … 134.1, as long as 127 / max is a number.
+    // All weights are within ±largest, so no product above leaves -134.1 … 134.1, as long as 127 / max is finite.
     return {select(empty, vec(0.0f), d), ~empty & ~(abs(first) < vec(INFINITY))};
 }
 
-// How much every weight counts, by its column's weight and its own size.
+// The weights of the squared errors: from the column weight and the weight itself.
 INLINE void weigh(const Group &g, int64_t offset, F sigma2, const F *x, F *w) {
     if (g.weighted) load_lanes(g.w, offset, 32, w);
     for (int j = 0; j < 32; j++) w[j] = g.weighted ? w[j] * sqrt(sigma2 + x[j] * x[j]) : x[j] * x[j];
@@ -130,7 +130,7 @@ INLINE M iq4_xs(const Group &g) {
         odd = odd | ~finite(idl);
         store_steps(x + 32 * b, idl, g.out, 8 + 16 * b);
         const I level = trunc(l) + vec(32);
-        low = shr<4>(low) | shl<28>(level);   // the first block comes to lie in the lowest bits
+        low = shr<4>(low) | shl<28>(level);   // the first block ends up in the lowest bits
         high = shr<2>(high) | shl<14>(shr<4>(level));
     }
     store_half(to_half(d), g.out, 0);

@@ -1,4 +1,4 @@
-// What a kernel is called with, and the loop that all of them share.
+// The arguments of a kernel, and the loop that all kernels share.
 //
 // A family file (iq4.cpp, kquants.cpp, …) defines, for each of its types, one function that works on a group of W
 // superblocks, and exports it:
@@ -17,14 +17,14 @@
 #include <xmmintrin.h>
 #endif
 
-// ggml_quantize_chunk: (type, rows, out, start, number of rows, row length, weights of the columns or null). It builds
-// the type's tables on its first call, under a lock of its own.
+// ggml_quantize_chunk: (type, rows, out, start, number of rows, row length, column weights or null). Its first call
+// builds the type's tables, under a lock of its own.
 using Chunk = size_t (*)(int, const float *, void *, int64_t, int64_t, int64_t, const float *);
 
 struct Counts {
-    int64_t odd;      // superblocks (rows, in types whose statistics span a row) that ggml itself wrote
-    int64_t faulty;   // superblocks that meet a fault of ggml's, which is written as ggml writes it
-    int64_t refused;  // superblocks on which ggml ends the process; there are zeros in their place
+    int64_t odd;      // superblocks (rows, in types whose statistics span a row) that were left to ggml
+    int64_t faulty;   // superblocks that met a fault of ggml, which the kernel reproduces
+    int64_t refused;  // superblocks on which ggml would abort; zeros are written instead
 };
 
 struct Call {
@@ -51,8 +51,8 @@ struct Call {
 
 namespace {
 
-// Denormals as they are and rounding to nearest, as long as it lives: a library built with -ffast-math may have
-// switched the thread to flushing them, which changes bytes. ggml's own functions, called for odd lanes, see it too.
+// Keeps denormals and rounds to nearest while it exists. A library built with -ffast-math may have switched the thread
+// to flushing denormals, which changes bytes. ggml's own functions, called for odd lanes, run under it too.
 class PlainFloats {
 #if defined(__x86_64__)
     unsigned was = _mm_getcsr();
@@ -74,18 +74,18 @@ class PlainFloats {
     PlainFloats &operator=(const PlainFloats &) = delete;
 };
 
-// W superblocks, one a lane. Where fewer are left, the last one is repeated and written to a place of no use.
+// W superblocks, one per lane. If fewer are left, the last one is repeated and written to a scratch buffer.
 struct Group {
     const float *x[W];
-    const float *w[W];   // the weights of their columns
-    bool weighted;       // whether there are any; otherwise w is not to be read
+    const float *w[W];   // the column weights (imatrix)
+    bool weighted;       // whether there are any; otherwise w must not be read
     uint8_t *out[W];
     int lanes;           // how many are real
     Counts *counts;
 };
 
-// All superblocks of a call, W at a time: `work` is given a Group and returns its odd lanes, which go to ggml.
-// `bytes` is the size of a stored block of `block` weights.
+// Quantizes all superblocks of a call, W at a time. `work` takes a Group and returns its odd lanes, which ggml then
+// writes. `bytes` is the size of a stored block of `block` weights.
 template <int type, int block, int bytes, class Work>
 INLINE void run(const Call &call, Work work) {
     uint8_t nowhere[bytes];

@@ -1,5 +1,5 @@
-// Q2_K, Q4_K, Q5_K: superblocks of 256 weights in blocks of 16 or 32, each with a scale and a minimum, which are
-// themselves stored as levels of a scale of the superblock's.
+// Q2_K, Q4_K, Q5_K (quantize_row_q*_K_impl in ggml-quants.c): superblocks of 256 weights in blocks of 16 or 32. Each
+// block has a scale and a minimum, stored as levels of two fp16 numbers of the superblock.
 #include "kernel.h"
 #include "search.h"
 
@@ -7,7 +7,7 @@ namespace {
 
 constexpr float SAME = 1.0f / 256;
 
-// How many blocks are searched side by side: until the processor is never waiting.
+// Blocks that are searched side by side: as many as hide the latency of the sums.
 template <int n> constexpr int SIDE_BY_SIDE = W == 16 || n == 32 ? 2 : 4;
 
 INLINE F squares(const F *x, int n) {
@@ -16,7 +16,7 @@ INLINE F squares(const F *x, int n) {
     return sum;
 }
 
-// The scale and the minimum of every block of a superblock, and how much the blocks count.
+// The scale and the minimum of every block of a superblock, and the blocks' weights.
 template <int n> struct Blocks {
     static constexpr int N = 256 / n;
     Affine fit[N];
@@ -51,7 +51,7 @@ template <int N> struct Scales {
     F scale[N], min[N];
 };
 
-// With weights of the columns: the scales that lose least.
+// With column weights: the scales with the least weighted error.
 template <int n> INLINE M search_scales(const Blocks<n> &b, int top, Scales<256 / n> &s) {
     constexpr int N = 256 / n;
     F x[2][N], level[2][N], d[2];
@@ -69,7 +69,7 @@ template <int n> INLINE M search_scales(const Blocks<n> &b, int top, Scales<256 
     return odd | ~finite(d[0]) | ~finite(d[1]);
 }
 
-// Without: the largest is the top level.
+// Without: the largest scale gets the top level.
 template <int n> INLINE M divide_scales(const Blocks<n> &b, int top, Scales<256 / n> &s) {
     F largest = vec(0.0f), largest_min = vec(0.0f);
     for (int j = 0; j < b.N; j++) {
@@ -88,7 +88,8 @@ template <int n> INLINE M divide_scales(const Blocks<n> &b, int top, Scales<256 
     return ~roundable(inverse * largest) | ~roundable(inverse_min * largest_min);
 }
 
-// The level of every weight with the scales as they are stored; where a scale is stored as zero, the search's stay.
+// The level of every weight with the scales as they are stored. Where a scale is stored as zero, the levels of the
+// search stay.
 template <int n, int nmax>
 INLINE M levels(const F *x, const Blocks<n> &b, const Scales<256 / n> &s, I *level) {
     const F d = from_half(to_half(s.d)), dmin = from_half(to_half(s.dmin));
@@ -144,7 +145,7 @@ INLINE M q2_k(const Group &g) {
     return odd;
 }
 
-// Q4_K and Q5_K up to the levels. The 12 bytes of scales and minima hold six bits of each.
+// Q4_K and Q5_K except for packing the levels. The 12 bytes of scales and minima hold six bits of each.
 template <int nmax> INLINE M q45_k(const Group &g, float rdelta, float rmin, int steps, I *level) {
     F x[256];
     const F sum = load_squares(g.x, 0, 256, x), sigma2 = vec(2.0f) * sum * vec(SAME);

@@ -1,18 +1,18 @@
-// Q3_K and Q6_K: superblocks of 256 weights in blocks of 16, each with a scale, which is itself stored as a level of a
-// scale of the superblock's.
+// Q3_K and Q6_K (quantize_row_q3_K_impl, quantize_row_q6_K_impl in ggml-quants.c): superblocks of 256 weights in blocks
+// of 16. Each block has a scale, stored as a level of one fp16 number of the superblock.
 #include "kernel.h"
 #include "search.h"
 
 namespace {
 
-// How much the weights of a block count.
+// The weights of the squared errors in a block.
 INLINE void weigh(const Group &g, int offset, F sigma2, const F *x, F *w) {
     if (g.weighted) load_lanes(g.w, offset, 16, w);
     for (int i = 0; i < 16; i++) w[i] = g.weighted ? w[i] * sqrt(sigma2 + x[i] * x[i]) : x[i] * x[i];
 }
 
-// The levels of 16 weights, of at most that size, for a scale as it is stored; where it is stored as zero, those of the
-// search stay.
+// The levels of 16 weights with magnitudes up to `largest`, for a scale as it is stored. Where it is stored as zero, the
+// levels of the search stay.
 template <int nmax, class Searched> INLINE M levels(const F *x, F largest, F scale, I *level, Searched searched) {
     const M none = scale == vec(0.0f);
     for (int i = 0; i < 16; i++) {
@@ -25,7 +25,7 @@ template <int nmax, class Searched> INLINE M levels(const F *x, F largest, F sca
     return ~(none | roundable(largest / scale));
 }
 
-// ggml's search without weights of the columns (make_q3_quants): the weights take turns in choosing their level.
+// ggml's search without column weights (make_q3_quants): each weight in turn takes its best level given the others.
 INLINE M take_turns(const F *x, F *level, F &found) {
     constexpr int nmax = 4;
     const F low = vec(MAGIC - nmax), high = vec(MAGIC + nmax - 1);
@@ -107,7 +107,7 @@ INLINE M q3_k(const Group &g) {
     }
 
     for (int k = 0; k < 32; k++) {
-        const I *l = level + k;   // of the three bits, the highest: that of weight 32 * b + k is bit b
+        const I *l = level + k;   // the highest of the three bits: that of weight 32 * b + k is bit b
         bytes[k] = shr<2>(l[0]) | shl<1>(shr<2>(l[32])) | shl<2>(shr<2>(l[64])) | shl<3>(shr<2>(l[96])) |
                    shl<4>(shr<2>(l[128])) | shl<5>(shr<2>(l[160])) | shl<6>(shr<2>(l[192])) | shl<7>(shr<2>(l[224]));
     }

@@ -1,8 +1,9 @@
-// Lanes: the vector type that every kernel is written in, W floats or integers wide.
+// Lanes: the vector type of all kernels, W floats or integers wide.
 //
 // A kernel is the scalar program of its format with each variable made a vector: lane l works on superblock l, and no
-// lane ever looks at another. Every sum therefore runs in ggml's order, and the bytes are ggml's by construction. One
-// source serves every instruction set; this header chooses the words it is written in.
+// lane depends on another. So every sum runs in ggml's order, and the bytes are ggml's by construction. Vectorizing
+// within a superblock would add in another order, and change bytes. One source is compiled for every instruction set;
+// this header chooses the implementation of its operations.
 //
 //   W                                       lanes: 16 (AVX-512), 8 (AVX2), 4 (NEON)
 //   F, I, M                                 floats, 32-bit integers, and a mask (the answer to a comparison)
@@ -22,12 +23,12 @@
 //   lookup16(table, i)                      table[i] for i in 0 … 15, F or I from 16 aligned floats or ints
 //   transpose(v)                            v[W] in place: lane l of v[i] becomes lane i of v[l]
 //
-// Odd lanes. A kernel need not know what ggml does with infinities, denormals or numbers outside of rounding range:
-// it returns a mask of the lanes in which something of the kind was met, and the driver (kernel.h) has ggml itself
-// write those blocks. So: find out cheaply that a lane is odd, and never mind what is computed in it.
+// Odd lanes. A kernel need not reproduce what ggml does with infinities, denormals or numbers outside of rounding range.
+// It returns a mask of the lanes that met such a number, and the driver (kernel.h) lets ggml write those blocks. So
+// detect cheaply that a lane is odd; what is computed in it does not matter.
 //
-// Everything is in an anonymous namespace: objects of different instruction sets are linked into one library, and no
-// inline function of one may stand in for that of another.
+// Everything is in an anonymous namespace: objects of different instruction sets are linked into one library, and the
+// linker must not merge an inline function of one with that of another.
 #pragma once
 
 #include <cmath>
@@ -53,11 +54,11 @@ constexpr float MAGIC = 12582912.0f;
 // ggml's rounding is a plain nearest_int up to here.
 constexpr float ROUNDABLE = 4194303.0f;
 
-// ggml's nearest_int, bit for bit, garbage included.
+// ggml's nearest_int, bit for bit, also where it overflows.
 INLINE I nearest_int(F v) { return (bits_of(v + vec(MAGIC)) & vec(0x007fffff)) - vec(0x00400000); }
 
-// Where nearest_int(v) is the nearest integer: neither NaN nor too large. Rounding is monotone, so that it is enough
-// to test the extreme values.
+// Whether nearest_int(v) is the nearest integer: v is neither NaN nor too large. Rounding is monotone, so testing the
+// extreme values is enough.
 INLINE M roundable(F v) { return abs(v) <= vec(ROUNDABLE); }
 
 // nearest_int clamped to lo … hi, as a float, for a `v` that is roundable. `low` is MAGIC + lo, `high` MAGIC + hi.
@@ -67,18 +68,18 @@ INLINE F rounded(F v, F low, F high) {
 
 INLINE M finite(F v) { return abs(v) < vec(INFINITY); }
 
-// W floats from each of W places, so that lane l of to[i] is from[l][i].
+// Loads W floats from each of W addresses, so that lane l of to[i] is from[l][i].
 INLINE void load_transposed(const float *const *from, int64_t offset, F *to) {
     for (int l = 0; l < W; l++) to[l] = loadu(from[l] + offset);
     transpose(to);
 }
 
-// `n` elements (a multiple of 16) of W blocks, one a lane.
+// Loads `n` elements (a multiple of 16) of W blocks, one per lane.
 INLINE void load_lanes(const float *const *from, int64_t offset, int n, F *to) {
     for (int i = 0; i < n; i += W) load_transposed(from, offset + i, to + i);
 }
 
-// The same, and the sum of their squares in their order.
+// The same; returns the sum of their squares, added in their order.
 INLINE F load_squares(const float *const *from, int64_t offset, int n, F *to) {
     F sum = vec(0.0f);
     for (int i = 0; i < n; i += W) {
@@ -88,10 +89,10 @@ INLINE F load_squares(const float *const *from, int64_t offset, int n, F *to) {
     return sum;
 }
 
-// Four vectors of bytes as one of little-endian words.
+// Four vectors of bytes as one vector of little-endian words.
 INLINE I word(I a, I b, I c, I d) { return a | shl<8>(b) | shl<16>(c) | shl<24>(d); }
 
-// `n` words of every lane to its own place: word k of lane l goes to to[l] + offset + 4 * k.
+// Stores `n` words of every lane: word k of lane l goes to to[l] + offset + 4 * k.
 INLINE void store_words(const I *words, int n, uint8_t *const *to, int offset) {
     alignas(64) int32_t lanes[W];
     for (int k = 0; k < n; k++) {
@@ -100,7 +101,7 @@ INLINE void store_words(const I *words, int n, uint8_t *const *to, int offset) {
     }
 }
 
-// `n` bytes of every lane (a multiple of 4), each in a vector of its own, to the lanes' places.
+// Stores `n` bytes of every lane (a multiple of 4), each in a vector of its own.
 INLINE void store_bytes(const I *bytes, int n, uint8_t *const *to, int offset) {
     for (int k = 0; k < n; k += 4) {
         const I w = word(bytes[k], bytes[k + 1], bytes[k + 2], bytes[k + 3]);
@@ -108,7 +109,7 @@ INLINE void store_bytes(const I *bytes, int n, uint8_t *const *to, int offset) {
     }
 }
 
-// The low 16 bits of every lane.
+// Stores the low 16 bits of every lane.
 INLINE void store_half(I half, uint8_t *const *to, int offset) {
     alignas(64) int32_t lanes[W];
     store(lanes, half);

@@ -1,4 +1,4 @@
-// The words of lanes.h in AVX2 with F16C: 8 lanes. A mask is a vector of all ones or all zeros.
+// The operations of lanes.h in AVX2 with F16C: 8 lanes. A mask is a vector of all ones or all zeros.
 #pragma once
 
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// The words of lanes.h in AVX-512 (F, BW, DQ, VL): 16 lanes.
+// The operations of lanes.h in AVX-512 (F, BW, DQ, VL): 16 lanes.
 #pragma once
 
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// The words of lanes.h in AArch64's NEON: 4 lanes. Never vfma, vmla, nor an estimate: they round otherwise.
+// The operations of lanes.h in AArch64's NEON: 4 lanes. Never vfma, vmla or an estimate: they round differently.
 #pragma once
 
 #include <arm_neon.h>
@@ -43,7 +43,7 @@ OP F operator-(F a) { return {vnegq_f32(a.v)}; }
 OP F sqrt(F a) { return {vsqrtq_f32(a.v)}; }
 OP F nearest(F a) { return {vrndnq_f32(a.v)}; }
 OP F abs(F a) { return {vabsq_f32(a.v)}; }
-// vminq_f32 answers NaN and -0 otherwise than C does.
+// vminq_f32 treats NaN and -0 differently from C.
 OP F min_(F a, F b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
 OP F max_(F a, F b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
 

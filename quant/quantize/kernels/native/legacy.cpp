@@ -1,7 +1,7 @@
-// Q4_0, Q4_1, Q5_0, Q5_1 with weights of the columns: blocks of 32 weights with a scale, or a scale and a minimum. How
-// much a weight counts depends on the mean square of its whole row. So an odd block sends its row to ggml.
+// Q4_0, Q4_1, Q5_0, Q5_1 with column weights: blocks of 32 weights with a scale, or a scale and a minimum. The weight of
+// an error depends on the mean square of the whole row, so an odd block leaves its row to ggml.
 //
-// Without weights of the columns ggml only rounds, which it does about as fast as memory gives; it is left to do so.
+// Without column weights ggml only rounds, at about the speed of memory. Those calls are left to ggml.
 #include "kernel.h"
 #include "search.h"
 
@@ -17,8 +17,8 @@ INLINE void mean_squares(const float *const *rows, int64_t row, float *to) {
     storeu(to, sum / vec(static_cast<float>(row)));
 }
 
-// The levels as ggml stores them: four bits of each in 16 bytes, the first half of the block in the low ones; the fifth
-// bits, if there are any, before them, in the order of the block.
+// Stores levels as ggml does: four bits of each in 16 bytes, the first half of the block in the low bits. The fifth bits,
+// if there are any, come before them in the order of the block.
 template <bool fifth> INLINE void store_levels(I *level, uint8_t *const *to, int offset) {
     if (fifth) {
         I high = vec(0);
@@ -30,7 +30,7 @@ template <bool fifth> INLINE void store_levels(I *level, uint8_t *const *to, int
     store_bytes(level, 16, to, offset);
 }
 
-// The loop of run() in kernel.h for these types: rows are done W at a time, their blocks W at a time.
+// The loop of run() in kernel.h for these types: W rows at a time, and W of their blocks at a time.
 template <int type, int bytes, class Work> INLINE void run_rows(const Call &call, Work work) {
     const int64_t per_row = call.row / 32;
     if (!call.weights) {

@@ -1,5 +1,5 @@
-// The tables of grids.h: ggml sorts the whole grid twice for each of 43,691 codes, most of which no rounding gives. Here
-// the neighbours of the others are found by counting: a distance is a small integer, and there are few of them.
+// Builds the tables of grids.h. ggml sorts the whole grid twice for each of 43,691 codes (iq2xs_init_impl), most of which
+// rounding never produces. Here neighbors are found by counting sort: a distance is a small integer.
 #include "grids.h"
 
 #include <algorithm>
@@ -18,7 +18,7 @@ constexpr int FARTHEST = 4 * 49 + 1;   // four dimensions, seven levels apart; e
 struct Shape {
     const char *points;
     int dimensions, base, codes;
-    int shells;   // how many of the different distances, from the least on, the neighbours may have
+    int shells;   // how many distinct distances, from the least on, neighbors may have
 };
 
 Shape shape(GridName name) {
@@ -48,7 +48,7 @@ uint32_t word_of(const Shape &s, int code) {
     return word;
 }
 
-// Half of a code's dimensions at a time: the squared distance of every pair of halves.
+// The squared distance of every pair of half codes, each of half the dimensions.
 std::vector<uint8_t> half_distances(const Shape &s, int half) {
     std::vector<uint8_t> table(static_cast<size_t>(half * half));
     for (int a = 0; a < half; a++) {
@@ -63,9 +63,9 @@ std::vector<uint8_t> half_distances(const Shape &s, int half) {
     return table;
 }
 
-// Whether a point is at least as near as another, dimension for dimension, to everything that rounds to a code: its
-// level is the code's, or it is on the same side and not as far. Weights that round to a level lie between the two
-// edges of it, and without bound beyond the first and the last.
+// Whether a point dominates another: in every dimension it is at least as near to all weights that round to the code,
+// because its level is the code's, or is on the same side and not as far. Weights that round to a level lie between its
+// two edges, and beyond the first and the last level without bound.
 bool beats(const Shape &s, int code, int point, int other) {
     for (int i = 0; i < s.dimensions; i++, code /= s.base, point /= s.base, other /= s.base) {
         const int mine = point % s.base - code % s.base, its = other % s.base - code % s.base;
@@ -80,7 +80,7 @@ uint32_t levels_bit(uint32_t word) {
     return levels;
 }
 
-// The list of a code without the points that one before them beats: those can never be chosen.
+// The list of a code without the points that an earlier one dominates: they can never be chosen.
 Cell clear_cell(const Shape &s, const std::vector<int> &points, const std::vector<int> &list, int code, Tables &made,
                 const std::vector<uint32_t> &words) {
     Cell cell = {static_cast<uint32_t>(made.words.size()) & 0x3fffff, 0, 0};
@@ -113,7 +113,7 @@ Tables *build(const Shape &s) {
         high[j] = static_cast<uint8_t>(points[j] / half);
         words[j] = word_of(s, points[j]);
     }
-    made->words = words;   // the points themselves, by their numbers; there are a multiple of 16 in every grid
+    made->words = words;   // the points themselves, by number; every grid has a multiple of 16
     made->cells.resize(static_cast<size_t>(s.codes));
     made->clear.resize(made->cells.size());
     size_t on_grid = 0;
@@ -132,7 +132,7 @@ Tables *build(const Shape &s) {
             distance[j] = static_cast<uint8_t>(to_low[low[j]] + to_high[high[j]]);
             at[distance[j]]++;
         }
-        // From how many at each distance to where they begin; what is beyond the last shell is left out.
+        // From counts per distance to start offsets; points beyond the last shell are dropped.
         int farthest = 0, total = 0;
         for (int shells = 0; farthest < FARTHEST && shells < s.shells; farthest++) {
             const int here = at[farthest];
@@ -156,7 +156,7 @@ Tables *build(const Shape &s) {
         if (s.dimensions == 8) made->words.resize((made->words.size() + 15) / 16 * 16, NOWHERE);
     }
     made->words.resize(made->words.size() + 16);
-    // Whole vectors are loaded from the lists; in eight dimensions from aligned places.
+    // Whole vectors are loaded from the lists, in eight dimensions from aligned addresses.
     auto *const aligned = new (std::align_val_t(64)) uint32_t[made->words.size()];
     std::copy(made->words.begin(), made->words.end(), aligned);
     made->grid = {made->cells.data(), made->clear.data(), aligned};
@@ -166,7 +166,7 @@ Tables *build(const Shape &s) {
 }  // namespace
 
 const Grid &grid(GridName name) {
-    // One static for each, so that a type's tables are built when that type is first met.
+    // One static each, so a type's tables are built when that type is first used.
     switch (name) {
         case GridName::iq2_xxs: { static const Tables *const made = build(shape(name)); return made->grid; }
         case GridName::iq2_xs: { static const Tables *const made = build(shape(name)); return made->grid; }
@@ -179,8 +179,8 @@ const Grid &grid(GridName name) {
     return made->grid;
 }
 
-// For tests: the numbers of the points in a code's list, or its own with a minus before it where it is on the grid (and
-// one less, for there is no -0). Returns how many; `to` has room for all points of the grid.
+// For tests: writes the numbers of the points in a code's list. For a code that is a grid point itself it writes -1 minus
+// its number. Returns how many; `to` has room for all points of the grid.
 extern "C" __attribute__((visibility("default"))) int quant_grid(int name, int code, int32_t *to) {
     const Grid &g = grid(static_cast<GridName>(name));
     const Cell &cell = g.cells[code];
@@ -189,7 +189,7 @@ extern "C" __attribute__((visibility("default"))) int quant_grid(int name, int c
         return 1;
     }
     for (uint32_t j = 0; j < cell.count; j++) {
-        // The points stand first among the words, in the order of their numbers.
+        // The words begin with all points, in the order of their numbers.
         const uint32_t *const word = g.words + cell.first + j;
         to[j] = static_cast<int32_t>(std::find(g.words, word, *word) - g.words);
     }

@@ -1,4 +1,4 @@
-// What this processor and this thread are like; compiled for any processor of the architecture.
+// Queries of the processor and of the thread; compiled for any processor of the architecture.
 #include <cstdint>
 
 #if defined(__x86_64__)
@@ -7,7 +7,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Which of the instruction sets can be used, by the operating system too: 1 AVX2 with F16C, 2 AVX-512, 4 NEON.
+// The instruction sets that processor and operating system support, as bits: 1 AVX2 with F16C, 2 AVX-512, 4 NEON.
 EXPORT int quant_processor() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -22,7 +22,7 @@ EXPORT int quant_processor() {
 #endif
 }
 
-// Whether the calling thread flushes denormals to zero, or takes them for it, or does not round to nearest.
+// Whether the calling thread flushes denormals to zero, reads them as zero, or does not round to nearest.
 EXPORT int quant_floats_are_odd() {
 #if defined(__x86_64__)
     return (_mm_getcsr() & 0xe040) != 0;

@@ -1,18 +1,18 @@
-// The searches for the scale of a few weights that the K types and the older ones share, each in ggml's order.
+// The searches for the scale of a block that the K types and the older types share, each in ggml's order.
 //
-// P blocks of n weights are searched side by side. They have nothing to do with each other; but each is one long chain
-// of sums, and the processor fills the waiting time of one with another.
+// P blocks of n weights are searched side by side. They are independent; but each is one long chain of dependent sums,
+// and interleaving several chains hides their latency.
 #pragma once
 
 #include "lanes.h"
 
 namespace {
 
-constexpr float TINY = 1e-15f;   // GROUP_MAX_EPS: what is smaller counts as zero
+constexpr float TINY = 1e-15f;   // ggml's GROUP_MAX_EPS: smaller weights count as zero
 
 #define UNROLL _Pragma("GCC unroll 4")
 
-INLINE F largest_first(const F *x, int n, F &max) {   // the largest size, and the first weight that has it
+INLINE F largest_first(const F *x, int n, F &max) {   // the largest magnitude, and the first weight that has it
     F largest = vec(0.0f);
     max = vec(0.0f);
     for (int i = 0; i < n; i++) {
@@ -28,7 +28,7 @@ INLINE F largest_first(const F *x, int n, F &max) {   // the largest size, and t
 
 struct Affine {
     F scale, shift;
-    F iscale, base;   // the l that go with it are nearest_int(iscale * (x - base)), clamped
+    F iscale, base;   // its levels are nearest_int(iscale * (x - base)), clamped
     F low, high;      // the least and largest weight
 };
 
@@ -37,7 +37,7 @@ template <int nmax> INLINE F affine_level(const Affine &a, F x) {
 }
 
 // One pass over the weights: their levels for a scale, and the sums that give the best scale and minimum for them.
-// The levels are clamped below only where `low` says so, and above where `high` does: mostly neither can happen.
+// Levels are clamped only with `clamp_low` and `clamp_high`: mostly no level can leave the range.
 template <int n, int nmax, int P, bool clamp_low, bool clamp_high>
 INLINE void affine_sums(const F *x, const F *w, const F *min, const F *iscale, F (*level)[n], F *l1, F *l2, F *lx) {
     const F top = vec(static_cast<float>(nmax));
@@ -68,8 +68,8 @@ INLINE void affine_error(const F *x, const F *w, const F *min, const F *scale, c
     }
 }
 
-// Candidate number `is` tries (rmin + rdelta * is + nmax) levels between minimum and maximum. Where one is taken, the
-// minimum changes, and all later ones start from the new one.
+// Candidate number `is` tries (rmin + rdelta * is + nmax) levels between minimum and maximum. When a candidate is taken,
+// the minimum changes, and all later candidates start from the new one.
 template <int n, int nmax, int P, bool absolute>
 INLINE M affine_search(const F *x, const F *w, float rmin, float rdelta, int steps, Affine *found) {
     F level[P][n], min[P], sum_w[P], sum_x[P], best[P], iscale[P], scale[P];
@@ -110,7 +110,7 @@ INLINE M affine_search(const F *x, const F *w, float rmin, float rdelta, int ste
             iscale[p] = levels / range;
             const F lowest = iscale[p] * (found[p].low - min[p]);
             odd = odd | ~(flat[p] | (roundable(lowest) & roundable(iscale[p] * range)));
-            // A minimum that came to lie above all weights turns them round: the least one has the highest level.
+            // A minimum above all weights reverses their order: the least weight has the highest level.
             below = below | ~(flat[p] | ((lowest >= vec(-0.5f)) & (range > vec(0.0f))));
         }
         // Below nmax + 0.5 nothing rounds to more than nmax.
@@ -149,9 +149,9 @@ INLINE M affine_search(const F *x, const F *w, float rmin, float rdelta, int ste
 
 struct Symmetric {
     F scale;
-    F iscale;   // the l that go with it are nearest_int(iscale * x), clamped, plus nmax
-    M empty;    // or 0, where all weights are zero
-    F largest;  // size of a weight
+    F iscale;   // its levels are nearest_int(iscale * x), clamped, plus nmax
+    M empty;    // all weights are zero, and so are the levels
+    F largest;  // the largest magnitude
 };
 
 template <int nmax> INLINE F symmetric_level(const Symmetric &s, F x) {
@@ -159,8 +159,8 @@ template <int nmax> INLINE F symmetric_level(const Symmetric &s, F x) {
     return select(s.empty, vec(0.0f), l + vec(static_cast<float>(nmax)));
 }
 
-// The sums of K candidates; the weights run outside, so that each candidate adds in their order. Levels are clamped only
-// where the candidates can leave 0 … 2 * nmax - 1.
+// The sums of K candidates. The loop over weights is outside, so each candidate adds in their order. Levels are clamped
+// only where candidates can leave 0 … 2 * nmax - 1.
 template <int n, int nmax, int K, bool clamp_low, bool clamp_high>
 INLINE void symmetric_sums(const F *x, const F *w, const F *iscale, F *sumlx, F *suml2) {
     const F low = vec(static_cast<float>(-nmax)), high = vec(static_cast<float>(nmax - 1));
@@ -258,8 +258,8 @@ INLINE M positive_search(const F (*x)[n], const F *w, int nmax, F (*level)[n], F
             l2[p] = l2[p] + w[i] * l * l;
         }
     }
-    // Each number in turn takes the level that is best given the others, five times at most. A lane in which nothing
-    // changed would not change in another round either.
+    // Each number in turn takes its best level given the others, in at most five rounds. A lane without a change would
+    // not change in another round either.
     for (int round = 0; round < 5; round++) {
         M changed = no_lane();
         for (int i = 0; i < n; i++) {
