@@ -52,14 +52,14 @@ LADDER = (
 ALONE = ("UD-IQ2_XXS", "UD-Q4_K_XL", "Q4_1")
 FASTEST = "the fastest"
 SERVING = ("ggml", FASTEST)
-"""ggml's own kernels measure the engine alone; the fastest are what a release is made with."""
+"""ggml's own kernels measure the engine alone; the fastest ones make a release."""
 ROWS, ROW = 512, 1024
 TRIES = 5
 CORES = len(os.sched_getaffinity(0))
 
 
 class Bench:
-    """A synthetic model, and the two programs that quantise it."""
+    """A synthetic model, and the two programs that quantize it."""
 
     def __init__(self, folder: Path, gigabytes: float) -> None:
         self.folder = folder / f"{gigabytes:g}GB"
@@ -69,17 +69,17 @@ class Bench:
         self.weights = self.header.elements
 
     def plan(self, name: str) -> Plan:
-        """The types of a variant."""
+        """Return the plan of a variant."""
         return make_plan(load_variant(name), self.header.tensors, self.covered)
 
     def ours(self, names: Sequence[str], kernels: str) -> Measured:
-        """One pass of the engine for these variants."""
+        """Measure one pass of the engine for these variants."""
         out = self._empty("ours")
         self._cached()
         return measured(self._command(names, out), cwd=out, env=serving(kernels))
 
     def theirs(self, name: str) -> Measured:
-        """llama-quantize for one variant."""
+        """Measure llama-quantize for one variant."""
         out, chosen = self._empty("theirs"), self.plan(name)
         (out / "types.txt").write_text(
             type_file({t.tensor.name: t.type.name for t in chosen.tensors if t.rule is not None})
@@ -91,7 +91,10 @@ class Bench:
         return measured(command, cwd=out)
 
     def resumed(self, names: Sequence[str], share: float) -> tuple[Measured, float, float]:
-        """A run that is killed when that share of it is done, and the one that goes on: that one, both together, the cut."""
+        """Kill a run at a fraction of its work, and continue it.
+
+        Return the second run, the seconds of both together, and the fraction at which it was killed.
+        """
         out = self._empty("ours")
         self._cached()
         began = time.monotonic()
@@ -106,7 +109,7 @@ class Bench:
         return rest, first + rest.wall_s, cut
 
     def bound_s(self, names: Sequence[str], cost: dict[str, float]) -> tuple[float, float]:
-        """Seconds of one core for the distinct work of these variants, and for all of it."""
+        """Return the seconds of one core for the distinct work of these variants, and for all of it."""
         plans = [self.plan(n) for n in names]
         work = [
             [(p.tensors[i].tensor, p.tensors[i].type.name) for p in plans]
@@ -127,7 +130,7 @@ class Bench:
         return distinct, every
 
     def types(self, names: Sequence[str]) -> list[str]:
-        """All types that these variants use."""
+        """Return all types that these variants use."""
         return sorted({t.type.name for n in names for t in self.plan(n).tensors} - {"F32", "BF16"})
 
     def _command(self, names: Sequence[str], out: Path) -> list[str | Path]:
@@ -161,18 +164,18 @@ def _read_progress(out: Path) -> float:
 
 
 def serving(kernels: str) -> dict[str, str]:
-    """What is set in the environment so that these kernels serve."""
+    """Return the environment variables that choose these kernels."""
     return {"QUANT_KERNELS": kernels} if kernels != FASTEST else {}
 
 
 def costs(types: Sequence[str], kernels: str) -> dict[str, float]:
-    """Seconds of one core for a weight, by type, with an imatrix, while all cores work: the best of some tries."""
+    """Measure the seconds of one core per weight for each type, while all cores work: best of TRIES."""
     library = ggml.load_ggml(ggml.find_library(find_toolchain().bin))
     ours = Kernels(library)
     rng = np.random.default_rng(3)
     rows = [rng.standard_normal((ROWS, ROW), np.float32) * np.float32(0.02) for _ in range(CORES)]
     weights = rng.gamma(1.0, 5.0, ROW).astype(np.float32)
-    found = {}
+    costs_by_type = {}
     for name in types:
         if kernels == FASTEST:
             kernel = ours.kernel(TYPES[name])
@@ -180,19 +183,19 @@ def costs(types: Sequence[str], kernels: str) -> dict[str, float]:
             library.initialize(TYPES[name])
             kernel = library.kernel(TYPES[name])
 
-        def taken(own: Rows, kernel: Kernel = kernel) -> float:
+        def measure(own: Rows, kernel: Kernel = kernel) -> float:
             began = time.thread_time()
             kernel(own, weights)
             return time.thread_time() - began
 
         with ThreadPoolExecutor(CORES) as threads:
-            tries = [sum(threads.map(taken, rows)) / CORES for _ in range(TRIES)]
-        found[name] = min(tries) / rows[0].size
-    return found
+            tries = [sum(threads.map(measure, rows)) / CORES for _ in range(TRIES)]
+        costs_by_type[name] = min(tries) / rows[0].size
+    return costs_by_type
 
 
 def main() -> None:
-    """Measure what is asked for, and print tables in Markdown."""
+    """Run the chosen benchmarks, and print tables in Markdown."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -200,7 +203,10 @@ def main() -> None:
         "what", nargs="*", default=["ladder", "alone", "resume", "growth"], help="all of them"
     )
     parser.add_argument(
-        "--folder", type=Path, required=True, help="where files are made; some 30 GB for all of it"
+        "--folder",
+        type=Path,
+        required=True,
+        help="where files are written; all benchmarks need about 30 GB",
     )
     parser.add_argument("--gigabytes", type=float, default=1.1)
     asked = parser.parse_args()
@@ -214,7 +220,7 @@ def main() -> None:
 
 
 def ladder(bench: Bench) -> None:
-    """Twelve variants in one pass against twelve runs of llama-quantize."""
+    """Compare one pass for twelve variants with twelve runs of llama-quantize."""
     theirs = {name: bench.theirs(name) for name in LADDER}
     alone_s = sum(m.wall_s for m in theirs.values())
     print("| | wall s | CPU s | cores busy | peak memory |\n|---|---:|---:|---:|---:|")
@@ -244,7 +250,7 @@ def ladder(bench: Bench) -> None:
 
 
 def alone(bench: Bench) -> None:
-    """Three variants, each alone."""
+    """Compare three variants, each alone."""
     print(
         "| one variant | kernels | ours s | theirs s | ratio | cores busy | theirs | peak memory |"
     )
@@ -261,7 +267,7 @@ def alone(bench: Bench) -> None:
 
 
 def resume(bench: Bench) -> None:
-    """What a kill costs: the two parts together against a run in one piece."""
+    """Measure the cost of a kill: both parts together, compared with an uninterrupted run."""
     names = LADDER[3:]
     print("| killed at | in one piece s | both parts s | cost |\n|---:|---:|---:|---:|")
     for share in (0.3, random.Random(4).uniform(0.45, 0.55), 0.7):
@@ -272,7 +278,7 @@ def resume(bench: Bench) -> None:
 
 
 def growth(bench: Bench) -> None:
-    """Weights a second, how busy the cores are, and memory, over the size of the source."""
+    """Measure speed, core use and memory for bases of several sizes."""
     print(
         "| source GB | variant | million weights/s | cores busy | peak memory |\n|---:|---|---:|---:|---:|"
     )

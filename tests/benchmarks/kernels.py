@@ -1,7 +1,7 @@
-"""The kernels against ggml's own functions, on one core in one process: ``python -m tests.benchmarks.kernels > kernels.md``.
+"""Compare the kernels with ggml's functions on one core: ``python -m tests.benchmarks.kernels > kernels.md``.
 
-What is compared runs by turns on the same rows; the best of several turns counts, in time of the thread, so that other
-work on the machine matters little. ggml's tables are built before anything is measured.
+The functions run in turn on the same rows. The best of several turns counts, in thread time, so
+other work on the machine matters little. ggml's tables are built before anything is measured.
 """
 
 import argparse
@@ -23,16 +23,16 @@ from tests.quant.quantize.kernels import samples
 ROWS, ROW = 64, 4096
 TURNS = 7
 LONG = 0.25
-"""Seconds that every function gets at least."""
+"""Seconds that every function runs at least."""
 
 
 def rows() -> Rows:
-    """Normal numbers, as many as fit the cache of a core."""
+    """Return normal weights, as many as fit into the cache of a core."""
     return np.random.default_rng(1).normal(0, 0.02, (ROWS, ROW)).astype(np.float32)
 
 
 def trained() -> Rows:
-    """The largest matrix of the tiny model, in rows of its own length."""
+    """Return rows of the largest matrix of the tiny model."""
     file = RECIPES / "models" / "tiny-glm" / "model.safetensors"
     matrices = [x for _, x in samples.real(file, 10_000) if x.shape[1] % 256 == 0]
     x = max(matrices, key=lambda x: x.size)
@@ -40,12 +40,12 @@ def trained() -> Rows:
 
 
 def columns(x: Rows) -> Rows:
-    """Uneven weights of the columns."""
+    """Return uneven column weights."""
     return np.random.default_rng(2).lognormal(0, 1, x.shape[1:]).astype(np.float32)
 
 
 def speeds(functions: Sequence[Callable[[], object]], weights: int) -> list[float]:
-    """Million weights a second of each, at its best."""
+    """Return the best speed of each function, in million weights per second."""
     best, spent = [float("inf")] * len(functions), [0.0] * len(functions)
     turn = 0
     while turn < TURNS or min(spent) < LONG:
@@ -61,12 +61,12 @@ def speeds(functions: Sequence[Callable[[], object]], weights: int) -> list[floa
 
 
 def line(library: ggml.Library, native: NativeLibrary, t: GGMLType, x: Rows, w: Rows | None) -> str:
-    """One type: million weights a second by ggml and by each instruction set, and the ratios."""
+    """Return the line of a type: speeds of ggml and of each instruction set, and their ratios."""
     sets = [i for i in native.sets if native.has(i, t)]
     functions: list[Callable[[], object]] = [lambda: library.kernel(t)(x, w)]
     for i in sets:
         kernel = native.kernel(library, i, t)
-        functions.append(lambda kernel=kernel: kernel(x, w))  # type: ignore[misc]
+        functions.append(lambda kernel=kernel: kernel(x, w))  # type: ignore[misc]  # mypy cannot infer the type of a lambda with a default
     base, *ours = speeds(functions, x.size)
     cells = [f"{v:.0f} | {v / base:.1f}x | {2**20 / v / 1e6 * 1e3:.1f}" for v in ours]
     return f"| {t.name} | {base:.1f} | {' | '.join(cells)} |"
@@ -75,7 +75,7 @@ def line(library: ggml.Library, native: NativeLibrary, t: GGMLType, x: Rows, w: 
 def table(
     library: ggml.Library, native: NativeLibrary, types: Sequence[GGMLType], x: Rows, w: Rows | None
 ) -> Iterator[str]:
-    """A table in Markdown."""
+    """Yield the lines of a table in Markdown."""
     heads = [f"{i} | ratio | ms for 2²⁰" for i in native.sets]
     yield f"| type | ggml | {' | '.join(heads)} |"
     yield "|---|---:|" + "---:|" * (3 * len(heads))
@@ -86,7 +86,7 @@ def table(
 
 
 def main() -> None:
-    """Measure, and print what is in kernels.md."""
+    """Measure, and print the text of kernels.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="only these")
     names = parser.parse_args().types
@@ -94,7 +94,7 @@ def main() -> None:
     served = [t for t in TYPES.values() if any(native.has(i, t) for i in native.sets)]
     types = [t for t in served if not names or t.name in names]
     smooth, real = rows(), trained()
-    tell(
+    write(
         f"# Kernels against ggml, one core\n\n{machine()}; {time.strftime('%Y-%m-%d')}. Million weights a second.\n"
     )
     for title, x, w in (
@@ -102,13 +102,13 @@ def main() -> None:
         ("Trained weights (tiny-glm), with an imatrix", real, columns(real)),
         ("Normal weights, without an imatrix", smooth, None),
     ):
-        tell(f"\n## {title}\n\n")
+        write(f"\n## {title}\n\n")
         for text in table(library, native, types, x, w):
-            tell(text + "\n")
+            write(text + "\n")
 
 
-def tell(text: str) -> None:
-    """To standard output, at once."""
+def write(text: str) -> None:
+    """Write to standard output at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""A program, run to its end and measured; and the machine that it ran on."""
+"""Run a program and measure it; describe the machine."""
 
 import json
 import os
@@ -12,16 +12,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run took."""
+    """What a run of a program took."""
 
     wall_s: float
     cpu_s: float
-    """Of all its threads, in user code and in the kernel."""
+    """Of all threads, in user code and in the kernel."""
     peak_bytes: int
-    """The most memory that was its own at one time; files that it mapped count with the pages that it touched."""
+    """The peak resident memory; of mapped files the pages that were touched count."""
 
     def busy(self, cores: int) -> float:
-        """The share of the cores that it kept busy."""
+        """Return the fraction of the cores that it kept busy."""
         return self.cpu_s / self.wall_s / cores
 
 
@@ -32,13 +32,13 @@ code = subprocess.run(sys.argv[1:], stdout=2).returncode
 wall, used = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
 print(json.dumps([code, wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
 """
-"""Starts a program from a small process: until it is itself, a child counts the memory of who started it as its own."""
+"""Starts a program from a small process: until exec, a child counts its parent's memory as its own."""
 
 
 def measured(
     command: Sequence[str | Path], *, cwd: Path, env: dict[str, str] | None = None
 ) -> Measured:
-    """Run a program. Raises AssertionError with its words when it fails."""
+    """Run a program and measure it. Raise AssertionError with its output if it fails."""
     launched = subprocess.run(
         [sys.executable, "-I", "-S", "-c", LAUNCHER, *map(str, command)],
         cwd=cwd,
@@ -54,13 +54,13 @@ def measured(
 
 
 def machine() -> str:
-    """The processor and its cores, as a line."""
+    """Return the processor and its cores as a line."""
     info = Path("/proc/cpuinfo").read_text()
-    found = re.search(r"model name\s*: (.*)", info)
+    model_name = re.search(r"model name\s*: (.*)", info)
     family = re.search(r"cpu family\s*: (.*)\nmodel\s*: (.*)", info)
     name = (
-        f"{found[1]}, family {family[1]}, model {family[2]}"
-        if found and family
+        f"{model_name[1]}, family {family[1]}, model {family[2]}"
+        if model_name and family
         else "unknown processor"
     )
     sets = [s for s in ("avx2", "avx512f") if re.search(rf"\b{s}\b", info)]

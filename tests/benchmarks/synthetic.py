@@ -1,4 +1,4 @@
-"""A BF16 file and an imatrix with GLM-4.6's tensors, scaled down: many experts, random weights, any size."""
+"""Write a BF16 file and an imatrix with GLM-4.6's tensors scaled down, of any size, with random weights."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,11 +32,11 @@ NUMBERS: dict[str, Any] = {
 }
 """GLM-4.6 with a fifth of its width, a third of an expert's, and fewer of them."""
 BLOCK_BYTES = 211_000_000
-"""A block with experts; the rest of the model is about as large."""
+"""Bytes of a block with experts; the rest of the model is about as large."""
 
 
 def write_synthetic(folder: Path, gigabytes: float) -> tuple[Path, Path]:
-    """A model of about that size in ``folder``, and its imatrix; those that are there already are taken."""
+    """Write a model of about that size and its imatrix, if they are missing; return both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     base, matrix = folder / "base.gguf", folder / "imatrix.gguf"
     blocks = max(round(gigabytes * 1e9 / BLOCK_BYTES) - 1, 1)
@@ -50,7 +50,7 @@ def write_synthetic(folder: Path, gigabytes: float) -> tuple[Path, Path]:
 def _write_base(path: Path, tensors: tuple[TensorSpec, ...], blocks: int) -> None:
     writer = gguf.GGUFWriter(
         path.with_suffix(".partial"), "llama"
-    )  # what llama-quantize asks of no architecture
+    )  # of this architecture llama-quantize requires no special keys
     writer.add_name("synthetic")
     for key, value in (
         ("context_length", 4096),
@@ -78,7 +78,7 @@ def _write_base(path: Path, tensors: tuple[TensorSpec, ...], blocks: int) -> Non
 
 
 def _weights(rng: np.random.Generator, tensor: TensorSpec) -> NDArray[Any]:
-    """Normal weights, each row with a spread of its own."""
+    """Return normal weights, each row with a standard deviation of its own."""
     row = tensor.shape[0]
     weights = rng.standard_normal((tensor.elements // row, row), np.float32)
     weights *= np.float32(0.02) * rng.lognormal(0, 0.3, (len(weights), 1)).astype(np.float32)
