@@ -128,6 +128,7 @@ def split_file(path: Path, max_size: str | None, tools: Toolchain, stem: Path) -
             if t.bytes > parse_size(max_size)
         )
     expected = header.hash_tensors()
+    # A hard link where the file system allows: the base may have hundreds of gigabytes.
     if max_size is None:
         files.link_or_copy(path, stem.with_name(f"{stem.name}.gguf"))
         return {"tensors": expected}

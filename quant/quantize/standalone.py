@@ -102,6 +102,7 @@ def quantize_model(request: QuantizeRequest) -> tuple[VariantFile, ...]:
         Hessians.open(request.hessians, files.hash_file(request.base))
     identity = _make_identity(request)
     raise_problems(_find_obstacles(targets, identity))
+    # Locked: two runs into one folder would write the same partial files.
     work = Store(out / ".quantize")
     write_request = WriteRequest(
         base=base,

@@ -52,6 +52,7 @@ class Chunk:
 
 def split_into_chunks(tensor: TensorSpec) -> tuple[Chunk, ...]:
     """Return the chunks of a tensor in file order; each row is in exactly one of them."""
+    # GGUF shapes are reversed: (row, rows of an expert, experts).
     expert_rows = tensor.shape[1] if len(tensor.shape) > 1 else 1
     step = max(CHUNK_WEIGHTS // tensor.shape[0], 1)
     chunks: list[Chunk] = []

@@ -121,6 +121,7 @@ def start_journal(path: Path, bound_to: bytes, boot_id: bytes, entries: Entries)
 
     The data of the entries must be on the disk already.
     """
+    # Written anew, not appended to: a cut-off record at the end would hide all later ones.
     with files.open_atomic(path) as f:
         f.write(HEAD.pack(MAGIC, bound_to, boot_id))
         for (tensor, chunk), sums in entries.items():

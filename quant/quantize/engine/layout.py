@@ -144,6 +144,7 @@ def make_layout(
         replace(t, type=TYPES[types[t.name]], shape=stored_shape(t))
         for t in sort_tensors(base.tensors)
     ]
+    # The order of tensors is llama-quantize's, which sorts by block number and name.
     if max_bytes:
         runs = split_into_shards((pad(t.bytes) for t in tensors), max_bytes)
         shards = [len(run) for run in runs]
@@ -196,6 +197,7 @@ def iterate_metadata(head: bytes) -> Iterator[tuple[str, bytes]]:
 
 def _pack_head(entries: Sequence[bytes], tensors: Sequence[TensorSpec]) -> tuple[bytes, list[int]]:
     """Return everything before the data of a file, and the offset of each of its tensors."""
+    # Every tensor starts at a multiple of 32 bytes from the start of the data.
     offsets = [0, *accumulate(pad(t.bytes) for t in tensors)]
     infos = b"".join(_pack_info(t, offset) for t, offset in zip(tensors, offsets, strict=False))
     head = HEAD.pack(MAGIC, VERSION, len(tensors), len(entries)) + b"".join(entries) + infos

@@ -132,6 +132,7 @@ class VariantOutput:
         Raises:
             CheckError: A header that was read back is not the planned one.
         """
+        # The headers come last: until they are there, no reader takes the file for a GGUF.
         for part, head in enumerate(self.layout.heads):
             self.write_bytes(part, 0, memoryview(head))
             os.fsync(self.fds[part])
@@ -142,6 +143,7 @@ class VariantOutput:
             "files": [p.name for p in self.paths],
             "tensors": {name: asdict(t) for name, t in tensors.items()},
         }
+        # The record before the names: recover_record completes the renaming after a kill here.
         files.write_text(record_path(self.path), to_pretty_json(record))
         for partial, path in zip(self.partials, self.paths, strict=True):
             files.replace_atomically(partial, path)
@@ -205,6 +207,7 @@ def record_path(path: Path) -> Path:
 def hash_range(fd: int, offset: int, size: int) -> str:
     """Return the sha256 of a range of an open file."""
     sha, view = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+    # A buffer of its own and preadv: threads share the descriptor, and nothing is allocated per read.
     while size and (n := os.preadv(fd, [view[: min(size, READ_BYTES)]], offset)):
         sha.update(view[:n])
         offset, size = offset + n, size - n

@@ -35,6 +35,7 @@ def run_engine(job: EngineJob, folder: Path) -> Mapping[Path, Mapping[str, Any]]
         missing = tuple(v for v in job.variants if not recover_record(v.path, job.identity))
         if missing:
             _run_worker(replace(job, variants=missing), folder)
+    # The process passes no results on: records on the disk also serve a run that was continued.
     return {v.path: json.loads(record_path(v.path).read_text()) for v in job.variants}
 
 

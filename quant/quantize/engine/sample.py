@@ -45,7 +45,7 @@ class RowSample:
             columns: The imatrix data of the columns, of shape (row,).
             hessian: The Hessian of the chunk's expert.
         """
-        step = -(-len(rows) // SAMPLED_ROWS)
+        step = -(-len(rows) // SAMPLED_ROWS)  # rounded up: at most SAMPLED_ROWS rows
         values = rows[::step].astype(np.float64)
         if hessian:
             weights: NDArray[np.float64] | float = 1.0

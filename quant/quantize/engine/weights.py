@@ -69,6 +69,7 @@ class InputFile:
             raise InputError(f"{self.path}: changed while it was read; run again when it rests")
 
     def _state(self) -> tuple[int, ...]:
+        # The name may by now belong to another file, which fstat of the open one cannot show.
         opened, named = os.fstat(self.fd), self.path.stat()
         return (opened.st_size, opened.st_mtime_ns, opened.st_ctime_ns, named.st_dev, named.st_ino)
 

@@ -229,7 +229,7 @@ class EngineRun:
                     self._do_item(item, number)
                 else:
                     return
-        except BaseException as e:
+        except BaseException as e:  # whatever it is, the main thread raises it again
             with self.lock:
                 self.failure = self.failure or e
             self.stop.set()
@@ -262,6 +262,7 @@ class EngineRun:
                         data = self.compensator.refine(ggml_type, rows, data, hessian)
                 sums = sample.measure_error(self.library, ggml_type, data)
             self._check_rows(item, ggml_type, data)
+            # Two variants with the same type for a tensor share the kernel's work, not the writing.
             for output in self.outputs:
                 if (
                     output.layout.tensors[index].type == ggml_type

@@ -65,6 +65,7 @@ class ErrorCompensator:
         return refine_rows(ggml_type, rows, data, hessian) if ggml_type.name in FORMATS else data
 
     def _read(self, tensor: TensorSpec, expert: int) -> Hessian | None:
+        # Below the least number of rows the file returns None: a Hessian of few rows overfits.
         mean = self.hessians.read_mean(tensor.name, expert)
         if mean is not None:
             return Hessian(mean)

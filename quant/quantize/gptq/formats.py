@@ -123,6 +123,7 @@ def pack_blocks(blocks: Blocks) -> Bytes:
         ValueError: The type cannot store a number exactly. Nothing is rounded here.
     """
     name, fmt, layout = blocks.type.name, FORMATS[blocks.type.name], LAYOUTS[blocks.type.name]
+    # Zeros, because write_fields only sets bits.
     stored = np.zeros((blocks.level.size // blocks.type.block, blocks.type.block_bytes), np.uint8)
     if not fmt.has_dmin and blocks.dmin.any():
         raise ValueError(f"{name} stores no dmin")

@@ -18,6 +18,7 @@ def find_nearest(values: Floats, allowed: Floats) -> Floats:
     if len(allowed) > 1 and allowed[-1] - allowed[0] == len(allowed) - 1:
         # Integers without a gap: rounding is much faster than a binary search.
         return np.asarray(np.clip(np.rint(values), allowed[0], allowed[-1]), np.float32)
+    # The boundaries between levels lie in the middle between them.
     return allowed[np.searchsorted((allowed[1:] + allowed[:-1]) / 2, values)]
 
 

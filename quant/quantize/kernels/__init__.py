@@ -116,6 +116,7 @@ class Kernels:
         Otherwise the first odd block builds them.
         """
         reason = self.native.problem or f"there is no kernel for {ggml_type.name}"
+        # The widest instruction set first: it was the fastest for every type, or as fast.
         for instructions in self.native.sets:
             if not self.native.has(instructions, ggml_type):
                 continue

@@ -134,6 +134,7 @@ def load_library(path: Path = PATH) -> NativeLibrary:
         return NativeLibrary(
             None, (), f"{path} is not there: the package was built without a C++ compiler"
         )
+    # A library of another architecture, or an older one without the query, is as good as none.
     try:
         dll = ctypes.CDLL(str(path))
         has = dll.quant_processor()
