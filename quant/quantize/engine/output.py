@@ -207,7 +207,7 @@ def record_path(path: Path) -> Path:
 def hash_range(fd: int, offset: int, size: int) -> str:
     """Return the sha256 of a range of an open file."""
     sha, view = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
-    # A buffer of its own and preadv: threads share the descriptor, and nothing is allocated per read.
+    # preadv into one buffer: threads share the descriptor, and nothing is allocated per read.
     while size and (n := os.preadv(fd, [view[: min(size, READ_BYTES)]], offset)):
         sha.update(view[:n])
         offset, size = offset + n, size - n

@@ -1,4 +1,4 @@
-"""The quantization error of a chunk: a few of its rows, read back and compared with the original."""
+"""The quantization error of a chunk: some of its rows, read back and compared with the original."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

@@ -48,7 +48,7 @@ PREFETCH_ITEMS = 16
 """How many items before its turn a chunk is asked of the disk."""
 FLUSH_SECONDS = 1.0
 FIXED_BYTES = 96 * 2**20
-"""Interpreter, numpy and the kernels' tables: twice what all types together were measured to take."""
+"""Interpreter, numpy and the kernels' tables: twice what all types together took."""
 BYTES_PER_WEIGHT = 12
 """Memory of a chunk: its rows as stored, as floats, and quantized, with numpy's temporary arrays.
 

@@ -1,4 +1,4 @@
-"""What the engine calls for GPTQ: the Hessian of each tensor and expert, and rows refined with it."""
+"""What the engine calls for GPTQ: it finds the Hessian of an expert, and refines rows with it."""
 
 import threading
 from collections import OrderedDict

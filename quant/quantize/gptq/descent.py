@@ -41,7 +41,7 @@ from quant.quantize.gptq.rounding import Codebook, choose_signs, find_nearest
 ROUNDS = 3
 """Rounds of coordinate descent after GPTQ's pass. The third still lowers the loss by a few percent."""
 PANEL = 64
-"""Columns whose updates are applied to the rest at once, as one product of large matrices.
+"""Columns whose updates are applied to later columns as one product of matrices.
 
 GPTQ calls this lazy batch updates and takes 128 columns.
 """

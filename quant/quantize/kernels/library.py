@@ -32,7 +32,7 @@ class KernelCounts:
     """What a call of a kernel met."""
 
     odd: int
-    """Blocks (or rows) that ggml itself wrote, because of infinities, NaN, denormals and the like."""
+    """Blocks (or rows) that were left to ggml: infinities, NaN, denormals and the like."""
     faulty: int
     """Blocks that met a fault of ggml, which the kernel reproduces."""
 

@@ -29,7 +29,7 @@ SLOW_TYPES = frozenset({"IQ1_S", "IQ1_M", "IQ2_S", "IQ2_XS", "IQ2_XXS"})
 
 @cache
 def make_rows() -> Rows:
-    """Return rows of many distributions: heavy-tailed, shifted, coarse, with outliers, with zeros."""
+    """Return rows of many distributions: heavy-tailed, shifted, coarse, with outliers or zeros."""
     random = np.random.default_rng(20)
     # 768 weights are three superblocks a row; 40 rows fill every lane, with some to spare.
     x = random.normal(0, 0.02, (ROWS, ROW))
