@@ -7,7 +7,7 @@ lines are ``if __name__ == "__main__": child.run_job(entry)``, and its parent ca
 
 - ``job.json``: what the parent wants, any JSON object;
 - ``outcome.json``: ``{"result": ...}``, or ``{"error": CLASS, "problems": [...]}``;
-- ``progress``: the fraction done, if the program calls :func:`~quant.core.progress.report_progress`;
+- ``progress``: the fraction done, if the program reports it (:mod:`quant.core.progress`);
 - ``log``: the command and everything that the program printed.
 
 A QuantError that is raised in the child is raised again in the parent, with its class and all its
@@ -95,7 +95,7 @@ def run_child(
             command,
             cwd=folder,
             log=folder / LOG,
-            env=None if env is None else dict(env),
+            env=env,
             name=name,
             meanwhile=meanwhile or (lambda: _pass_progress_on(folder / PROGRESS)),
         )

@@ -1,7 +1,9 @@
-"""Files that are whole or absent, and the receipts that say what was written.
+"""Files that are complete or absent, and the receipts that record what was written.
 
-The only module that puts anything under a final name: it is written beside that name, flushed to the disk, renamed,
-and the folder's entry is flushed too. Who finds a file therefore finds all of it.
+This is the only module that gives a file its final name. A file is written beside that name,
+flushed to the disk (``fsync``), renamed, and then its folder is flushed too. Without the second
+flush a rename can be lost in a power failure; without the first one a complete name can point to a
+file of zeros. So a file under its final name is complete.
 """
 
 import errno
@@ -15,39 +17,45 @@ from pathlib import Path
 from typing import BinaryIO
 
 PARTIAL = ".partial"
-"""Ends the name of everything that is not finished."""
+"""Suffix of every name that is not finished."""
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a write left behind."""
+    """The name, digest and length of a file that was written."""
 
     path: str
-    """Relative to the folder that the receipt speaks of."""
+    """Relative to the folder that the receipt belongs to."""
     sha256: str
     bytes: int
 
 
 def hash_file(path: Path) -> str:
-    """The sha256 of a file."""
+    """Return the sha256 of a file, in hex."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def hash_git_blob(path: Path) -> str:
-    """The name that git gives to a file's bytes; the hub knows small files by it."""
+    """Return git's object id of a file, in hex. The hub lists small files by it, not by sha256."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def make_receipt(path: Path, root: Path) -> Receipt:
-    """Read a file and say what it is, relative to ``root``."""
+    """Hash a file and return its receipt, with the path relative to ``root``."""
     return Receipt(path.relative_to(root).as_posix(), hash_file(path), path.stat().st_size)
 
 
 @contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that stands at ``path`` when the block ends well, and nowhere when it does not."""
+    """Open a binary file that appears at ``path`` only if the block succeeds.
+
+    Missing folders are made. A file that is already there stays until the new one is complete.
+
+    Raises:
+        OSError: Named after ``path``, also where the system names no file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -59,19 +67,19 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
     except BaseException as e:
         partial.unlink(missing_ok=True)
         if isinstance(e, OSError) and e.filename is None:
-            e.filename = str(path)  # a write on a full disk does not say where it wrote
+            e.filename = str(path)  # write(2) on a full disk names no file
         raise
     flush_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
+    """Write UTF-8 text atomically."""
     with open_atomic(path) as f:
         f.write(text.encode())
 
 
 def commit_folder(partial: Path, final: Path) -> None:
-    """Give a finished folder its final name, once everything in it is on the disk."""
+    """Flush everything in a finished folder and give the folder its final name."""
     for path in sorted(partial.rglob("*")):
         if path.is_file() and not path.is_symlink():
             flush_file(path)
@@ -83,7 +91,7 @@ def commit_folder(partial: Path, final: Path) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Wait until a file that something else wrote is on the disk."""
+    """Wait until a file that another program wrote is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -97,7 +105,10 @@ flush_folder = flush_file
 
 @contextmanager
 def temp_folder(final: Path) -> Iterator[Path]:
-    """An empty folder beside a file that is being made by others; it is gone afterwards, whatever happened."""
+    """Make an empty folder beside a file that other programs produce, and remove it afterwards.
+
+    It is on the disk of the final name, so that a rename can finish the work.
+    """
     folder = final.resolve().with_name(final.name + PARTIAL)
     remove(folder)
     folder.mkdir(parents=True)
@@ -107,15 +118,19 @@ def temp_folder(final: Path) -> Iterator[Path]:
         remove(folder)
 
 
-def replace_atomically(made: Path, final: Path) -> None:
-    """Give a finished file its final name, once its bytes are on the disk."""
-    flush_file(made)
-    made.replace(final)
+def replace_atomically(source: Path, final: Path) -> None:
+    """Flush a finished file and give it its final name. Both names must be on one disk."""
+    flush_file(source)
+    source.replace(final)
     flush_folder(final.parent)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make ``target`` hold the bytes of ``source``: a second name where the file system allows it, else a copy."""
+    """Make ``target`` a hard link to ``source`` if the file system allows it, else a copy.
+
+    Raises:
+        FileExistsError: ``target`` exists.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
@@ -126,7 +141,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Take away a file or a folder, if it is there."""
+    """Remove a file or a folder if it exists. A link is removed, not what it points to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

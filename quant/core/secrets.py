@@ -1,21 +1,23 @@
-"""Keep tokens out of everything that is printed or written."""
+"""Keep tokens and signed URLs out of everything that is printed or written."""
 
 import os
 import re
 
 TOKEN = "HF_TOKEN"
-
-
+"""The environment variable that holds the hub's token."""
 LIKE_A_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
 
 def redact_token(text: str) -> str:
-    """A text without the token, and without anything that looks like one."""
+    """Return a text without the token of the environment or anything that looks like a token."""
     if secret := os.environ.get(TOKEN, "").strip():
         text = text.replace(secret, "…")
     return LIKE_A_TOKEN.sub("hf_…", text)
 
 
 def redact_urls(text: str) -> str:
-    """A text without a token, and without what follows the ``?`` of an address: that may be a signature."""
+    """Return a text without tokens and without the queries of URLs.
+
+    The hub redirects to storage URLs whose query is a signature; whoever has it can read the file.
+    """
     return redact_token(re.sub(r"(?<=\w)\?[^\s'\"]+", "", text))

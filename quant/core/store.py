@@ -1,8 +1,12 @@
-"""Where finished work is kept: ``ROOT/<stage>/<key>/``, and a run that finds its key there does nothing.
+"""The store of finished work, ``ROOT/<stage>/<key>/``: a run that finds its key there does nothing.
 
-The key is the sha256 of one canonical JSON of everything that went in: digests and settings, never paths, times or
-hosts. A stage works in ``<key>.partial``; when it is done, ``receipt.json`` is written there, all of it is flushed, and
-the folder gets its final name in one rename. So a folder under a final name is complete, after any crash.
+The key is the sha256 of the canonical JSON of everything that went in: digests and settings, never
+paths, times or hosts. A stage works in ``<key>.partial``. When it is done, ``receipt.json`` is
+written there, everything is flushed, and one rename gives the folder its final name. So a folder
+under a final name is complete, after any crash.
+
+Written by hand: the work is folders of files of up to hundreds of gigabytes, which are renamed, not
+copied into a cache, and whose lengths are compared before they are used again.
 """
 
 import json
@@ -24,7 +28,7 @@ from quant.errors import InputError, convert_disk_errors
 
 RECEIPT = "receipt.json"
 KEY_LETTERS = 24
-"""96 bits of the sha256 name a folder; the receipt holds all inputs and is compared with them."""
+"""96 bits of the sha256 name a folder. The receipt holds all inputs and is compared with them."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +37,17 @@ class StoredResult:
 
     folder: Path
     facts: Mapping[str, Any]
-    """What the stage has to say about it, as plain JSON."""
+    """What the stage reports about it, as plain JSON."""
     receipts: tuple[Receipt, ...]
     fresh: bool
-    """False when it was found and not made."""
+    """Whether this call did the work. False if the store had it already."""
 
     def path(self, name: str) -> Path:
-        """Where one of its files lies."""
+        """Return the path of one of its files."""
         return self.folder / name
 
     def receipt(self, name: str) -> Receipt:
-        """What was written under that name."""
+        """Return the receipt of one of its files."""
         return next(r for r in self.receipts if r.path == name)
 
 
@@ -61,31 +65,41 @@ class Store:
         *,
         keep_partial: bool = False,
     ) -> StoredResult:
-        """The work of ``make`` for these inputs, done now or found done.
+        """Return the result for these inputs, and run ``make`` only if the store has none.
 
-        ``make`` gets an empty folder (with ``keep_partial``: what an interrupted run left, or what was damaged since),
-        fills it, and returns its facts. Raises whatever ``make`` raises; then nothing stands under the final name.
+        Args:
+            stage: The stage's name, the first folder below the root.
+            inputs: Everything that the result depends on, as plain JSON.
+            make: Fills the folder that it gets, and returns the facts about the result.
+            keep_partial: Give ``make`` the files that an interrupted run left, or that were
+                damaged since. Otherwise its folder is empty.
+
+        Raises:
+            InputError: The disk is full, or cannot be written.
+            Exception: Whatever ``make`` raises. Nothing has the final name then.
         """
-        if found := self.find(stage, inputs):
-            return found
+        if result := self.find(stage, inputs):
+            return result
         partial = self.begin(stage, inputs, keep_partial=keep_partial)
         with convert_disk_errors(partial):
             facts = make(partial)
         return self.commit(stage, inputs, facts)
 
     def find(self, stage: str, inputs: Mapping[str, Any]) -> StoredResult | None:
-        """What stands there for these inputs."""
-        return _read(self._final(stage, inputs), inputs)
+        """Return the finished result for these inputs, or None."""
+        return _read_result(self._final(stage, inputs), inputs)
 
     def begin(self, stage: str, inputs: Mapping[str, Any], *, keep_partial: bool = False) -> Path:
-        """A folder to make something for these inputs in; :meth:`commit` gives it its final name."""
+        """Return the folder to do the work for these inputs in; :meth:`commit` finishes it.
+
+        For stages that do several pieces of work at a time. Arguments as of :meth:`run_once`.
+        """
         final = self._final(stage, inputs)
         partial = final.with_name(final.name + files.PARTIAL)
         with convert_disk_errors(partial):
             if keep_partial and final.exists() and not partial.exists():
-                final.rename(
-                    partial
-                )  # a receipt that does not fit its files: what is sound of them can stay
+                # The receipt does not fit the files. Those that are intact can be used again.
+                final.rename(partial)
                 files.remove(partial / RECEIPT)
             files.remove(final)
             if not keep_partial:
@@ -96,32 +110,31 @@ class Store:
     def commit(
         self, stage: str, inputs: Mapping[str, Any], facts: Mapping[str, Any]
     ) -> StoredResult:
-        """Say that the folder of these inputs is complete, with everything that is in it."""
+        """Hash everything in the folder of these inputs and give the folder its final name."""
         final = self._final(stage, inputs)
         partial = final.with_name(final.name + files.PARTIAL)
         with convert_disk_errors(partial):
             outputs = [p for p in sorted(partial.rglob("*")) if _is_output(p)]
-            with ThreadPoolExecutor(
-                len(os.sched_getaffinity(0))
-            ) as readers:  # hashing lets go of Python's lock
-                receipts = list(readers.map(lambda p: files.make_receipt(p, partial), outputs))
+            # Threads suffice: hashlib releases the GIL.
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+                receipts = list(threads.map(lambda p: files.make_receipt(p, partial), outputs))
             record = {"inputs": inputs, "facts": facts, "files": [asdict(r) for r in receipts]}
             files.write_text(partial / RECEIPT, to_pretty_json(record))
             files.commit_folder(partial, final)
         return StoredResult(final, facts, tuple(receipts), fresh=True)
 
     def list_results(self, stage: str) -> Iterator[tuple[Mapping[str, Any], StoredResult]]:
-        """Everything that was ever finished in a stage and still stands, with what went in."""
+        """Yield the inputs and the result of everything that a stage has finished."""
         for folder in sorted((self.root / stage).glob("*")):
             try:
                 inputs = json.loads((folder / RECEIPT).read_text())["inputs"]
             except (OSError, ValueError, KeyError, TypeError):
                 continue
-            if done := _read(folder, inputs):
-                yield inputs, done
+            if result := _read_result(folder, inputs):
+                yield inputs, result
 
     def work_folder(self, stage: str) -> Path:
-        """Where a stage may keep what is of use to its next run only."""
+        """Return the folder in which a stage keeps what helps its next run, and no result."""
         return self.root / stage / "work"
 
     def _final(self, stage: str, inputs: Mapping[str, Any]) -> Path:
@@ -129,9 +142,12 @@ class Store:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this process; the kernel lets go of it however the process ends.
+        """Lock the store for this process while the block runs.
 
-        Raises InputError that names the holder when another run has it.
+        The lock is released even if the process is killed: it is ``flock``, which the kernel holds.
+
+        Raises:
+            InputError: Another process has the lock; it is named.
         """
         with convert_disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -139,11 +155,10 @@ class Store:
             try:
                 lock.acquire(blocking=False)
             except Timeout:
-                holder = (
-                    self._holder().read_text() if self._holder().exists() else "another process"
-                )
+                holder = self._holder()
+                name = holder.read_text().strip() if holder.exists() else "another process"
                 raise InputError(
-                    f"{self.root}: in use by {holder.strip()}; wait for it, or take another folder"
+                    f"{self.root}: in use by {name}; wait for it, or take another folder"
                 ) from None
         try:
             with convert_disk_errors(self.root):
@@ -156,11 +171,12 @@ class Store:
             lock.release()
 
     def _holder(self) -> Path:
+        """Return the file that names the process that has the lock."""
         return self.root / "held-by"
 
 
 def hash_inputs(inputs: Mapping[str, Any]) -> str:
-    """The name of everything that these inputs can produce: equal inputs, equal key, and nothing else counts."""
+    """Return the key of a result: equal inputs have equal keys, and nothing else counts."""
     return hash_json(inputs)[:KEY_LETTERS]
 
 
@@ -168,10 +184,11 @@ def _is_output(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def _read(folder: Path, inputs: Mapping[str, Any]) -> StoredResult | None:
-    """What stands there, if its receipt fits the inputs and every file has the length that was written.
+def _read_result(folder: Path, inputs: Mapping[str, Any]) -> StoredResult | None:
+    """Return the result in a folder, or None if its receipt does not fit inputs and files.
 
-    Lengths always, digests not: a digest is compared before anything is published.
+    Lengths are compared, digests are not: reading hundreds of gigabytes at every start would cost
+    minutes. Digests are compared before anything is published.
     """
     try:
         record = json.loads((folder / RECEIPT).read_text())

@@ -1,4 +1,4 @@
-"""Read TOML as a frozen dataclass: what the class does not know is refused, and all problems are told at once."""
+"""Read TOML as a frozen dataclass. Unknown keys are errors; all problems are reported at once."""
 
 import dataclasses
 import json
@@ -16,35 +16,52 @@ T = TypeVar("T")
 
 
 class Strict:
-    """What is written in TOML inherits this: an unknown key is an error."""
+    """Base of every dataclass that is read from TOML: unknown keys and NaN are errors."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-def read_toml(path: Path, noun: type[T]) -> T:
-    """The file as the noun that it describes. Raises InputError with every problem in it."""
+def read_toml(path: Path, kind: type[T]) -> T:
+    """Read a TOML file as a dataclass.
+
+    Raises:
+        InputError: The file cannot be read, holds a token, or does not fit; all problems at once.
+    """
     try:
         data = tomllib.loads(read_recipe_text(path))
     except tomllib.TOMLDecodeError as e:
         raise InputError(f"{path}: not TOML: {e}") from e
-    return parse_json_value(data, noun, str(path))
+    return parse_json_value(data, kind, str(path))
 
 
-def parse_json_value(data: Any, noun: type[T], where: str) -> T:
-    """Plain values as the noun that they describe; ``where`` names them in errors. Raises InputError with every problem."""
+def parse_json_value(data: Any, kind: type[T], where: str) -> T:
+    """Convert plain values (dict, list, str, number) to a dataclass.
+
+    Args:
+        data: What a TOML or JSON parser returned.
+        kind: The dataclass to make.
+        where: What errors call the data, such as a path.
+
+    Raises:
+        InputError: The data does not fit; every problem at once.
+    """
     try:
-        # Through JSON, because only there strict types and tuples go together.
-        return TypeAdapter(noun).validate_json(json.dumps(data, default=str), strict=True)
+        # Through JSON: only there pydantic's strict mode accepts a list for a tuple field.
+        return TypeAdapter(kind).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as e:
-        raise InputError(*(f"{where}: {_say(error, noun)}" for error in e.errors())) from e
+        raise InputError(*(f"{where}: {_describe(error, kind)}" for error in e.errors())) from e
 
 
 def read_recipe_text(path: Path) -> str:
-    """The text of what a person wrote. Raises InputError as :func:`text_of`, and for a token in it, without telling it."""
+    """Read the text of a recipe, which is published with a release.
+
+    Raises:
+        InputError: As :func:`read_utf8`, and for a token in the text, which is not quoted.
+    """
     text = read_utf8(path)
     raise_problems(
-        f"{path}: line {n}: expected no token of the hub, found one; take it out, revoke it if anybody has seen this file,"
-        f" and set {TOKEN}"
+        f"{path}: line {n}: expected no token of the hub, found one; take it out,"
+        f" revoke it if anybody has seen this file, and set {TOKEN}"
         for n, line in enumerate(text.splitlines(), 1)
         if LIKE_A_TOKEN.search(line)
     )
@@ -52,7 +69,11 @@ def read_recipe_text(path: Path) -> str:
 
 
 def read_utf8(path: Path) -> str:
-    """A file's text. Raises InputError when it cannot be read, or is not UTF-8."""
+    """Read a file's text.
+
+    Raises:
+        InputError: The file cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except OSError as e:
@@ -61,23 +82,23 @@ def read_utf8(path: Path) -> str:
         raise InputError(f"{path}: expected UTF-8, found something else ({e})") from e
 
 
-def _say(error: Any, noun: type) -> str:
-    """One problem of a recipe: the field as a person writes it, and what is wrong there."""
-    where = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]
-    ).lstrip(".")
+def _describe(error: Any, kind: type) -> str:
+    """Return one validation error as a line: the field as TOML has it, and the problem."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]]
+    field = "".join(parts).lstrip(".")
     if error["type"] == "unexpected_keyword_argument":
-        return f"{where}: unknown key; {suggest_name(str(error['loc'][-1]), _keys(noun, error['loc'][:-1]))}"
+        keys = _list_keys(kind, error["loc"][:-1])
+        return f"{field}: unknown key; {suggest_name(str(error['loc'][-1]), keys)}"
     if error["type"] == "missing":
-        return f"{where}: missing; every {noun.__name__} recipe says it"
-    return f"{where}: {error['msg'].removeprefix('Input ')}, found {error['input']!r}"
+        return f"{field}: missing; every {kind.__name__} needs it"
+    return f"{field}: {error['msg'].removeprefix('Input ')}, found {error['input']!r}"
 
 
-def _keys(noun: Any, loc: tuple[str | int, ...]) -> list[str]:
-    """The keys that a recipe may have at a place."""
+def _list_keys(kind: Any, loc: tuple[str | int, ...]) -> list[str]:
+    """Return the keys that the dataclass at a place may have. Indices of lists are passed over."""
     for part in loc:
-        hint = typing.get_type_hints(noun).get(str(part))
-        noun = next(
-            (a for a in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(a)), noun
+        hint = typing.get_type_hints(kind).get(str(part))
+        kind = next(
+            (a for a in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(a)), kind
         )
-    return [f.name for f in dataclasses.fields(noun)]
+    return [f.name for f in dataclasses.fields(kind)]

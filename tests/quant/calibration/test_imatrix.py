@@ -178,7 +178,7 @@ def test_a_killed_run_continues_and_ends_in_the_same_bytes(
 def test_progress_is_reported_within_ranges_and_after_each(
     tiny: ModelFile, text: CalibrationText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "LOOK_SECONDS", 0.002)
+    monkeypatch.setattr(process, "POLL_SECONDS", 0.002)
     shares: list[float] = []
     with progress.listen_to_progress(shares.append):
         compute(tiny, text, tmp_path, replace(SETTINGS, pass_chunks=1))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.core.process import LAST_WORDS, find_free_port, read_log_tail, run_program
+from quant.core.process import LOG_TAIL_LINES, find_free_port, read_log_tail, run_program
 from quant.errors import InputError, ToolError
 from quant.llama import toolchain
 from quant.llama.toolchain import BRING_TOOLS, DEFINE, OLDEST, TOOLS, Toolchain, find_toolchain
@@ -74,7 +74,7 @@ def test_only_the_last_lines_of_a_log_are_quoted(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"".join(f"line {n}\n\n".encode() for n in range(100)) + b"\xff broken\n")
     words = read_log_tail(log).splitlines()
-    assert len(words) == LAST_WORDS
+    assert len(words) == LOG_TAIL_LINES
     assert words[0] == "    line 89"
     assert words[-1] == "    \ufffd broken"
     log.write_text("\n \n")

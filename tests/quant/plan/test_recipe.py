@@ -177,7 +177,7 @@ def test_a_type_file_that_cannot_be_read_is_refused(tmp_path: Path, content: byt
 
 def test_the_keys_of_a_recipe_are_the_fields_of_its_nouns() -> None:
     """Unknown keys are compared with these, at every depth."""
-    keys = toml._keys
+    keys = toml._list_keys
     assert keys(recipe.ModelRecipe, ()) == [f.name for f in dataclasses.fields(recipe.ModelRecipe)]
     assert keys(recipe.ModelRecipe, ("smoke", 3)) == ["say", "expect"]
     assert keys(recipe.Variant, ("rules", 0)) == [f.name for f in dataclasses.fields(Rule)]
