@@ -17,7 +17,7 @@ from quant.release.license import find_license_problems
 from quant.release.metadata import make_file_metadata
 from tests.hub import Hub
 from tests.quant.release.manifests import make_manifest
-from tests.quant.release.test_publish import REPO
+from tests.quant.release.publishing import REPO
 
 GOOD = CardRecipe("mit", ("en",), "somebody/model")
 OTHER = replace(

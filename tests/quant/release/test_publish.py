@@ -1,7 +1,6 @@
 """Publishing on the hub, by the real client against the stand-in: one commit or none, whatever happens in between."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,53 +9,31 @@ import pytest
 
 from quant.core import files
 from quant.core.digest_cache import save_digests
-from quant.core.files import Receipt
 from quant.core.secrets import redact_urls
 from quant.errors import CheckError, InputError, QuantError, Unreachable
 from quant.hub.upload import Destination
 from quant.release.change import plan_change
 from quant.release.folder import CHECKSUMS, digest_cache_path
-from quant.release.manifest import MANIFEST, SourceRecord
-from quant.release.publish import Publication, publish_release
+from quant.release.manifest import MANIFEST
+from quant.release.publish import publish_release
 from tests import hub as hubs
 from tests.hub import Fault, Hub
 from tests.quant.conftest import TOKEN
-from tests.quant.release.folders import with_license
-from tests.quant.release.manifests import make_manifest
+from tests.quant.release.publishing import (
+    CARD,
+    CONTENT,
+    REPO,
+    list_commits,
+    list_paths,
+    publish,
+    quiet_client,
+    read_folder,
+    read_repo,
+    write_lists,
+    write_release,
+)
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Use 'content="
-)  # the hub's client to its own HTTP library
-REPO = "somebody/tiny-GGUF"
-CARD = b"---\nlicense: mit\n---\n# tiny\n"
-CONTENT: Mapping[str, bytes] = {
-    "README.md": CARD,
-    "params": b"{}",
-    "tiny-UD-TQ1_0.gguf": b"one file" * 100,
-    "UD-Q2_K_XL/tiny-UD-Q2_K_XL-00001-of-00002.gguf": b"first" * 1000,
-    "UD-Q2_K_XL/tiny-UD-Q2_K_XL-00002-of-00002.gguf": b"second" * 1000,
-}
-
-
-def write_release(
-    folder: Path, content: Mapping[str, bytes] = CONTENT, license_name: str = "mit"
-) -> Path:
-    """A release folder as a build leaves it."""
-    for name, data in content.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    sums = {name: hubs.sha256(data) for name, data in content.items()}
-    write_lists(folder, sums, license_name)
-    return folder
-
-
-def write_lists(folder: Path, sums: Mapping[str, str], license_name: str = "mit") -> None:
-    (folder / CHECKSUMS).write_text("".join(f"{sha}  {name}\n" for name, sha in sums.items()))
-    files = tuple(Receipt(name, sha, 0) for name, sha in sums.items())  # so manifests differ
-    manifest = make_manifest(
-        recipe=with_license(license_name), source=SourceRecord(folder="tiny", files=files)
-    )
-    (folder / MANIFEST).write_text(manifest.to_json())
+pytestmark = quiet_client
 
 
 @pytest.fixture
@@ -64,44 +41,21 @@ def folder(tmp_path: Path) -> Path:
     return write_release(tmp_path / "tiny")
 
 
-def put(folder: Path, **target: Any) -> Publication:
-    return publish_release(plan_change(folder, Destination(REPO, **target)))
-
-
-def shown(the_hub: Hub) -> dict[str, bytes]:
-    """The files of the repo's main branch, without what the hub itself put there."""
-    found = the_hub.head(REPO).files if REPO in the_hub.repos else {}
-    return {
-        n: the_hub.object(b.sha256).read_bytes() for n, b in found.items() if n != ".gitattributes"
-    }
-
-
-def held(folder: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
-    }
-
-
-def made(the_hub: Hub) -> list[str]:
-    """The commits of the repo but the first, which the hub makes."""
-    return [c.title for c in the_hub.repos[REPO].commits.values() if c.parent]
-
-
 def test_a_release_is_one_commit_with_a_tag_and_every_file_of_it(
     the_hub: Hub, folder: Path
 ) -> None:
-    published = put(folder)
-    assert shown(the_hub) == held(folder)
+    published = publish(folder)
+    assert read_repo(the_hub) == read_folder(folder)
     assert published.fresh
     assert published.commit == the_hub.head(REPO).oid
     assert the_hub.repos[REPO].refs[f"refs/tags/{published.tag}"] == published.commit
-    assert len(made(the_hub)) == 1
+    assert len(list_commits(the_hub)) == 1
 
 
 def test_large_files_go_in_one_piece_or_in_parts_and_to_a_storage_that_sees_no_token(
     the_hub: Hub, folder: Path
 ) -> None:
-    put(folder)
+    publish(folder)
     sent = the_hub.asked("PUT", "^/upload/")
     assert len(sent) == 1 + 3 + 3  # 800 bytes in one, 5,000 and 6,000 in parts of 2,000
     assert {r.token for r in sent} == {None}
@@ -111,16 +65,16 @@ def test_large_files_go_in_one_piece_or_in_parts_and_to_a_storage_that_sees_no_t
 def test_the_same_release_again_sends_nothing_and_commits_nothing(
     the_hub: Hub, folder: Path
 ) -> None:
-    first = put(folder)
+    first = publish(folder)
     the_hub.requests.clear()
-    assert put(folder) == replace(first, fresh=False)
+    assert publish(folder) == replace(first, fresh=False)
     assert not the_hub.asked("PUT", "") and not the_hub.asked("POST", "/commit/")
 
 
 def test_a_newer_release_takes_the_place_of_the_older_and_foreign_files_stay(
     the_hub: Hub, folder: Path, tmp_path: Path
 ) -> None:
-    put(folder)
+    publish(folder)
     the_hub.commit(
         REPO,
         {**the_hub.head(REPO).files, "photo.png": the_hub.put("photo.png", b"png")},
@@ -133,7 +87,7 @@ def test_a_newer_release_takes_the_place_of_the_older_and_foreign_files_stay(
     assert planned.removes == ("params",)
     assert planned.leaves == ("photo.png",)
     publish_release(planned)
-    assert shown(the_hub) == {**held(tmp_path / "newer"), "photo.png": b"png"}
+    assert read_repo(the_hub) == {**read_folder(tmp_path / "newer"), "photo.png": b"png"}
     assert len(the_hub.asked("PUT", "^/upload/")) == 7 + 1
 
 
@@ -143,7 +97,7 @@ def test_a_plan_of_a_publication_says_the_exact_change_and_does_nothing(
     planned = plan_change(folder, Destination(REPO, private=True))
     head, *lines = planned.lines
     assert head.startswith(f"{REPO} (to be made, private): one commit, tag release-")
-    assert len(lines) == len(held(folder))
+    assert len(lines) == len(read_folder(folder))
     sha = hubs.sha256(CARD)
     assert f"  add    README.md  {len(CARD)} bytes  sha256 {sha}" in lines
     assert the_hub.repos == {}
@@ -153,43 +107,27 @@ def test_a_plan_of_a_publication_says_the_exact_change_and_does_nothing(
 def test_a_private_repo_is_made_private_and_a_public_one_is_not_taken_for_it(
     the_hub: Hub, folder: Path
 ) -> None:
-    put(folder, private=True)
+    publish(folder, private=True)
     assert the_hub.repos[REPO].private
     the_hub.repos[REPO].private = False
     with pytest.raises(InputError, match="expected a private repo, found a public one"):
-        put(folder, private=True)
+        publish(folder, private=True)
 
 
 def test_a_pull_request_shows_nothing_until_it_is_merged(the_hub: Hub, folder: Path) -> None:
-    published = put(folder, pull_request=True)
-    assert shown(the_hub) == {}
+    published = publish(folder, pull_request=True)
+    assert read_repo(the_hub) == {}
     assert published.pull_request == f"{the_hub.url}/{REPO}/discussions/1"
     assert published.tag is None
-    assert put(folder, pull_request=True) == replace(published, fresh=False)
+    assert publish(folder, pull_request=True) == replace(published, fresh=False)
     assert len(the_hub.repos[REPO].pulls) == 1
     the_hub.merge(REPO, 1)
-    assert shown(the_hub) == held(folder)
-    again = put(folder)
+    assert read_repo(the_hub) == read_folder(folder)
+    again = publish(folder)
     assert (again.fresh, the_hub.repos[REPO].refs[f"refs/tags/{again.tag}"]) == (
         False,
         the_hub.head(REPO).oid,
     )
-
-
-def forget(the_hub: Hub) -> None:
-    """Let the hub be as it was before anything was published."""
-    the_hub.repos.clear()
-    for path in (the_hub.folder / "objects").iterdir():
-        path.unlink()
-    the_hub.requests.clear()
-
-
-def paths_of(the_hub: Hub, folder: Path) -> list[str]:
-    """The paths that a publication asks for, which is then forgotten."""
-    put(folder)
-    paths = [r.path for r in the_hub.requests]
-    forget(the_hub)
-    return paths
 
 
 # Somebody else's commit
@@ -209,8 +147,8 @@ def test_a_commit_by_somebody_else_in_between_stops_with_both_names(
     )
     assert the_hub.head(REPO).oid == theirs
     with pytest.raises(InputError, match=f"expected commit {planned.head}, found {theirs}"):
-        put(folder)  # a later run does not forget what the first one began with
-    published = put(folder, parent=theirs)
+        publish(folder)  # a later run does not forget what the first one began with
+    published = publish(folder, parent=theirs)
     assert the_hub.repos[REPO].commits[published.commit].parent == theirs
 
 
@@ -220,7 +158,7 @@ def test_a_parent_that_is_not_the_head_is_refused_before_anything_is_sent(
     older = the_hub.add(REPO, {"README.md": b"older"})
     newer = the_hub.add(REPO, {"README.md": b"newer"})
     with pytest.raises(InputError, match=f"expected commit {older}, found {newer}"):
-        put(folder, parent=older)
+        publish(folder, parent=older)
     assert not the_hub.asked("PUT", "") and not the_hub.asked("POST", "")
 
 
@@ -230,7 +168,7 @@ def test_a_tag_that_is_taken_is_not_moved(the_hub: Hub, folder: Path) -> None:
     with pytest.raises(
         InputError, match=f"tag v1: expected a name that is free, found it at {first}"
     ):
-        put(folder, tag="v1")
+        publish(folder, tag="v1")
     assert not the_hub.asked("POST", "")
 
 
@@ -255,7 +193,7 @@ def test_nothing_is_read_to_be_hashed_again(
     monkeypatch.setattr(
         "huggingface_hub.lfs.sha_fileobj", lambda f: pytest.fail(f"{f.name} was hashed")
     )
-    put(folder)
+    publish(folder)
     assert sorted(read) == [CHECKSUMS, MANIFEST]
 
 
@@ -271,7 +209,7 @@ def test_shards_of_fifty_gigabytes_that_are_there_already_cost_a_moment(
     sums = {name: hubs.sha256(data) for name, data in CONTENT.items()} | shards
     write_lists(folder, sums)
     save_digests({folder / name: sha for name, sha in sums.items()}, digest_cache_path(folder))
-    assert put(folder).fresh
+    assert publish(folder).fresh
     sizes = [b.size for n, b in the_hub.head(REPO).files.items() if n.startswith("BF16/")]
     assert sizes == [49_990_000_000] * 3
 
@@ -295,7 +233,7 @@ def test_a_missing_token_is_told_before_any_request(
     with pytest.raises(
         InputError, match=r"HF_TOKEN: not set; publishing needs a token that may write to"
     ):
-        put(folder)
+        publish(folder)
     assert the_hub.requests == []
 
 
@@ -320,7 +258,7 @@ def test_a_wrong_token_is_one_line_that_does_not_tell_it(
     the_hub.tokens["hf_OneThatMayOnlyReadXY"] = "read"
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(InputError) as e:
-        put(folder)
+        publish(folder)
     assert said in str(e.value)
     assert token not in str(e.value)
     assert len(str(e.value).splitlines()) == 1
@@ -330,7 +268,7 @@ def test_a_gated_repo_is_told_with_the_page_to_visit(the_hub: Hub, folder: Path)
     the_hub.add(REPO, {"README.md": b"x"})
     the_hub.plant(REPO, Fault.GATED)
     with pytest.raises(InputError, match=f"see https://huggingface.co/{REPO}, and set HF_TOKEN"):
-        put(folder)
+        publish(folder)
 
 
 @pytest.mark.parametrize("name", ["", " ", "unknown"])
@@ -339,7 +277,7 @@ def test_a_release_without_a_license_is_not_published(
 ) -> None:
     folder = write_release(tmp_path / "tiny", license_name=name)
     with pytest.raises(InputError, match=r"recipe\.card\.license: expected a license, found"):
-        put(folder)
+        publish(folder)
     assert the_hub.requests == []
 
 
@@ -347,7 +285,7 @@ def test_a_release_without_a_license_is_not_published(
 def test_a_file_that_was_changed_by_hand_is_named(the_hub: Hub, folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"changed")
     with pytest.raises(CheckError, match=f"{name}: was changed since it was made: expected sha256"):
-        put(folder)
+        publish(folder)
     assert the_hub.requests == []
 
 
@@ -355,7 +293,7 @@ def test_files_that_are_missing_or_too_many_are_named(the_hub: Hub, folder: Path
     (folder / "params").unlink()
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(CheckError) as e:
-        put(folder)
+        publish(folder)
     assert [p.rpartition("/")[2].split(";")[0] for p in e.value.problems] == [
         "params: missing",
         "notes.txt: not of this release",
@@ -396,7 +334,7 @@ def test_a_hub_without_room_is_told_as_that(the_hub: Hub, folder: Path) -> None:
             "tests.hub.writing.Writing.answer_batch", lambda *_, **__: (_ for _ in ()).throw(full)
         )
         with pytest.raises(InputError, match=f"{REPO}: no space left on the hub"):
-            put(folder)
+            publish(folder)
 
 
 def test_a_hub_that_is_not_there_is_one_line(
@@ -406,7 +344,7 @@ def test_a_hub_that_is_not_there_is_one_line(
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(QuantError) as e:
-        put(folder)
+        publish(folder)
     assert isinstance(e.value, Unreachable)
     assert len(str(e.value).splitlines()) == 1
 
@@ -415,10 +353,10 @@ def test_what_the_client_logs_holds_no_token_and_no_signature(
     the_hub: Hub, folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     upload = next(
-        n for n, path in enumerate(paths_of(the_hub, folder)) if path.startswith("/upload/")
+        n for n, path in enumerate(list_paths(the_hub, folder)) if path.startswith("/upload/")
     )
     the_hub.cues = {upload: Fault.BROKEN}
-    put(folder)
+    publish(folder)
     said = caplog.text + "".join(capfd.readouterr())
     assert "thrown while requesting PUT" in said
     assert TOKEN not in said and hubs.SIGNED not in said
@@ -443,7 +381,7 @@ def test_secrets_are_taken_out_of_a_text(the_hub: Hub, text: str, said: str) -> 
 def test_a_publication_that_is_done_leaves_no_record_beside_the_release(
     the_hub: Hub, folder: Path
 ) -> None:
-    put(folder)
+    publish(folder)
     assert sorted(p.name for p in folder.parent.iterdir()) == ["tiny", "tiny.digests.json"]
     assert TOKEN not in (folder.parent / "tiny.digests.json").read_text()
     assert json.loads((folder.parent / "tiny.digests.json").read_text())
@@ -454,4 +392,4 @@ def test_a_record_of_an_earlier_publication_that_cannot_be_read_is_none(
     the_hub: Hub, folder: Path, text: str
 ) -> None:
     folder.with_name("tiny.publishing.json").write_text(text)
-    assert put(folder).fresh
+    assert publish(folder).fresh

@@ -1,12 +1,12 @@
-"""A publication that is interrupted, at every request: nothing is shown half, and one commit is made in the end."""
+"""A publication that is interrupted at each of its requests: nobody sees half of it, and one commit is made in the end."""
 
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import pytest
 
@@ -15,183 +15,141 @@ from quant.hub.upload import Destination
 from quant.release.change import plan_change
 from tests.hub import Fault, Hub
 from tests.quant.conftest import TOKEN
-from tests.quant.release.test_publish import (
+from tests.quant.release.publisher import Publisher, serve
+from tests.quant.release.publishing import (
     REPO,
-    forget,
-    held,
-    made,
-    paths_of,
-    put,
-    shown,
+    SMALL,
+    count_requests,
+    list_commits,
+    list_paths,
+    publish,
+    quiet_client,
+    read_folder,
+    read_repo,
+    reset,
     write_release,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Use 'content="
-)  # the hub's client to its own HTTP library
+pytestmark = quiet_client
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_release(tmp_path / "tiny")
+    return write_release(tmp_path / "tiny", SMALL)
 
 
-def requests_of(the_hub: Hub, folder: Path, **target: Any) -> int:
-    """Return how many requests a publication makes when nothing happens."""
-    for _ in range(2):  # the client's first publication in a process asks one thing more
-        put(folder, **target)
-        count = len(the_hub.requests)
-        forget(the_hub)
-    return count
+@pytest.fixture(scope="module")
+def server() -> Iterator["subprocess.Popen[str]"]:
+    with serve() as process:
+        yield process
+
+
+@pytest.fixture
+def publisher(server: "subprocess.Popen[str]", the_hub: Hub, folder: Path) -> Publisher:
+    return Publisher(server, the_hub, folder)
 
 
 @pytest.mark.parametrize(
     "fault", [Fault.REFUSED, Fault.BROKEN, Fault.BUSY, Fault.DROPPED, Fault.LOST]
 )
 @pytest.mark.parametrize("pull_request", [False, True], ids=["commit", "pull request"])
-def test_whichever_request_fails_nothing_is_shown_half_and_one_commit_is_made(
+def test_whichever_request_fails_nobody_sees_half_and_one_commit_is_made(
     the_hub: Hub, folder: Path, fault: Fault, pull_request: bool
 ) -> None:
-    whole = held(folder)
-    count = requests_of(the_hub, folder, pull_request=pull_request)
-    assert count > 20
+    release = read_folder(folder)
+    count = count_requests(the_hub, folder, pull_request=pull_request)
+    assert count > 15
     for k in range(count):
         the_hub.cues = {k: fault}
+        succeeded = False
         try:
-            put(folder, pull_request=pull_request)
+            publish(folder, pull_request=pull_request)
+            succeeded = True
             assert fault is not Fault.REFUSED
         except InputError as e:
             assert fault is Fault.REFUSED
             assert len(e.problems) == 1
             refused, *later = ((r.method, r.path, r.query) for r in the_hub.requests[k:])
             of_each_file = refused[1].endswith(("/verify", "/complete"))
-            assert refused not in later or of_each_file, "a refusal for good was asked again"
+            assert refused not in later or of_each_file, "a final refusal was asked again"
         except Unreachable as e:
             assert "run again to continue" in str(e)
-        assert shown(the_hub) in ({}, whole)
+        assert read_repo(the_hub) in ({}, release)
         the_hub.cues = {}
-        put(folder, pull_request=pull_request)
+        if not succeeded or fault is Fault.LOST:  # a lost answer must not lead to a second commit
+            publish(folder, pull_request=pull_request)
         if pull_request:
             assert len(the_hub.repos[REPO].pulls) == 1
             the_hub.merge(REPO, 1)
-        assert shown(the_hub) == whole
-        assert len(made(the_hub)) == 1 + pull_request
-        forget(the_hub)
+        assert read_repo(the_hub) == release
+        assert len(list_commits(the_hub)) == 1 + pull_request
+        reset(the_hub)
 
 
-def test_what_was_sent_is_not_sent_again(the_hub: Hub, folder: Path) -> None:
-    commit = next(n for n, r in enumerate(paths_of(the_hub, folder)) if "/commit/" in r)
+def test_files_that_were_sent_are_not_sent_again(the_hub: Hub, folder: Path) -> None:
+    commit = next(n for n, r in enumerate(list_paths(the_hub, folder)) if "/commit/" in r)
     the_hub.cues = {commit: Fault.REFUSED}
     with pytest.raises(InputError):
-        put(folder)
+        publish(folder)
     the_hub.requests.clear()
     the_hub.cues = {}
-    assert put(folder).fresh
+    assert publish(folder).fresh
     assert not the_hub.asked("PUT", "")
 
 
-class Publisher:
-    """``quant publish`` in a process of its own."""
-
-    def __init__(self, the_hub: Hub, folder: Path) -> None:
-        self.folder = folder
-        self.env = {
-            "PATH": os.environ["PATH"],
-            "HF_ENDPOINT": the_hub.url,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_TOKEN": TOKEN,
-        }
-        self.env |= {"HF_HOME": str(folder.parent / "hf"), "no_proxy": "*"}
-        self.env |= {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
-
-    def start(self, *args: str, **env: str) -> subprocess.Popen[str]:
-        line = [
-            sys.executable,
-            "-c",
-            "from quant.cli import main; main()",
-            "publish",
-            str(self.folder),
-            *args,
-        ]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(line, env=self.env | env, **pipes)
-
-    def run(self, *args: str, **env: str) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error; the token is in neither."""
-        process = self.start(*args, **env)
-        try:
-            out, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
-        assert TOKEN not in out + err
-        assert "Traceback" not in err
-        return process.returncode, out, err
-
-
-@pytest.fixture
-def publisher(the_hub: Hub, folder: Path) -> Publisher:
-    return Publisher(the_hub, folder)
-
-
-def test_wherever_the_process_is_killed_nothing_is_shown_half_and_one_commit_is_made(
+def test_wherever_the_process_is_killed_nobody_sees_half_and_one_commit_is_made(
     the_hub: Hub, folder: Path, publisher: Publisher
 ) -> None:
-    whole = held(folder)
-    count = requests_of(the_hub, folder)
-    running: list[subprocess.Popen[str]] = []
-    for k in range(count):
-        the_hub.cues = {k: lambda: running[-1].kill()}
-        running.append(publisher.start(REPO))
-        running[-1].communicate(timeout=60)
-        assert running[-1].returncode == -signal.SIGKILL
-        assert shown(the_hub) in ({}, whole)
+    release = read_folder(folder)
+    for k in range(count_requests(the_hub, folder)):
+        the_hub.cues = {k: publisher.kill}
+        assert publisher.run(REPO)[0] == -signal.SIGKILL
+        assert read_repo(the_hub) in ({}, release)
         the_hub.cues = {}
-        put(folder)
-        assert shown(the_hub) == whole
-        assert len(made(the_hub)) == 1
-        forget(the_hub)
+        publish(folder)
+        assert read_repo(the_hub) == release
+        assert len(list_commits(the_hub)) == 1
+        reset(the_hub)
 
 
 def test_an_interrupted_publication_ends_soon_and_not_with_its_largest_file(
-    the_hub: Hub, folder: Path, publisher: Publisher
+    the_hub: Hub, folder: Path
 ) -> None:
-    upload = next(
-        n for n, path in enumerate(paths_of(the_hub, folder)) if path.startswith("/upload/")
-    )
+    paths = list_paths(the_hub, folder)
+    upload = next(n for n, path in enumerate(paths) if path.startswith("/upload/"))
     reached, go_on = Event(), Event()
 
-    def slow() -> None:
+    def hold_up() -> None:
         reached.set()
         go_on.wait(60)
 
-    the_hub.cues = {upload: slow}
-    process = publisher.start(REPO)
-    try:
-        assert reached.wait(60)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=8)
-    finally:
-        go_on.set()
-        process.kill()
+    the_hub.cues = {upload: hold_up}
+    line = [sys.executable, "-c", "from quant.cli import main; main()", "publish", folder, REPO]
+    env = {"HF_ENDPOINT": the_hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder.parent)}
+    with subprocess.Popen(line, env=os.environ | env, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert reached.wait(60)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=8)
+        finally:
+            go_on.set()
+            process.kill()
     assert process.returncode == 3
     assert err.splitlines()[-1] == "interrupted; run the same command again to continue"
-    assert shown(the_hub) == {}
+    assert read_repo(the_hub) == {}
     the_hub.cues = {}
-    assert put(folder).fresh
+    assert publish(folder).fresh
 
 
-def test_the_command_says_where_the_release_stands_and_the_second_time_that_it_stood_there(
+def test_the_command_prints_the_page_of_the_release_and_then_that_it_was_there(
     the_hub: Hub, folder: Path, publisher: Publisher
 ) -> None:
     code, out, err = publisher.run(REPO)
-    assert (code, out) == (
-        0,
-        f"{the_hub.url}/{REPO}/tree/{plan_change(folder, Destination(REPO)).tag}\n",
-    )
+    tag = plan_change(folder, Destination(REPO)).tag
+    assert (code, out) == (0, f"{the_hub.url}/{REPO}/tree/{tag}\n")
     assert err.startswith(f"{REPO} (to be made, public): one commit, tag release-")
-    assert publisher.run("--repo", REPO)[2].endswith(
-        "nothing to do: this release stands there already\n"
-    )
+    again = publisher.run("--repo", REPO)
+    assert again[2].endswith("nothing to do: this release is there already\n")
 
 
 def test_a_dry_run_prints_the_change(the_hub: Hub, folder: Path, publisher: Publisher) -> None:
@@ -201,7 +159,7 @@ def test_a_dry_run_prints_the_change(the_hub: Hub, folder: Path, publisher: Publ
 
 
 @pytest.mark.parametrize(
-    ("args", "env", "code", "said"),
+    ("args", "env", "code", "message"),
     [
         ((), {}, 2, "expected one repo to publish to, found none"),
         ((REPO, "--repo", "other/one"), {}, 2, "found somebody/tiny-GGUF and other/one"),
@@ -224,9 +182,9 @@ def test_a_dry_run_prints_the_change(the_hub: Hub, folder: Path, publisher: Publ
     ],
 )
 def test_what_cannot_be_published_is_one_line_and_an_exit_code(
-    publisher: Publisher, args: tuple[str, ...], env: dict[str, str], code: int, said: str
+    publisher: Publisher, args: tuple[str, ...], env: dict[str, str], code: int, message: str
 ) -> None:
-    found, out, err = publisher.run(*args, **env)
-    assert (found, out) == (code, "")
+    actual, out, err = publisher.run(*args, **env)
+    assert (actual, out) == (code, "")
     assert len(err.splitlines()) == 1
-    assert said in err
+    assert message in err

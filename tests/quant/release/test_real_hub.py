@@ -11,7 +11,7 @@ import pytest
 from quant.hub.upload import Destination
 from quant.release.change import plan_change
 from quant.release.publish import publish_release
-from tests.quant.release.test_publish import CARD, write_release
+from tests.quant.release.publishing import CARD, write_release
 
 REPO = os.environ.get("QUANT_TEST_HUB_REPO", "")
 CONTENT = {"README.md": CARD, "tiny.gguf": b"two small files" * 1000}

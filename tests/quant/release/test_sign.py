@@ -19,7 +19,7 @@ from quant.release.publish import publish_release
 from quant.release.sign import PASSWORD, find_signature_problems, sign_release
 from quant.release.verify import verify_release
 from tests.hub import Hub
-from tests.quant.release.test_publish import CONTENT, REPO, held, shown, write_release
+from tests.quant.release.publishing import CONTENT, REPO, read_folder, read_repo, write_release
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Use 'content="
@@ -56,10 +56,10 @@ def problems(folder: Path, key: Path) -> list[str]:
 def test_a_signed_release_is_known_by_the_public_key_and_nothing_else_in_it_changed(
     folder: Path, key: Path
 ) -> None:
-    before = held(folder)
+    before = read_folder(folder)
     assert sign_release(folder, key)
     assert problems(folder, key) == []
-    assert {n: d for n, d in held(folder).items() if n != SIGNATURE} == before
+    assert {n: d for n, d in read_folder(folder).items() if n != SIGNATURE} == before
 
 
 def test_signing_again_with_the_same_key_changes_nothing_and_another_key_signs_anew(
@@ -200,13 +200,13 @@ def test_publishing_takes_the_signature_along_and_a_later_release_does_not_keep_
 ) -> None:
     sign_release(folder, key)
     publish_release(plan_change(folder, Destination(REPO)))
-    assert shown(the_hub) == held(folder)
-    assert SIGNATURE in shown(the_hub)
+    assert read_repo(the_hub) == read_folder(folder)
+    assert SIGNATURE in read_repo(the_hub)
     newer = write_release(tmp_path / "newer" / "tiny", {**CONTENT, "params": b"{ }"})
     planned = plan_change(newer, Destination(REPO))
     assert planned.removes == (SIGNATURE,)
     publish_release(planned)
-    assert shown(the_hub) == held(newer)
+    assert read_repo(the_hub) == read_folder(newer)
 
 
 def test_without_the_package_the_error_says_what_to_install(
