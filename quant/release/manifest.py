@@ -48,7 +48,6 @@ class Record:
         extra="forbid",
         allow_inf_nan=False,
         alias_generator=lambda field: KEYS.get(field, field),
-        use_attribute_docstrings=True,  # they become the schema's descriptions
     )
 
 
@@ -475,11 +474,7 @@ def to_record(kind: type[R], document: Mapping[str, Any]) -> R:
 
 def find_manifest_problems(document: Any) -> Iterator[str]:
     """Yield everything that the JSON schema refuses in a document, each with its field."""
-    from jsonschema import (
-        Draft202012Validator,
-    )  # takes a tenth of a second, and few commands need it
-
-    for error in Draft202012Validator(read_schema()).iter_errors(document):
+    for error in _make_validator().iter_errors(document):
         yield from dict.fromkeys(_describe(error))
 
 
@@ -489,9 +484,22 @@ def read_schema() -> dict[str, Any]:
     return dict(json.loads(resources.files(__package__).joinpath(SCHEMA).read_text("utf-8")))
 
 
+@cache
+def _make_validator() -> Any:
+    from jsonschema import Draft202012Validator  # takes a tenth of a second; few commands need it
+
+    return Draft202012Validator(read_schema())
+
+
 def make_schema() -> dict[str, Any]:
     """Return the JSON schema that the dataclasses have; a test holds the file equal to it."""
-    made = TypeAdapter(Manifest).json_schema()
+    config = Record.__pydantic_config__
+    # The fields' docstrings become descriptions. Only here: to find them takes half a second.
+    Record.__pydantic_config__ = ConfigDict(**config, use_attribute_docstrings=True)
+    try:
+        made = TypeAdapter(Manifest).json_schema()
+    finally:
+        Record.__pydantic_config__ = config
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **made,
