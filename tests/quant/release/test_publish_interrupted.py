@@ -124,7 +124,8 @@ def test_an_interrupted_publication_ends_soon_and_not_with_its_largest_file(
         go_on.wait(60)
 
     the_hub.cues = {upload: hold_up}
-    line = [sys.executable, "-c", "from quant.cli import main; main()", "publish", folder, REPO]
+    line = [sys.executable, "-c", "from quant.cli import main; main()", "publish"]
+    line += [str(folder), REPO]
     env = {"HF_ENDPOINT": the_hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder.parent)}
     with subprocess.Popen(line, env=os.environ | env, stderr=subprocess.PIPE, text=True) as process:
         try:
