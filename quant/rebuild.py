@@ -1,14 +1,14 @@
 """Build a release again from its manifest alone, in another folder, and compare every byte.
 
-The manifest has every recipe that went in, so it does not matter what ``recipes/`` says by now. What decides the
-bytes must be the same: the source's files, the calibration texts, and llama.cpp.
+The manifest has every recipe that went in, so it does not matter what ``recipes/`` says by now.
+What decides the bytes must be the same: the source's files, the calibration texts, and llama.cpp.
 
 Three kinds of difference are excused, and named in the result. All others are faults.
 
-- *Packages*: provenance names the versions that made a release, so it and SHA256SUMS differ with them.
+- *Packages*: provenance names the versions that made a release, so it and SHA256SUMS differ.
 - *Prose*: another version of this project may word the card, the report and the charts otherwise.
-- *Figures*: two processors add up in another order, so KLD and perplexity may differ a little, and with them every
-  file that shows them. See :func:`quant.evaluate.figures.figures_close`.
+- *Figures*: two processors add up in another order, so KLD and perplexity may differ a little, and
+  with them every file that shows them. See :func:`quant.evaluate.figures.figures_close`.
 """
 
 import json
@@ -124,7 +124,7 @@ def compare_releases(
     """Compare a rebuilt release with the old one.
 
     Args:
-        old: The folder of the old release; its provenance says which versions made it, if it is there.
+        old: The folder of the old release; its provenance, if there, has the versions that made it.
         before: The sha256 of every file of the old release that is known, by name.
         new: The folder of the rebuilt release.
         figures: The variants whose figures differ as they may; nothing if none do.
@@ -195,7 +195,7 @@ def _without_figures(manifest: Manifest) -> tuple[Manifest, Any]:
 
 
 def _locate_recipe(model: ModelRecipe, source: Path | None) -> Path:
-    """Return the recipe file in whose folder the source is looked for: the project's own, or one beside ``source``."""
+    """Return the recipe that relative paths start at: the project's, or one beside ``source``."""
     if source is None or model.source.folder is None:
         return RECIPES / "models" / f"{model.name}.toml"
     levels = len(Path(model.source.folder).parts)
@@ -237,7 +237,7 @@ def _check_source(job: ReleaseJob, manifest: Manifest) -> None:
 
 
 def _read_old_digests(old: Path, manifest: Manifest) -> dict[str, str]:
-    """Return the digests of the old release: by its list if that is there, else what the manifest has."""
+    """Return the old release's digests: its list's if that is there, else the manifest's."""
     if (old / CHECKSUMS).is_file() and (old / MANIFEST).is_file():
         return read_checksums(old) | {CHECKSUMS: files.hash_file(old / CHECKSUMS)}
     return manifest.known_digests

@@ -1,4 +1,4 @@
-"""A release on its way to strangers and back: published, downloaded, verified, smoke tested, and rebuilt."""
+"""A release on its way to strangers: published, downloaded, verified, tested, and rebuilt."""
 
 import json
 import os

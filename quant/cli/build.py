@@ -1,4 +1,4 @@
-"""The commands that make whole releases. Each imports what it needs when it runs, so `quant --help` stays quick."""
+"""The commands that make whole releases. Each imports late, so `quant --help` stays quick."""
 
 import time
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ class BuildOptions(DestinationOptions):
 @work_option
 @tools_option
 def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Path | None) -> None:
-    """Build the release of the tiny model in this package: all stages, a few minutes, no download."""
+    """Build the release of the tiny model that comes along: a few minutes, no download."""
     from quant.job import BuildRequest
 
     _build(BuildRequest("tiny-glm", out, variants, work=work, llama_cpp=llama_cpp))
@@ -131,7 +131,7 @@ def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Pat
 )
 @collect_options(BuildOptions)
 def build(options: BuildOptions) -> None:
-    """Build the release of MODEL, a name in recipes/models or a path to such a recipe. With --repo, publish it."""
+    """Build the release of MODEL, a recipe's name or path. With --repo, publish it."""
     _build(options.make_request())
 
 
@@ -177,9 +177,10 @@ def pull(model: str, revision: str | None, work: Path) -> None:
     "--public-key", type=FILE, help="Check that the owner of this key signed the release."
 )
 def verify(release: Path, public_key: Path | None) -> None:
-    """Verify a RELEASE folder: every byte against its lists, types against its recipes, links of its card.
+    """Verify a RELEASE folder; exit code 1 if anything differs.
 
-    Exit code 1 if anything differs.
+    Every byte is compared with its lists, every type with its recipe, every link of its card with
+    its files.
     """
     from quant.errors import CheckError
     from quant.release.verify import verify_release

@@ -25,7 +25,7 @@ from quant.cli.options import FILE, FOLDER, json_option, quant, tools_option
 def merge(
     first_shard: Path, out: Path, modelfile: bool, model: str | None, llama_cpp: Path | None
 ) -> None:
-    """Merge the shards of FIRST_SHARD into OUT, for programs that need one file (Ollama). The shards stay."""
+    """Merge shards into OUT, for programs that need one file (Ollama). The shards stay."""
     from quant.core import files
     from quant.errors import InputError
     from quant.llama.toolchain import find_toolchain
@@ -58,7 +58,7 @@ def ollama() -> None:
 )
 @json_option
 def check(release: Path, repo: str | None, as_json: bool) -> None:
-    """Show what `ollama run hf.co/OWNER/NAME:TAG` makes of every file of a RELEASE folder; exit code 1 if it is wrong."""
+    """Show what Ollama makes of every file of a RELEASE folder; exit code 1 if it is wrong."""
     from quant.errors import CheckError, InputError
     from quant.hub.client import REPO
     from quant.release.ollama_registry import check_release
@@ -83,7 +83,7 @@ def check(release: Path, repo: str | None, as_json: bool) -> None:
 
 
 def _render_modelfile(first_shard: Path, out: Path, model: str | None) -> str:
-    """Return a Modelfile with the parameters of the release that a shard lies in, or else of its model's recipe."""
+    """Return a Modelfile with the parameters of the shard's release, or of its model's recipe."""
     from quant.errors import InputError
     from quant.plan.load import find_model_of_file, load_model
     from quant.release.modelfile import format_modelfile

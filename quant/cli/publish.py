@@ -1,4 +1,4 @@
-"""The commands for a finished release: publish it, sign it, rebuild it. Each imports what it needs when it runs."""
+"""The commands for a finished release: publish, sign, rebuild. Each imports late."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +35,10 @@ class PublishOptions(DestinationOptions):
 @click.option("--dry-run", is_flag=True, help="List what would change; change nothing.")
 @collect_options(PublishOptions)
 def publish(options: PublishOptions) -> None:
-    """Publish a RELEASE folder on the hub in one commit, and compare every file there with it afterwards.
+    """Publish a RELEASE folder on the hub in one commit, and compare every file afterwards.
 
-    The repo is OWNER/NAME, or the one in the release's recipe. The token is read from HF_TOKEN. After an
-    interruption the same command sends only what is missing, and commits at most once.
+    The repo is OWNER/NAME, or the one in the release's recipe. The token is read from HF_TOKEN.
+    After an interruption the same command sends only what is missing, and commits at most once.
     """
     from quant.release.change import plan_change
     from quant.release.manifest import MANIFEST, Manifest
@@ -78,9 +78,10 @@ def publish(options: PublishOptions) -> None:
     help="PEM file with an elliptic key; $QUANT_KEY_PASSWORD unlocks it.",
 )
 def sign(release: Path, key: Path) -> None:
-    """Sign a RELEASE folder, so that `quant verify RELEASE --public-key PUB.pem` can tell who made it.
+    """Sign a RELEASE folder, so that `quant verify --public-key PUB.pem` can tell who made it.
 
-    Writes model.sig, a bundle of OpenSSF's model signing; `quant publish` uploads it with the rest. Needs no network.
+    Writes model.sig, a bundle of OpenSSF's model signing; `quant publish` uploads it with the rest.
+    Needs no network.
     """
     from quant.release.folder import SIGNATURE
     from quant.release.sign import sign_release
@@ -103,10 +104,10 @@ def sign(release: Path, key: Path) -> None:
 def rebuild(
     manifest: Path, out: Path, source: Path | None, work: Path | None, llama_cpp: Path | None
 ) -> None:
-    """Build the release of a MANIFEST again in another folder, and compare every byte; exit code 1 if any differs.
+    """Build a release again in another folder and compare; exit code 1 if any byte differs.
 
-    MANIFEST is a manifest.json or the folder of a release. Another version of this program may word the card, the
-    report and the charts otherwise; such files are named.
+    MANIFEST is a manifest.json or the folder of a release. Another version of this program may word
+    the card, the report and the charts otherwise; such files are named.
     """
     from quant.llama.toolchain import find_toolchain
     from quant.rebuild import prepare_rebuild, rebuild_release

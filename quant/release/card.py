@@ -1,4 +1,4 @@
-"""The model card of a release: the manifest in, Markdown out. Pure. Its text is templates/card.md.jinja."""
+"""The model card: the manifest in, Markdown out. Pure. Its text is templates/card.md.jinja."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ def render_card(model: ModelRecipe, manifest: Manifest) -> str:
 
 
 def format_quality(figures: FiguresRecord | None) -> tuple[str, str, str]:
-    """Return perplexity, KLD with half of its interval, and top-1 agreement; dashes without figures."""
+    """Return perplexity, KLD with half of its interval, and top-1; dashes without figures."""
     return format_figures(to_plain(figures) if figures else None)
 
 
@@ -191,7 +191,7 @@ def _list_columns(manifest: Manifest, cache_bytes: int) -> list[Column]:
 
 
 def _choose_by_memory(variants: Variants, cache_bytes: int) -> Iterator[tuple[int, str]]:
-    """Yield memory in GB and the largest variant that fits, for each size of memory that makes a difference."""
+    """Yield memory in GB and the largest variant that fits, wherever that is another one."""
     # Files for one kind of processor, and those for making other files, are nobody's first choice.
     ladder = [v for v in variants if v.name.startswith("UD-")]
     candidates = ladder or [v for v in variants if not v.is_base]

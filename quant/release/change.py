@@ -1,8 +1,8 @@
-"""What publishing a release would change on the hub: asked before anything is sent, and shown by ``--dry-run``.
+"""What publishing a release would change on the hub; ``--dry-run`` shows it.
 
-The change has three kinds of files. *Adds* are missing in the repo or differ there. *Removes* belong to the release
-that the repo has now, by that release's own SHA256SUMS, and not to this one. *Leaves* came with no release (a
-picture, a discussion's file) and are left alone.
+The change has three kinds of files. *Adds* are missing in the repo or differ there. *Removes*
+belong to the release that the repo has now, by that release's own SHA256SUMS, and not to this one.
+*Leaves* came with no release (a picture, a discussion's file) and are left alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -64,7 +64,7 @@ class Change:
 
     @property
     def title(self) -> str:
-        """The title of the commit. It identifies the release, so a later run recognizes the commit."""
+        """The title of the commit, by which a later run recognizes the release."""
         return f"{self.release.folder.name}: release {self.release.digest[:12]}"
 
     @property
@@ -89,7 +89,7 @@ class Change:
 
 
 def preflight(target: Destination, card: CardRecipe, where: str) -> None:
-    """Check before hours of work what publishing will need: the token, the repo, a license that allows it.
+    """Check, before hours of work, token, repo and license for publishing.
 
     Args:
         target: Where the release is to be published.
@@ -141,7 +141,7 @@ def read_head(api: "HfApi", target: Destination) -> str | None:
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:
-        # The hub answers the same for a repo that does not exist and for a wrong token; whoami tells them apart.
+        # The hub answers the same for a missing repo and for a wrong token; whoami tells which.
         hub_client.retry(api.whoami)
         return None
     if target.private and not info.private:
@@ -218,7 +218,7 @@ def _compare(
 
 
 def _is_same_file(receipt: Receipt, folder: Path, entry: "RepoFile | None") -> bool:
-    """Return whether the hub's file has the same bytes: by sha256 if it is large, by git's digest if not."""
+    """Return whether the hub's file has the same bytes: by sha256, or git's digest if small."""
     if entry is None or entry.size != receipt.bytes:
         return False
     if entry.lfs:

@@ -1,4 +1,4 @@
-"""Deliver a release into the folder that was asked for: every byte compared with what was packaged, then one rename."""
+"""Deliver a release: every byte compared with what was packaged, then one rename."""
 
 import json
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ def deliver_release(release: Release, out: Path) -> Delivery:
 
 
 def is_delivered(release: Release, target: Path) -> bool:
-    """Return whether a release is at that place: the same manifest, and every file in its full length."""
+    """Return whether a release is there: the same manifest, and every file in its full length."""
     try:
         same = (target / MANIFEST).read_bytes() == (release.folder / MANIFEST).read_bytes()
         return same and all((target / r.path).stat().st_size == r.bytes for r in release.receipts)
@@ -68,7 +68,7 @@ def is_delivered(release: Release, target: Path) -> bool:
 
 
 def _replace_folder(partial: Path, target: Path) -> None:
-    """Give a finished folder its final name. An older one steps aside first: a folder cannot be renamed onto it."""
+    """Give a folder its final name. An older one is renamed first: folders cannot be replaced."""
     older = target.with_name(target.name + ".replaced")
     files.remove(older)
     if target.exists():

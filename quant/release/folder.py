@@ -1,4 +1,4 @@
-"""A release folder on disk: its manifest, its list of checksums, and whether its files are the listed ones."""
+"""A release folder: its manifest, its checksums, and whether its files are the listed ones."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,14 +32,15 @@ class ReleaseFolder:
 
     @property
     def digest(self) -> str:
-        """The sha256 of the manifest. It identifies the release, for the manifest has the digest of every input."""
+        """The sha256 of the manifest, which has every input's digest: it identifies the release."""
         return next(r.sha256 for r in self.files if r.path == MANIFEST)
 
 
 def open_release(folder: Path) -> ReleaseFolder:
     """Return the release in a folder, every file compared with its list.
 
-    Digests from the cache beside the folder stand for files that were not touched since: 700 GB are not read again.
+    Digests from the cache beside the folder stand for files that were not touched since: 700 GB are
+    not read again.
 
     Raises:
         InputError: If the folder is no release.
@@ -65,12 +66,12 @@ def open_release(folder: Path) -> ReleaseFolder:
 
 
 def digest_cache_path(folder: Path) -> Path:
-    """Return where the digests of a release are cached: beside it, since they are about this machine's files."""
+    """Return where the digests are cached: beside the release, since they are this machine's."""
     return folder.with_name(f"{folder.name}.digests.json")
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every listed file, by name. Raises InputError as :func:`parse_checksums` does."""
+    """Return the sha256 of every listed file. Raises InputError as :func:`parse_checksums`."""
     path = folder / CHECKSUMS
     try:
         return parse_checksums(path.read_text(), str(path))
@@ -97,7 +98,7 @@ def parse_checksums(text: str, where: str) -> dict[str, str]:
 
 
 def hash_lists(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file of a release but its signature: by its list, and of the lists themselves."""
+    """Return the sha256 of every file but the signature: the listed ones, and the lists."""
     return read_checksums(folder) | {
         name: files.hash_file(folder / name) for name in (CHECKSUMS, MANIFEST)
     }

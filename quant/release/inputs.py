@@ -82,7 +82,7 @@ def make_manifest(inputs: ReleaseInputs) -> Manifest:
 
 
 def record_plan(plan: Plan, files: tuple[Receipt, ...]) -> VariantRecord:
-    """Return the record of a variant that is planned: its recipe, its sizes and its files, and no results."""
+    """Return the record of a planned variant: recipe, sizes and files, and no results."""
     memory = estimate_memory(plan, 0, 0)
     return VariantRecord(
         name=plan.variant.name,
@@ -104,15 +104,15 @@ def record_plan(plan: Plan, files: tuple[Receipt, ...]) -> VariantRecord:
 def place_files(variant: VariantFile) -> dict[str, Path]:
     """Return the files of a variant by their path in the release.
 
-    A single file lies at the root, where Ollama finds it; shards lie in a folder of their own, which
-    ``hf download --include 'NAME/*'`` takes.
+    A single file lies at the root, where Ollama finds it; shards lie in a folder of their own,
+    which ``hf download --include 'NAME/*'`` takes.
     """
     folder = f"{variant.name}/" if len(variant.paths) > 1 else ""
     return {f"{folder}{path.name}": path for path in variant.paths}
 
 
 def count_kv_bytes(model: ModelRecipe) -> int:
-    """Return the bytes of KV cache for one token of context in F16; 0 if the recipe lacks the model's numbers."""
+    """Return bytes of KV cache a token in F16; 0 if the recipe lacks the model's numbers."""
     if not model.architecture:
         return 0
     return inventory.read_architecture(model.architecture).kv_bytes_per_token()

@@ -1,4 +1,4 @@
-"""Whether a release may be passed on: what its card says of its license and of the base model. Pure."""
+"""Whether a release may be passed on, by its card's license and base model. Pure."""
 
 import re
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from quant.plan.recipe import CardRecipe
 
 OTHER = "other"
-"""The hub's value for a license that it has no name for; the license's own name and page must stand beside it."""
+"""The hub's value for a license that it has no name for. It needs a name and a link."""
 NO_DERIVATIVES = re.compile(r"\bnd\b|no[-_ ]?deriv", re.IGNORECASE)
 """In the name of a license. A quantized model is a derivative and may not be passed on under it."""
 

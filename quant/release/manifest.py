@@ -1,15 +1,16 @@
-"""``manifest.json``: what went into a release, and the type and sha256 of every tensor that came out.
+"""``manifest.json``: what went into a release, and type and sha256 of every tensor in it.
 
-The manifest is written last, so a folder that has one is complete. It holds the whole recipes, so that
-``quant rebuild`` needs no file of ``recipes/``. docs/release-format.md describes every key; manifest.schema.json,
-beside this module, is the same as a JSON schema, for programs that are not in Python.
+The manifest is written last, so a folder that has one is complete. It holds the whole recipes, so
+that ``quant rebuild`` needs no file of ``recipes/``. docs/release-format.md describes every key;
+manifest.schema.json, beside this module, is the same as a JSON schema, for programs that are not in
+Python.
 
-Each object of the JSON is a frozen dataclass here, and its fields are the keys in the order in which they are
-written. Three rules turn one into the other:
+Each object of the JSON is a frozen dataclass here, and its fields are the keys in the order in
+which they are written. Three rules turn one into the other:
 
-- a field that is a Python name only by necessity is spelled as in ``KEYS``;
-- a field with a default is a key that may be absent: in a release that was made before the key came, or where
-  there is nothing to say. It is left out if it is None. Other fields are written as null;
+- a key that is no Python name is spelled as in ``KEYS``;
+- a field with a default is a key that may be absent: in a release that is older than the key, or
+  where there is nothing to say. It is left out if it is None. Other fields are written as null;
 - recipes and receipts are written with all their fields.
 
 So a manifest that is read and written again has the same bytes.
@@ -81,7 +82,7 @@ class TemplateRecord(Record):
     patch: TemplatePatch | None
     """The patch, whole; null if the template is the checkpoint's own."""
     waived: Mapping[str, str] | None = None
-    """Test conversations that the template renders wrong and that do not stop a release: name to reason."""
+    """Test conversations that it renders wrong and that do not stop a release: name to reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +280,7 @@ class FiguresRecord(DomainFiguresRecord):
     domains: Mapping[str, DomainFiguresRecord]
     """The same figures by domain."""
     errors: Mapping[str, float] | None = None
-    """Relative weighted squared error of quantization, by class of tensor: mean over its matrices."""
+    """Relative weighted squared error of quantization by tensor class: mean over its matrices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +342,7 @@ class VariantRecord(Record):
     tensors: Mapping[str, TensorRecord]
     """Every tensor by name, in the order of the file."""
     raised: Mapping[str, str]
-    """Tensors that were raised to a larger type for lack of imatrix data: name to the type of the rule."""
+    """Tensors raised to a larger type for lack of imatrix data: name to the type of the rule."""
     smoke: tuple[ScenarioRecord, ...]
     """Results of the smoke test, in order."""
     evaluation: FiguresRecord | None
@@ -384,7 +385,7 @@ class Manifest(Record):
     parameters: int
     """Weights of the model."""
     kv_bytes_per_token: int
-    """KV cache of one token of context, in F16; 0 if the recipe does not have the model's numbers."""
+    """KV cache of one token of context in F16; 0 if the recipe lacks the model's numbers."""
     evaluation: EvaluationRecord | None
     """How the files were measured; null if they were not."""
     variants: tuple[VariantRecord, ...]
@@ -399,8 +400,8 @@ class Manifest(Record):
             where: Names the file in errors.
 
         Raises:
-            InputError: With every problem of the text: no JSON, another format, a key that is missing or unknown,
-                a value of another type.
+            InputError: With every problem: no JSON, another format, a key that is missing or
+                unknown, a value of another type.
         """
         try:
             document = json.loads(text)
@@ -414,7 +415,7 @@ class Manifest(Record):
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
-        """Return the manifest in a file. Raises InputError as :meth:`from_json`, and if the file is missing."""
+        """Return a file's manifest. Raises InputError as :meth:`from_json`, or if it is missing."""
         try:
             return cls.from_json(path.read_text(encoding="utf-8"), str(path))
         except OSError as e:
@@ -439,7 +440,7 @@ class Manifest(Record):
 
     @property
     def single_file(self) -> VariantRecord | None:
-        """The variant for Ollama: the first that its recipe keeps in one file, whatever its name."""
+        """The variant for Ollama: the first that its recipe keeps in one file."""
         return next((v for v in self.variants if not v.recipe.split), None)
 
     @property

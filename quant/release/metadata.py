@@ -15,8 +15,9 @@ def find_pipeline_tag(model: ModelRecipe) -> str:
 def make_file_metadata(model: ModelRecipe) -> FileMetadata:
     """Return the metadata that goes into every GGUF of a model's release.
 
-    Sampling goes into ``general.sampling.*``, which llama.cpp reads as its defaults (common/arg.cpp); license,
-    languages, base model and tags go through the front matter that the converter reads from a model card.
+    Sampling goes into ``general.sampling.*``, which llama.cpp reads as its defaults
+    (common/arg.cpp); license, languages, base model and tags go through the front matter that the
+    converter reads from a model card.
     """
     from huggingface_hub import ModelCardData  # takes half a second
 

@@ -1,8 +1,9 @@
 """Modelfiles, which ``ollama create`` reads beside a GGUF. Pure.
 
-Ollama's parser (parser/parser.go) knows no escapes: a value stands in one or three double quotes and ends at the
-first line end where they are closed. Some texts can therefore not be written. Those are refused, not cut. That is
-also why this is no Jinja template: the format is a line a value, and all the work is in the quoting.
+Ollama's parser (parser/parser.go) knows no escapes: a value stands in one or three double quotes
+and ends at the first line end where they are closed. Some texts can therefore not be written. Those
+are refused, not cut. That is also why this is no Jinja template: the format is a line a value, and
+all the work is in the quoting.
 """
 
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ def format_modelfile(file: str, params: Mapping[str, Any], system: str | None = 
 
 
 def parse_modelfile(written: str) -> str | None:
-    """Return the value that Ollama reads at the beginning of a text, or None if the text has more than it.
+    """Return the value that Ollama reads at the start of a text, or None if more follows.
 
     The value ends at the first line end where its quotes are closed.
     """

@@ -1,4 +1,4 @@
-"""What Ollama reads beside a GGUF on the hub: ``params``, ``system``, and the ``Modelfile`` for local files.
+"""What Ollama reads beside a GGUF: ``params`` and ``system`` on the hub, ``Modelfile`` locally.
 
 Parameters are checked here because Ollama only warns about a wrong one and then goes on without it.
 """
@@ -39,12 +39,12 @@ def make_params(model: ModelRecipe) -> dict[str, Any]:
 
 
 def render_modelfile(model: ModelRecipe, file: str) -> str:
-    """Return the Modelfile for one unsplit file of a model. Raises InputError as :func:`format_modelfile`."""
+    """Return the Modelfile for one unsplit file. Raises InputError as :func:`format_modelfile`."""
     return format_modelfile(file, make_params(model), model.ollama.system)
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """Return the parameters in a file. Raises InputError for a file that Ollama would not take whole."""
+    """Return the parameters in a file. Raises InputError for one that Ollama would not accept."""
     try:
         params = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:

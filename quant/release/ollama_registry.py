@@ -1,7 +1,8 @@
-"""What ``ollama run hf.co/OWNER/NAME:TAG`` makes of a release: by the hub's rules, and as its registry answers.
+"""What ``ollama run hf.co/OWNER/NAME:TAG`` makes of a release, by the hub's rules or its registry.
 
-The hub speaks Ollama's registry protocol. A tag is the quantization label that its rules read from a file's name, or
-the whole name; a split model has none. The release's ``params``, ``template`` and ``system`` go with every file.
+The hub speaks Ollama's registry protocol. A tag is the quantization label that its rules read from
+a file's name, or the whole name; a split model has none. The release's ``params``, ``template`` and
+``system`` go with every file.
 """
 
 import re
@@ -18,8 +19,8 @@ from quant.llama.gguf import FIRST_SHARD
 from quant.release.manifest import MANIFEST, Manifest, VariantRecord
 from quant.release.ollama import read_params
 
-# huggingface.js, packages/gguf: GGMLFileQuantizationType in its order, of which the first that fits counts, and
-# GGUF_QUANT_RE; of several labels in a name the last.
+# huggingface.js, packages/gguf: GGMLFileQuantizationType in its order, of which the first that fits
+# counts, and GGUF_QUANT_RE; of several labels in a name the last.
 SCHEMES = tuple(
     "F32 F16 Q4_0 Q4_1 Q4_1_SOME_F16 Q4_2 Q4_3 Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L"
     " Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ2_XXS IQ2_XS Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S"
@@ -32,7 +33,7 @@ DEFAULT = "Q4_K_M"
 MAX_FILE_BYTES = 500 * 10**9
 """The hub accepts no larger file."""
 TERNARY = ("TQ1_0", "TQ2_0")
-"""Types that Ollama cannot run on most accelerators, and that ruin weights which were not trained for them."""
+"""Types that Ollama runs on few accelerators, and that ruin weights not trained for them."""
 ACCEPT = "application/vnd.docker.distribution.manifest.v2+json"
 LAYER = "application/vnd.ollama.image."
 PARAMS = "params"
@@ -96,7 +97,7 @@ def check_release(folder: Path, repo: str | None = None) -> OllamaCheck:
 
     Args:
         folder: The release.
-        repo: The hub repo where it was published; then the hub is asked and compared with the folder.
+        repo: The hub repo where it was published; then the hub is asked and compared.
 
     Raises:
         InputError: For a folder that is no release, or a repo that does not exist.
@@ -144,13 +145,13 @@ def resolve_tags(variants: Sequence[VariantRecord]) -> Iterator[OllamaResolution
 
 
 def read_quant_label(path: str) -> str | None:
-    """Return the tag that the hub reads from a file's name, or None if it has no label that the hub knows."""
+    """Return the tag that the hub reads from a file's name, or None if it knows no label there."""
     labels = LABEL.findall(PurePosixPath(path).name.upper())
     return labels[-1] if labels else None
 
 
 def fetch_registry(repo: str, tag: str) -> tuple[int, dict[str, Any]]:
-    """Return the registry manifest of a tag, as the hub gives it to Ollama, and the status of the answer.
+    """Return the HTTP status and the registry manifest that the hub gives Ollama for a tag.
 
     Raises:
         InputError: If the repo does not exist, or the token may not read it.

@@ -1,7 +1,7 @@
-"""Lay out a release in a folder: model files, texts, lists of digests, and the manifest, which is written last.
+"""Lay out a release: model files, texts, lists of digests, and last the manifest.
 
-The folder has the same bytes for the same inputs. What may differ between two runs (times, paths, the machine, the
-model's answers) goes into the run's record beside the release, never into it.
+The folder has the same bytes for the same inputs. What may differ between two runs (times, paths,
+the machine, the model's answers) goes into the run's record beside the release, never into it.
 """
 
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ def package_release(inputs: ReleaseInputs, store: Store) -> Release:
 
 
 def read_package_versions() -> dict[str, str]:
-    """Return the installed version of this project, and of each package that can change a byte of a release."""
+    """Return the version of this project and of each package that can change a release's bytes."""
     return {name: metadata.version(name) for name in (PROJECT, *SHAPING)}
 
 

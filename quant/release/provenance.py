@@ -1,7 +1,7 @@
-"""How a release came to be, as an in-toto statement with a SLSA v1 predicate. Pure: the manifest in, plain JSON out.
+"""How a release came to be: an in-toto statement with a SLSA v1 predicate. Pure.
 
-https://slsa.dev/spec/v1.0/provenance. The statement holds only what is the same whenever the same release is
-made. Times, hosts and paths are in the run's record beside the release.
+https://slsa.dev/spec/v1.0/provenance. The statement holds only what is the same whenever the same
+release is made. Times, hosts and paths are in the run's record beside the release.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,7 +36,8 @@ def make_statement(
         subjects: The sha256 of every file, by name.
         packages: The version of every package of ``SHAPING``.
         version: The version of this project.
-        build: How llama.cpp was built, as :attr:`quant.llama.toolchain.Toolchain.build_info` has it.
+        build: How llama.cpp was built, as :attr:`quant.llama.toolchain.Toolchain.build_info` has
+            it.
     """
     recipe = manifest.recipe
     source = {k: v for k, v in to_plain(manifest.source).items() if k != "files"}
@@ -71,8 +72,8 @@ def read_versions(statement: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a statement says of the versions that made a release.
 
     Returns:
-        Version by package, this project among them, and each setting of llama.cpp's build. Empty for JSON that
-        is no such statement.
+        Version by package, this project among them, and each setting of llama.cpp's build. Empty
+        for JSON that is no such statement.
     """
     try:
         predicate = statement["predicate"]
@@ -91,7 +92,7 @@ def read_versions(statement: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _list_dependencies(manifest: Manifest, packages: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Yield the source's commit and files, calibration text, imatrix, recipes, template patch and packages."""
+    """Yield source, calibration text, imatrix, recipes, template patch and packages."""
     source, template = manifest.source, manifest.chat_template
     if source.repo:
         uri = f"pkg:huggingface/{source.repo}@{source.revision}"

@@ -1,9 +1,9 @@
-"""Publish a release on the hub in one commit, and compare every file there with the release afterwards.
+"""Publish a release in one commit, and compare every file on the hub with it afterwards.
 
-Nobody sees half a release. Large files go to the hub's storage first, where no commit names them; then one commit on
-the expected parent shows all of them. Publishing again after any interruption sends only what is missing and commits
-at most once: a hub that has the release already is recognized, and a commit by somebody else in between stops the
-work.
+Nobody sees half a release. Large files go to the hub's storage first, where no commit names them;
+then one commit on the expected parent shows all of them. Publishing again after any interruption
+sends only what is missing and commits at most once: a hub that has the release already is
+recognized, and a commit by somebody else in between stops the work.
 """
 
 import json
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 COMMIT_TRIES = 3
-"""How often to ask for the commit when no answer comes. It names its parent, so it cannot happen twice."""
+"""How often to ask for the commit. It names its parent, so it cannot happen twice."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def publish_release(change: Change) -> Publication:
 
 
 def _check_parent(change: Change) -> None:
-    """Raise InputError if the repo is not at the commit that this publication began on, in this run or an earlier one.
+    """Raise InputError if the repo is no longer at the commit that the publication began on.
 
     The commit is kept in a record beside the release until the publication is done.
     """
@@ -124,7 +124,7 @@ def _describe_other_commit(repo: str, expected: str, actual: str) -> str:
 
 
 def _send(api: "HfApi", change: Change) -> tuple[str, str | None, bool]:
-    """Send what is missing and commit it. Return the commit, its pull request if it is one, and whether it is new."""
+    """Send what is missing and commit it. Return commit, pull request, and whether it is new."""
     from huggingface_hub import CommitOperationDelete
 
     if change.target.pull_request and (open_one := _find_pull_request(api, change)):
@@ -140,7 +140,8 @@ def _send(api: "HfApi", change: Change) -> tuple[str, str | None, bool]:
 def _commit(api: "HfApi", change: Change, operations: Sequence[Any]) -> tuple[str, str | None]:
     """Make the one commit. Return it, and its pull request.
 
-    An answer that does not come is no refusal: the commit may have been made, so look for it before asking again.
+    An answer that does not come is no refusal: the commit may have been made, so look for it before
+    asking again.
     """
     from httpx2 import HTTPError
 
@@ -170,7 +171,7 @@ def _commit(api: "HfApi", change: Change, operations: Sequence[Any]) -> tuple[st
 
 
 def _find_commit(api: "HfApi", change: Change) -> tuple[str, str | None] | None:
-    """Return a commit of this release whose answer was lost. Raises InputError for somebody else's commit."""
+    """Return our commit whose answer was lost. Raises InputError for somebody else's."""
     if change.target.pull_request:
         return _find_pull_request(api, change)
     head = str(read_head(api, change.target))

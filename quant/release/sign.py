@@ -1,8 +1,8 @@
-"""Sign a release with its maker's key, and check such a signature: one file beside the others, no network.
+"""Sign a release with its maker's key, and check such a signature, without network.
 
-The signature is a bundle of OpenSSF's model signing, so that ``model_signing verify key`` checks it as well. It
-covers the digests in the release's lists, after they were compared with the files or the digest cache. So signing
-does not read hundreds of gigabytes again.
+The signature is a bundle of OpenSSF's model signing, so that ``model_signing verify key`` checks it
+as well. It covers the digests in the release's lists, after they were compared with the files or
+the digest cache. So signing does not read hundreds of gigabytes again.
 """
 
 import os
@@ -53,7 +53,8 @@ def sign_opened(release: ReleaseFolder, key: Path) -> bool:
         if not list(find_signature_problems(release.folder, digests, public)):
             return False
         with _convert_key_errors(key, KEYS):
-            config = Config().use_elliptic_key_signer(private_key=key, password=_password())  # type: ignore[arg-type]  # it takes bytes
+            config = Config()
+            config.use_elliptic_key_signer(private_key=key, password=_read_password())
         config.set_hashing_config(_make_hashing(digests)).sign(release.folder, signature)
         files.write_text(release.folder / SIGNATURE, signature.read_text())
     return True
@@ -64,7 +65,7 @@ def check_signing_key(key: Path) -> None:
     with _convert_import_errors(), _convert_key_errors(key, KEYS):
         from model_signing.signing import Config
 
-        Config().use_elliptic_key_signer(private_key=key, password=_password())  # type: ignore[arg-type]  # it takes bytes
+        Config().use_elliptic_key_signer(private_key=key, password=_read_password())
 
 
 def find_signature_problems(
@@ -135,11 +136,12 @@ def _export_public_key(key: Path) -> bytes:
         load_pem_private_key,
     )
 
-    public = load_pem_private_key(key.read_bytes(), _password()).public_key()
+    public = load_pem_private_key(key.read_bytes(), _read_password()).public_key()
     return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
-def _password() -> bytes | None:
+def _read_password() -> Any:
+    # Bytes, which the package needs although it declares str.
     return os.environ.get(PASSWORD, "").encode() or None
 
 

@@ -35,7 +35,7 @@ def list_warnings(manifest: Manifest) -> Sequence[str]:
 
 
 def variants_table(manifest: Manifest) -> Sequence[Sequence[str]]:
-    """Return the release as a table: variant, bytes, bits per weight, files, KLD, top-1, smoke test."""
+    """Return a row a variant: name, bytes, bits per weight, files, KLD, top-1, smoke test."""
     return [
         (
             v.name,

@@ -1,4 +1,4 @@
-"""Verify a release as a stranger would: every file complete, and what manifest, recipes and card say of it true."""
+"""Verify a release as a stranger would: files complete, manifest, recipes and card true."""
 
 import json
 import re
@@ -97,7 +97,7 @@ def _find_file_problems(folder: Path, listed: Mapping[str, str]) -> Iterator[str
 
 
 def _find_variant_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield what is wrong with files that are what SHA256SUMS says, and not what the manifest says."""
+    """Yield where files match SHA256SUMS and not the manifest."""
     models = {n for n in list_names(folder) if n.endswith(".gguf")}
     for name in sorted(models - manifest.known_digests.keys()):
         yield f"{folder / name}: no variant of {MANIFEST} has this file"
@@ -129,7 +129,7 @@ def _find_shard_problems(
 def _find_tensor_problems(
     folder: Path, variant: VariantRecord, headers: Sequence[Header]
 ) -> Iterator[str]:
-    """Yield tensors whose bytes or type differ from the manifest, or whose type differs from the recipe."""
+    """Yield tensors whose bytes or type differ from the manifest, or type from the recipe."""
     digests = {name: digest for h in headers for name, digest in h.hash_tensors().items()}
     tensors = [t for h in headers for t in h.tensors]
     types = {t.name: t.type.name for t in tensors}

@@ -1,4 +1,4 @@
-"""The model cards of two models before anything is built, and of one that was evaluated. Whoever changes a word sees it.
+"""The model cards of two planned models and of one that was evaluated, word by word.
 
 ``pytest --update-golden`` writes the cards anew.
 """

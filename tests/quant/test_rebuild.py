@@ -1,4 +1,4 @@
-"""What a rebuild excuses: other packages, other prose of another version, and figures within a small margin."""
+"""What a rebuild excuses: packages, prose of another version, figures within a margin."""
 
 import json
 from dataclasses import replace
@@ -28,7 +28,7 @@ PROSE = ("README.md", "pictures/bits.svg", "report.html")
 
 
 def write_release(folder: Path, version: str, **texts: str) -> Path:
-    """Write a release made by that version of the project, with texts that replace others (`/` and `.` as `_`)."""
+    """Write a release made by that version, with some texts replaced (`/` and `.` as `_`)."""
     names = {name.replace("/", "_").replace(".", "_"): name for name in FILES}
     content = FILES | {names[key]: text for key, text in texts.items()}
     for name, text in content.items():

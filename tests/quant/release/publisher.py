@@ -1,4 +1,4 @@
-"""``quant`` in processes that are forked from one: starting Python and importing the hub's client takes a second."""
+"""``quant`` in forked processes: starting Python and importing the hub's client takes a second."""
 
 import json
 import os

@@ -33,7 +33,7 @@ SMALL: Mapping[str, bytes] = {
     "tiny-UD-TQ1_0.gguf": b"one file" * 100,
     "tiny-UD-Q2_K_XL.gguf": b"two parts" * 300,
 }
-"""The same kinds of request as CONTENT, each as rarely as possible: tests that fail every one take as long as there are."""
+"""The same kinds of request as CONTENT, in the smallest number: some tests fail each in turn."""
 
 
 def write_release(

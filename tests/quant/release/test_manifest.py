@@ -1,4 +1,4 @@
-"""The manifest: read and written without loss, refused with every problem, and described where strangers look."""
+"""The manifest: read and written without loss, refused with every problem, and described."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def problems(document: Any) -> list[str]:
 
 
 def change(path: str, value: Any) -> Any:
-    """Return the old manifest with another value at a path such as ``variants.0.bytes``; None removes the key."""
+    """Return the old manifest with another value at ``variants.0.bytes``; None removes the key."""
     document = json.loads(OLD.read_text())
     *parents, key = [int(p) if p.isdigit() else p for p in path.split(".")]
     node = document
@@ -155,7 +155,7 @@ def test_the_page_describes_every_key_of_the_schema_and_no_other() -> None:
 def list_keys(
     schema: dict[str, Any], node: dict[str, Any] | None = None, path: str = ""
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every object of a schema: its path, and for each key its type and whether it is required."""
+    """Yield every object of a schema: its path, and each key's type and whether it is required."""
     node = schema if node is None else node
     for option in node.get("anyOf", ()):
         yield from list_keys(schema, option, path)
@@ -182,7 +182,7 @@ def describe(node: dict[str, Any]) -> Any:
 
 
 def read_page() -> dict[str, set[str]]:
-    """Return the keys that the page describes, by the path of their object, which stands in a heading."""
+    """Return the keys that the page describes, by the paths in its headings."""
     described: dict[str, set[str]] = {}
     for section in re.split(r"^#+ ", PAGE.read_text(), flags=re.MULTILINE):
         heading, _, body = section.partition("\n")

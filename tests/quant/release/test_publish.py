@@ -1,4 +1,4 @@
-"""Publishing on the hub, by the real client against the stand-in: one commit or none, whatever happens in between."""
+"""Publishing, by the real client against the stand-in: one commit or none, whatever happens."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A publication that is interrupted at each of its requests: nobody sees half of it, and one commit is made in the end."""
+"""A publication interrupted at each request: nobody sees half, and one commit is made."""
 
 import os
 import signal

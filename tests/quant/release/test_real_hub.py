@@ -1,6 +1,7 @@
 """The real hub, if somebody asks for it: ``QUANT_TEST_HUB_REPO=OWNER/NAME`` and a token that may write there.
 
-It makes a private repo when there is none, and leaves one commit and one tag for each change of the content below.
+It makes a private repo when there is none, and leaves one commit and one tag for each change of the
+content below.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Signing a release, by the real package, with openssl's keys; its own verifier has the last word."""
+"""Signing a release by the real package with openssl's keys; its verifier has the last word."""
 
 import json
 from collections.abc import Callable

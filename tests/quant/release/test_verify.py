@@ -1,4 +1,4 @@
-"""Verifying a release: what differs from its lists is found and named, and what was not looked at is told."""
+"""Verifying a release: differences are found and named, and so is what was not checked."""
 
 from dataclasses import replace
 from pathlib import Path
