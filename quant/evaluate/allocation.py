@@ -174,6 +174,7 @@ def allocate(request: AllocationRequest) -> AllocationResult:
         [('ALLOCATED', True)]
     """
     raise_problems(_find_request_problems(request))
+    # Only for its error: a misspelled type would end the work after hours of measuring.
     for kind in (*request.types, *sorted(request.constraints.excluded)):
         find_type(kind)
     if not request.is_file:
@@ -249,6 +250,7 @@ def _measure_errors(
     policy = None
     if imatrix and request.coverage:
         policy = imatrix.make_coverage_policy(base.tensors, CoverageRule())
+    # Placeholders. What is checked before anything is probed is sizes, which need no sensitivities.
     equal = dict.fromkeys(table.errors, 1.0)
     return AllocationInputs(
         tensors=base.tensors,
@@ -267,6 +269,8 @@ def _make_probe_settings(
     request: AllocationRequest, base: ModelFile, store: Store, tools: Toolchain
 ) -> ProbeSettings:
     evaluation = EvaluationSettings(chunks=request.chunks, threads=request.threads)
+    # The calibration side of the set. Its held-out part is what files are judged on: probes that
+    # read it would fit the allocation to the test.
     text = request.text or render_set("embedded", base, evaluation.context, tools, store).path
     return ProbeSettings(
         base=base,
@@ -291,6 +295,8 @@ def _measure_sensitivities(path: Path, inputs: AllocationInputs, settings: Probe
 def _read_sensitivities(path: Path, inputs: AllocationInputs) -> Sensitivities:
     """Return sensitivities whose probes were quantized as the error table's measurements were."""
     sensitivities = read_sensitivities(path, inputs.errors.base)
+    # Sensitivities are KLD per error, and errors with Hessians are another measure: they include
+    # the correlation of columns, and what GPTQ compensates.
     hessians = inputs.errors.hessians
     expected = f"{COMPENSATION_MARK} {hessians[:12]}" if hessians else COMPENSATION_MARK
     if (expected in sensitivities.source) != bool(hessians):
@@ -305,6 +311,8 @@ def _make_search(settings: ProbeSettings, count: int) -> Allocator:
     """Return an allocator that builds and evaluates ``count`` files for each size."""
 
     def measure(candidates: Sequence[Mapping[str, str]]) -> list[float]:
+        # A whole file is a probe of all its tensors. So it has a place in the store, and a search
+        # that was interrupted continues.
         probes = [Probe("whole", types) for types in candidates]
         with settings.store.lock():
             results = measure_probes(probes, settings)
@@ -389,5 +397,7 @@ def _list_shipped_sizes(
     if request.is_file:
         model = find_model_of_file(Path(model).name) or DEFAULT_LADDER_MODEL
     names = [v for v in load_model(model)[0].variants if v.startswith("UD-")]
+    # The sizes that the shipped rules give on these tensors: the new ladder can then be compared
+    # with the shipped one at equal bytes.
     plans = [make_plan(load_variant(v), inputs.tensors, inputs.covered) for v in names]
     return {p.variant.name: SizeTarget(inputs.forecast_bytes(p)) for p in plans}

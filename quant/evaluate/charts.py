@@ -23,7 +23,8 @@ svg {
 text { fill: var(--ink); }
 .grid { stroke: var(--faint); } .hull { stroke: var(--dot); fill: none; \
 stroke-dasharray: 5 4; opacity: 0.7; }
-.range { stroke: var(--dot); opacity: 0.5; } .dot { fill: var(--dot); } .peer { fill: var(--other); }
+.range { stroke: var(--dot); opacity: 0.5; } .dot { fill: var(--dot); } \
+.peer { fill: var(--other); }
 .peer-range { stroke: var(--other); opacity: 0.5; } .title { font-size: 15px; font-weight: 600; } \
 .small { font-size: 11px; }
 .label { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-linejoin: round; }
@@ -99,15 +100,17 @@ def draw_kld_by_size(points: Sequence[Point], title: str) -> str:
             text_anchor="middle",
         )
     )
+    # The hull of the logarithms, because that is the axis: a straight line between two files is a
+    # geometric mean of their KLDs.
     hull = lower_hull([(p.bytes, log10(p.kld)) for p in shown])
     line = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in hull)
     parts.append(format_element("polyline", class_="hull", points=line))
-    taken = [(x.at(p.bytes) - 6, y.at(log10(p.kld)) + 4, 12.0) for p in shown]
+    boxes = [(x.at(p.bytes) - 6, y.at(log10(p.kld)) + 4, 12.0) for p in shown]
     labels: list[str] = []
     for p in sorted(shown, key=lambda p: p.bytes):
         px, py = x.at(p.bytes), y.at(log10(p.kld))
         parts += _draw_point(p, px, py, y)
-        label_y = _find_free(px + 9, py + 4, LETTER_WIDTH * len(p.name), taken)
+        label_y = _find_free(px + 9, py + 4, LETTER_WIDTH * len(p.name), boxes)
         labels.append(
             format_element(
                 "text", p.name, class_="small label", x=f"{px + 9:.1f}", y=f"{label_y:.1f}"
@@ -197,6 +200,8 @@ def _draw_size_grid(x: Axis, largest: float) -> Iterator[str]:
 
 def _draw_point(point: Point, x: float, y: float, axis: Axis) -> Iterator[str]:
     """Yield a file's interval and its mark: a circle, or a diamond for a peer."""
+    # The vertical axis points down: `high` is the smallest KLD, at the lower frame. There an
+    # interval ends that reaches down to 0.
     ends = {
         "y1": f"{axis.at(log10(point.high)):.1f}",
         "y2": f"{axis.at(log10(max(point.low, 10**axis.high))):.1f}",
@@ -214,7 +219,7 @@ def _draw_point(point: Point, x: float, y: float, axis: Axis) -> Iterator[str]:
         yield format_element("circle", title=tip, class_="dot", cx=f"{x:.1f}", cy=f"{y:.1f}", r=5)
 
 
-def _find_free(x: float, y: float, width: float, taken: list[tuple[float, float, float]]) -> float:
+def _find_free(x: float, y: float, width: float, boxes: list[tuple[float, float, float]]) -> float:
     """Return where a label overlaps no other, as close to its point as possible, and take it.
 
     It alternates: half a line below, half a line above, a line below, and so on.
@@ -224,16 +229,17 @@ def _find_free(x: float, y: float, width: float, taken: list[tuple[float, float,
         at = y + (-1) ** n * ceil(n / 2) * LABEL_HEIGHT / 2
         if all(
             abs(at - ty) >= LABEL_HEIGHT - 2 or x >= tx + tw or x + width <= tx
-            for tx, ty, tw in taken
+            for tx, ty, tw in boxes
         ):
             break
-    taken.append((x, at, width))
+    boxes.append((x, at, width))
     return at
 
 
 def _list_log_ticks(low: float, high: float) -> Iterator[float]:
     for power in range(floor(log10(low)), ceil(log10(high)) + 1):
         for lead in (1, 2, 5):
+            # Parsed, not computed: 5 * 10.0**-6 is not 5e-06.
             if low <= (tick := float(f"{lead}e{power}")) <= high:
                 yield tick
 
@@ -244,6 +250,7 @@ def _list_ticks(low: float, high: float) -> Iterator[float]:
     base = 10 ** floor(log10(rough))
     step: float = next(s * base for s in (1, 2, 5, 10) if s * base >= rough)
     n = ceil(low / step)
+    # A product, not a running sum, whose rounding errors would show in the labels.
     while n * step <= high:
         yield n * step
         n += 1

@@ -145,6 +145,8 @@ def _split_batches(
     """
     yield from (
         [*run]
+        # All domains of a large file are one batch, so that it is loaded once. `missing` is in the
+        # order of the files.
         for _, run in groupby(missing, lambda at: at[0] if sizes[at[0]] >= SMALL_BYTES else None)
     )
 
@@ -181,6 +183,8 @@ def _score_base(
     )
     _run_scorer([*parts], [*folders.values()], settings)
     for domain, folder in folders.items():
+        # Committed even if the text turns out to be too short below: the next run then says so
+        # without reading it again.
         store.commit(BASE_STAGE, keys[domain], json.loads((folder / ABOUT).read_text()))
     scores: dict[str, _BaseScores] = {}
     for domain, key in keys.items():
@@ -245,6 +249,7 @@ def _load(base: _BaseScores, done: StoredResult | None) -> TokenScores:
 
 def _find_foreign(base: ModelFile, models: Sequence[ModelFile]) -> Iterator[str]:
     """Yield a line for each file whose tensors are not the base's, as far as the headers show."""
+    # Types differ by design. Another fine-tune of the model passes: headers do not show it.
     expected = {t.name: t.elements for t in base.tensors}
     for model in models:
         actual = {t.name: t.elements for t in model.tensors}

@@ -143,6 +143,8 @@ class _ErrorMeter:
             total.append(energies(data))
             # Each type quantizes the same rows: they are read and restored once.
             for name in types:
+                # ggml gets the columns' importance without `visits`: a factor for a whole expert
+                # changes its error, but not which codes are best.
                 stored = self.kernels.kernel(TYPES[name])(data, columns)
                 if self.compensator and metric:
                     stored = self.compensator.refine(TYPES[name], data, stored, metric)
@@ -198,10 +200,12 @@ def _estimate_error(lost: Energies, total: Energies, rows: int) -> TensorError:
     matter.
     """
     energy = total.sum()
+    # A tensor of zeros, or inputs that were always zero: there is nothing to lose.
     if not energy:
         return TensorError(0.0, 0.0)
     error, n = lost.sum() / energy, len(lost)
     squares = ((lost - error * total) ** 2).sum()
+    # If all rows were measured, 1 - n/N is 0: there is no error of sampling.
     deviation = np.sqrt(max(1 - n / rows, 0) * squares * n / max(n - 1, 1)) / energy
     return TensorError(float(f"{error:.6g}"), float(f"{deviation:.3g}"))
 
@@ -215,6 +219,7 @@ def _sample_rows(tensor: TensorSpec, rows: int) -> Iterator[tuple[int, list[Chun
         if count == expert_rows:
             yield expert, [Chunk(0, expert, first, expert_rows)]
         else:
+            # Without chance: two machines measure the same rows.
             starts = (first + n * expert_rows // count for n in range(count))
             yield expert, [Chunk(n, expert, start, 1) for n, start in enumerate(starts)]
 

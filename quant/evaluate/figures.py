@@ -7,7 +7,7 @@ from typing import Any
 DIGITS = {"ppl": 4, "ppl_base": 4, "top1": 4}
 """Significant digits of a figure; 3 of all others.
 
-More of them would change from CPU to CPU; these do so but by the rarest chance.
+More digits would differ between CPUs; these rarely do.
 """
 
 
@@ -20,6 +20,7 @@ def format_figures(figures: Mapping[str, Any] | None) -> tuple[str, str, str]:
     """
     if not figures:
         return "-", "-", "-"
+    # A bootstrap interval is not symmetric. A table has room for one number: half of its width.
     spread = (figures["kld_mean_high"] - figures["kld_mean_low"]) / 2
     kld = f"{format_decimal(figures['kld_mean'])} ± {format_decimal(spread, 2)}"
     return (
@@ -31,6 +32,7 @@ def format_figures(figures: Mapping[str, Any] | None) -> tuple[str, str, str]:
 
 def format_decimal(value: float, digits: int = 3) -> str:
     """Return a number with that many significant digits and no exponent; 0 if not positive."""
+    # Without an exponent, because columns are compared by eye: 2e-05 looks larger than 0.001.
     return f"{value:.{max(digits - 1 - floor(log10(value)), 0)}f}" if value > 0 else "0"
 
 
@@ -44,6 +46,7 @@ def round_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 def round_figure(value: Any, digits: int = 3) -> Any:
     """Return a float with that many significant digits, and anything else as it is."""
+    # Not round(), which counts digits after the point: a KLD of 0.000123 would become 0.
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
@@ -57,6 +60,7 @@ def figures_close(known: Mapping[str, Any], actual: Mapping[str, Any]) -> bool:
     spread = max(
         known["kld_mean_high"] - known["kld_mean"], known["kld_mean"] - known["kld_mean_low"]
     )
+    # The floor of 1e-5 nats was chosen: near a KLD of 0 the two other limits vanish.
     return bool(
         abs(actual["kld_mean"] - known["kld_mean"]) <= max(spread, known["kld_mean"] / 20, 1e-5)
         and abs(actual["ppl"] - known["ppl"]) <= known["ppl"] / 100

@@ -172,6 +172,8 @@ def _load_template() -> "Template":
 
     environment = Environment(
         loader=PackageLoader("quant.evaluate"),
+        # File names and notes are foreign text. The template marks only the charts as safe, whose
+        # text core.svg has escaped.
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -215,4 +217,5 @@ def _make_domain_table(files: Sequence[ReportFile], domains: Sequence[str]) -> R
 
 
 def _make_cell(value: float, text: str) -> Cell:
+    # The page sorts by this value: by the rounded text, close files would be equal.
     return Cell(f"{value:.10g}", text)

@@ -156,9 +156,12 @@ def measure_probes(
             model.
     """
     if settings.hessians:
+        # Only for its error, before hours of probing: Hessians of another base would make no sense.
         Hessians.open(settings.hessians, settings.base.digest)
     keys = [_make_key(p, settings) for p in probes]
     todo = [i for i, key in enumerate(keys) if not settings.store.find("probe", key)]
+    # One pass over the base's weights writes all files of a batch, so larger batches read less.
+    # Each is stored when it is done: an interrupted run loses one batch.
     for start in range(0, len(todo), BATCH):
         batch = todo[start : start + BATCH]
         for i, scores in zip(batch, _score([probes[i] for i in batch], settings), strict=True):
@@ -231,6 +234,7 @@ def _shared_key(settings: ProbeSettings) -> Mapping[str, Any]:
         "text": files.hash_file(settings.text),
         "blanket": settings.rest_type,
         **asdict(settings.evaluation),
+        # Two builds of llama.cpp can take part: the user's quantizes the probes, ours reads them.
         "llama.cpp": str(settings.tools.version),
         "reader": bindings_version(),
         **_identify_compensation(settings),
@@ -270,6 +274,7 @@ def _score(probes: Sequence[Probe], settings: ProbeSettings) -> list[TokenScores
     finally:
         files.remove(folder)
     scores = [e.overall for e in evaluations]
+    # Not known earlier: only the model that reads a text counts its tokens.
     if (count := len(scores[0].kld)) < MIN_CHUNKS:
         raise InputError(
             f"{settings.text}: expected at least {MIN_CHUNKS} chunks to probe with, found {count}:"
@@ -285,6 +290,7 @@ def _plan(name: str, probe: Probe, header: Header, rest_type: str) -> Plan:
     rules = tuple(
         Rule(re.escape(tensor), kind, "One tensor of a probe.") for tensor, kind in types.items()
     )
+    # The file type is a label that llama.cpp shows; the rules give every type.
     variant = Variant(name=name, summary="A probe.", file_type="Q8_0", rules=rules)
     # Every tensor counts as covered: a coarse type is the purpose here.
     return make_plan(variant, header.tensors, covered=frozenset(types))
@@ -325,4 +331,5 @@ def _choose_type(level: str, possible: Mapping[str, TensorError]) -> str:
         if name in possible:
             return name
     bits = TYPES[level].bits_per_weight
+    # Sorted, so that of two types that are equally close every run takes the same.
     return min(sorted(possible), key=lambda name: abs(TYPES[name].bits_per_weight - bits))

@@ -43,7 +43,7 @@ class ReleaseEvaluation:
     base: Mapping[str, Any]
     """The BF16 file's ``ppl``, and its ``ppl`` and number of ``chunks`` in each of ``domains``."""
     files: Mapping[str, Mapping[str, Any]]
-    """By variant, :func:`quant.evaluate.scores.compute_figures`, rounded, and ``errors`` by class."""
+    """By variant, the rounded :func:`~quant.evaluate.scores.compute_figures`, and ``errors``."""
     dominated: tuple[DominatedFile, ...]
     too_short: tuple[str, ...] = ()
     """Domains that were not measured: too little of their text is held out."""
@@ -93,14 +93,14 @@ def evaluate_release(
         CheckError: If a file's mean KLD or loss exceeds ``evaluation.worst``, or is NaN.
     """
     rules = recipe.evaluation
-    held = held_out.split_by_domain(text, rules.context, Tokenizer(base, tools), store)
-    if not (texts := held.paths):
+    domains = held_out.split_by_domain(text, rules.context, Tokenizer(base, tools), store)
+    if not (texts := domains.paths):
         log.warning(
             "evaluate: nothing is measured: the held-out text of %s is too short", text.name
         )
         return None
-    if held.too_short:
-        log.warning("evaluate: %s", held_out.describe_short_kinds(held.too_short))
+    if domains.too_short:
+        log.warning("evaluate: %s", held_out.describe_short_kinds(domains.too_short))
     sizes = [base.bytes, *(v.bytes for v in variants)]
     log.info("evaluate: %s", forecast_reading(sizes, len(texts), recipe))
     settings = EvaluationSettings(rules.context, rules.chunks, _choose_threads(base), rules.top)
@@ -128,7 +128,7 @@ def evaluate_release(
             for v in variants
         },
         dominated=_find_dominated(evaluations),
-        too_short=held.too_short,
+        too_short=domains.too_short,
     )
 
 
@@ -200,6 +200,8 @@ def _summarize_base(base: Evaluation) -> dict[str, Any]:
 
 
 def _find_dominated(evaluations: Mapping[str, Evaluation]) -> tuple[DominatedFile, ...]:
+    # find_dominated asks for the KLD of a less that of b; estimate_difference returns the second
+    # less the first.
     return find_dominated(
         {name: e.bytes for name, e in evaluations.items()},
         lambda a, b: estimate_difference(evaluations[b].overall, evaluations[a].overall),

@@ -1,4 +1,4 @@
-"""What ``quant evaluate`` does: from paths to figures, with the texts found on the way."""
+"""What ``quant evaluate`` does: from paths to figures, on held-out texts if none are named."""
 
 import tempfile
 from dataclasses import dataclass, field
@@ -87,6 +87,7 @@ def evaluate_files(request: EvaluationRequest) -> Comparison:
     base = ModelFile.open(request.base)
     # A file named twice is measured, and shown, once.
     paths = dict.fromkeys((*request.paths, *request.peers))
+    # The same object for the base: its shards are hashed once.
     models = tuple(base if p == request.base else ModelFile.open(p) for p in paths)
     with tempfile.TemporaryDirectory(prefix="quant-evaluate-") as temporary:
         store = Store((request.work or Path(temporary)).resolve())

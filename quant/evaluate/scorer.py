@@ -6,7 +6,7 @@ does (``perplexity`` and ``kl_divergence`` in upstream's tools/perplexity/perple
 - the text is cut into chunks of ``context`` tokens n, each read with an empty KV cache, the first
   token replaced by BOS where the vocabulary adds one;
 - only the second half of a chunk is predicted, the tokens n/2 + 1 to n - 1, so that every
-  prediction has at least half  a context before it: 255 of 512.
+  prediction has at least half a context before it: 255 of 512.
 
 llama-perplexity itself is not used. It tokenizes without special tokens, so a chat's control tokens
 would be read as plain text. Its base file keeps 16 bits for every token of the vocabulary: 78 MB a
@@ -62,6 +62,8 @@ def score_base(model: LoadedModel, tokens: NDArray[np.int32], top: int, folder: 
     nll = np.zeros((chunks, targets), np.float32)
     for n, row in enumerate(tokens):
         log_p = model.log_probabilities(row)
+        # argmax takes the first of equal values, here and in score_against_base: equal weights
+        # agree at every token.
         best[n] = log_p.argmax(1)
         if kept == model.vocab_size:
             ids[n], kept_log_p[n] = np.arange(model.vocab_size), log_p
@@ -69,6 +71,7 @@ def score_base(model: LoadedModel, tokens: NDArray[np.int32], top: int, folder: 
             # A partition, not a sort: nothing depends on the order of what is kept.
             ids[n] = np.argpartition(-log_p, kept - 1, axis=1)[:, :kept]
             kept_log_p[n] = np.take_along_axis(log_p, ids[n], 1)
+        # Stored apart: the text's own token may not be among those that are kept.
         nll[n] = -log_p[np.arange(targets), select_targets(row, model.context)]
     ids.flush()
     kept_log_p.flush()
@@ -144,6 +147,7 @@ def score_job(job: Mapping[str, Any], _: Path) -> None:
             folder = Path(part["folder"])
             if "base" in part:
                 base = Path(part["base"])
+                # The size of the vocabulary; the key is that of finished work in the store.
                 words = json.loads((base / ABOUT).read_text())["words"]
                 if model.vocab_size != words:
                     raise InputError(
@@ -153,10 +157,12 @@ def score_job(job: Mapping[str, Any], _: Path) -> None:
                 score_against_base(model, base, folder)
             else:
                 tokens = model.tokenize_chunks(Path(part["text"]).read_bytes())[: job["chunks"]]
+                # A text shorter than one chunk leaves no arrays. The parent reports it.
                 if len(tokens):
                     score_base(model, tokens, job["top"], folder)
                 about = {"chunks": len(tokens), "words": model.vocab_size}
                 (folder / ABOUT).write_text(json.dumps(about))
+        # Before the next one is loaded: memory may not hold two.
         model.close()
 
 

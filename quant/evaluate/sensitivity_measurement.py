@@ -95,6 +95,7 @@ def measure_sensitivities(
             hessians=request.hessians,
             tools=tools,
         )
+        # Absolute paths: quantizer and scorer run in folders of their own.
         settings = ProbeSettings(
             base=base,
             imatrix=request.imatrix and request.imatrix.resolve(),
@@ -108,6 +109,7 @@ def measure_sensitivities(
         if request.part:
             probes = select_part(probes, request.part)
         merged = read_other_probes(request.merge, base.digest, describe_probes(settings))
+        # A probe is identified by its types. Its name is for people, and may differ by version.
         known = {frozenset(r.probe.types.items()) for r in merged}
         todo = [p for p in probes if frozenset(p.types.items()) not in known]
         log.info(forecast_probes(todo, settings))
@@ -116,6 +118,7 @@ def measure_sensitivities(
         results = (*run_probes(todo, settings), *merged)
         source = f"{len(results)} probes on {describe_probes(settings)}"
         if request.part:
+            # Scales are fitted to all probes at once, by the run that merges the parts.
             return Sensitivities(base=table.base, source=source, scales={}, probes=results)
         return fit_sensitivities(results, table, source)
 
@@ -147,6 +150,7 @@ def prepare_error_table(
         log.info("%s: measuring the quantization error of %d types", path, len(types))
         table = measure_errors(base.path, imatrix, tools, types=types, hessians=hessians)
         write_error_table(path, table)
+    # Read even if it was just written: a continued run then has the same digits.
     table = read_error_table(path, base.digest)
     check_hessian_digest(path, table.hessians, hessians)
     return table
@@ -154,6 +158,7 @@ def prepare_error_table(
 
 def run_probes(probes: Sequence[Probe], settings: ProbeSettings) -> tuple[ProbeResult, ...]:
     """Return the results of probes, one run at a time in a work folder, and log the progress."""
+    # The files of a batch have fixed names: a second run would write over them.
     with settings.store.lock():
         return measure_probes(
             probes, settings, lambda done, total: log.info("probes: %d of %d", done, total)
@@ -176,6 +181,7 @@ def read_other_probes(
     results: list[ProbeResult] = []
     for path in paths:
         other = read_sensitivities(path, base)
+        # A source is "12 probes on DESCRIPTION"; machines have different numbers of probes.
         if not other.source.endswith(f" on {description}"):
             raise InputError(
                 f"{path}: measured in another way: expected probes on {description},"

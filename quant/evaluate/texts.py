@@ -27,6 +27,7 @@ def render_set(
         store: Where the text is kept.
     """
     source = base.metadata.get("tokenizer.chat_template")
+    # No patch is applied: a file is measured with the template that its users have.
     template = patch_template(source, None, str(base.path)) if source else None
     return build_set_text(ImatrixRecipe(name, context), template, base, tools, store)
 
@@ -42,13 +43,13 @@ def prepare_held_out(
         InputError: If no domain has enough text.
     """
     text = render_set(name, base, context, tools, store)
-    held = held_out.split_by_domain(text, context, Tokenizer(base, tools), store)
-    if not held.paths:
+    domains = held_out.split_by_domain(text, context, Tokenizer(base, tools), store)
+    if not domains.paths:
         raise InputError(
             f"{name}: expected a set that holds out enough text to measure on, found too little;"
             " name one with --text"
         )
-    return held
+    return domains
 
 
 def name_domains(paths: tuple[Path, ...]) -> dict[str, Path]:
