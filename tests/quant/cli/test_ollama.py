@@ -73,10 +73,10 @@ def test_merge_writes_a_modelfile_with_what_the_release_says_and_keeps_the_shard
 ) -> None:
     before = {p.name: hash_file(p) for p in first.parent.glob("*.gguf")}
     out = tmp_path / "merged" / "tiny-glm-Q4_1.gguf"
-    code, printed, said = run("merge", first, out, "--modelfile")
-    assert (code, printed) == (0, "")
+    code, stdout, err = run("merge", first, out, "--modelfile")
+    assert (code, stdout) == (0, "")
     assert (
-        said.splitlines()[1]
+        err.splitlines()[1]
         == f"{out.parent / 'Modelfile'}: ollama create tiny-glm-q4_1 -f {out.parent / 'Modelfile'}"
     )
     assert (out.parent / "Modelfile").read_text() == (
@@ -113,10 +113,10 @@ def test_a_modelfile_that_is_there_is_not_written_over_and_nothing_is_merged(
 ) -> None:
     (tmp_path / "Modelfile").write_text("mine")
     first = release / "Q4_1" / "tiny-glm-Q4_1-00001-of-00004.gguf"
-    code, _, said = run("merge", first, tmp_path / "x.gguf", "--modelfile")
+    code, _, err = run("merge", first, tmp_path / "x.gguf", "--modelfile")
     assert code == 2
     assert (
-        said
+        err
         == f"error: {tmp_path / 'Modelfile'}: exists already; remove it, or name a file in another folder\n"
     )
     assert not (tmp_path / "x.gguf").exists()
@@ -125,57 +125,57 @@ def test_a_modelfile_that_is_there_is_not_written_over_and_nothing_is_merged(
 def test_a_file_of_no_model_needs_to_be_told_whose_parameters_it_has(
     run: Run, tmp_path: Path
 ) -> None:
-    code, _, said = run(
+    code, _, err = run(
         "merge",
         tmp_path / "a" / "b" / "mine-00001-of-00002.gguf",
         tmp_path / "x.gguf",
         "--modelfile",
     )
-    assert code == 2 and "name the model with --model" in said
+    assert code == 2 and "name the model with --model" in err
 
 
 def test_parameters_that_ollama_would_not_take_stop_a_merge(
     run: Run, release: Path, tmp_path: Path
 ) -> None:
     (release / "params").write_text('{"stop": "x"}')
-    code, _, said = run(
+    code, _, err = run(
         "merge", release / "Q4_1" / "x-00001-of-00002.gguf", tmp_path / "x.gguf", "--modelfile"
     )
-    assert code == 2 and "params: stop: expected an array of strings" in said
+    assert code == 2 and "params: stop: expected an array of strings" in err
 
 
 def test_check_says_what_every_file_is(run: Run, release: Path) -> None:
-    code, printed, said = run("ollama", "check", release)
-    assert (code, said) == (0, "")
-    words = " ".join(printed.split())
+    code, out, err = run("ollama", "check", release)
+    assert (code, err) == (0, "")
+    text = " ".join(out.split())
     assert (
-        "tiny-glm-UD-TQ1_0.gguf hf.co/OWNER/NAME:UD-TQ1_0 the tag, in upper or lower case" in words
+        "tiny-glm-UD-TQ1_0.gguf hf.co/OWNER/NAME:UD-TQ1_0 the tag, in upper or lower case" in text
     )
     assert (
         "Q4_1/tiny-glm-Q4_1-00001-of-00004.gguf not pulled the hub refuses the tag of a split model"
-        in words
+        in text
     )
-    assert "without a tag: the hub's choice among UD-TQ1_0" in words
+    assert "without a tag: the hub's choice among UD-TQ1_0" in text
 
 
 def test_check_as_json_is_one_document_and_a_fault_ends_with_1(run: Run, release: Path) -> None:
     (release / "params").write_text('{"stop": "x"}')
-    code, printed, _ = run("ollama", "check", release, "--json")
+    code, out, _ = run("ollama", "check", release, "--json")
     assert code == 1
-    assert json.loads(printed).keys() == {"passed", "files", "default", "beside", "faults"}
-    code, _, said = run("ollama", "check", release)
-    assert code == 1 and said.startswith("error: ") and "expected an array of strings" in said
+    assert json.loads(out).keys() == {"passed", "files", "default", "beside", "faults"}
+    code, _, err = run("ollama", "check", release)
+    assert code == 1 and err.startswith("error: ") and "expected an array of strings" in err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "text"),
     [(["nowhere"], "nowhere"), (["RELEASE", "--repo", "no-owner"], "expected OWNER/NAME")],
 )
 def test_what_is_not_there_is_wrong_input(
-    run: Run, release: Path, arguments: list[str], words: str
+    run: Run, release: Path, arguments: list[str], text: str
 ) -> None:
-    code, printed, said = run(
+    code, out, err = run(
         "ollama", "check", *(str(release) if a == "RELEASE" else a for a in arguments)
     )
-    assert (code, printed) == (2, "")
-    assert said.startswith("error: ") and words in said
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and text in err

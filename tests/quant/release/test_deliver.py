@@ -134,10 +134,10 @@ def test_a_byte_that_flipped_in_the_store_is_found_before_anything_is_delivered(
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     with pytest.raises(CheckError) as e:
         deliver_release(release, out)
-    said = (
+    message = (
         f"{path}: its bytes are not those that were packaged; delete {release.folder} and run again"
     )
-    assert e.value.problems == (said,)
+    assert e.value.problems == (message,)
     assert list(out.iterdir()) == []
 
 

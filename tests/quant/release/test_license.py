@@ -34,7 +34,7 @@ def test_what_allows_derivatives_and_says_its_origin_may_be_passed_on(good: Card
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (
             replace(GOOD, license=" "),
@@ -77,9 +77,9 @@ def test_what_allows_derivatives_and_says_its_origin_may_be_passed_on(good: Card
     ],
 )
 def test_what_forbids_to_publish_is_one_line_that_names_the_field(
-    wrong: CardRecipe, said: str
+    wrong: CardRecipe, message: str
 ) -> None:
-    assert list(find_license_problems(wrong, "card")) == [said]
+    assert list(find_license_problems(wrong, "card")) == [message]
 
 
 def test_a_license_of_another_name_stands_in_the_card_and_in_what_the_files_are_told() -> None:
@@ -103,7 +103,7 @@ def test_weights_that_are_on_no_hub_are_a_quantization_of_nothing_there() -> Non
 
 @pytest.mark.tools
 @pytest.mark.parametrize(
-    ("line", "instead", "said"),
+    ("line", "instead", "message"),
     [
         (
             'license = "apache-2.0"',
@@ -114,12 +114,12 @@ def test_weights_that_are_on_no_hub_are_a_quantization_of_nothing_there() -> Non
     ],
 )
 def test_a_build_that_may_not_be_published_is_refused_before_it_begins(
-    the_hub: Hub, tmp_path: Path, line: str, instead: str, said: str
+    the_hub: Hub, tmp_path: Path, line: str, instead: str, message: str
 ) -> None:
     recipe = tmp_path / "tiny-glm.toml"
     recipe.write_text(TINY.read_text().replace(line, instead))
     with pytest.raises(InputError) as caught:
         prepare_job(BuildRequest(str(recipe), tmp_path / "out", destination=Destination(REPO)))
     [problem] = caught.value.problems
-    assert problem.startswith(f"{recipe}{said}")
+    assert problem.startswith(f"{recipe}{message}")
     assert not the_hub.requests and not (tmp_path / "out").exists()

@@ -10,9 +10,11 @@ TINY, _ = load_model("tiny-glm")
 
 
 def test_files_that_are_published_say_who_made_them_and_where_they_are() -> None:
-    said = make_file_metadata(replace(TINY, publish=PublishRecipe("somebody/tiny-GGUF"))).metadata
-    assert said["general.quantized_by"] == "somebody"
-    assert said["general.repo_url"] == "https://huggingface.co/somebody/tiny-GGUF"
+    metadata = make_file_metadata(
+        replace(TINY, publish=PublishRecipe("somebody/tiny-GGUF"))
+    ).metadata
+    assert metadata["general.quantized_by"] == "somebody"
+    assert metadata["general.repo_url"] == "https://huggingface.co/somebody/tiny-GGUF"
     named = make_file_metadata(
         replace(TINY, publish=PublishRecipe("somebody/tiny-GGUF", quantized_by="Some Body"))
     ).metadata
@@ -26,7 +28,7 @@ def test_files_of_a_model_with_no_repo_claim_none() -> None:
 
 
 def test_the_converter_is_told_licence_languages_base_model_and_tags() -> None:
-    told = make_file_metadata(
+    metadata = make_file_metadata(
         replace(TINY, card=CardRecipe("mit", ("en", "zh"), "zai-org/GLM-4.6"))
     ).front_matter
     for line in (
@@ -36,4 +38,4 @@ def test_the_converter_is_told_licence_languages_base_model_and_tags() -> None:
         "- imatrix",
         "pipeline_tag: text-generation",
     ):
-        assert line in told
+        assert line in metadata

@@ -25,7 +25,7 @@ def test_ollama_takes_what_every_model_tells_it(model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "words"),
+    ("params", "problem"),
     [
         (
             {"temprature": 1.0},
@@ -45,8 +45,8 @@ def test_ollama_takes_what_every_model_tells_it(model: str) -> None:
         ({"num_ctx": None}, "params: num_ctx: expected a whole number, found None"),
     ],
 )
-def test_what_ollama_would_not_take_is_named(params: dict[str, Any], words: str) -> None:
-    assert list(find_params_problems(params)) == [words]
+def test_what_ollama_would_not_take_is_named(params: dict[str, Any], problem: str) -> None:
+    assert list(find_params_problems(params)) == [problem]
 
 
 def test_all_problems_are_told_at_once_and_a_whole_number_is_a_number() -> None:
@@ -101,9 +101,9 @@ def test_without_the_renderer_it_is_said_what_is_missing(monkeypatch: pytest.Mon
 
 @needs_gotpl
 def test_the_go_template_makes_the_same_prompts() -> None:
-    made = render_go(load_go_template("glm-4.6") or "", list_requests(CONVERSATIONS))
-    assert made.keys() == {ask.name for ask in COVERED}
-    assert list(find_disagreements("ollama", made, RENDERED["glm-4.6"], CONVERSATIONS)) == []
+    prompts = render_go(load_go_template("glm-4.6") or "", list_requests(CONVERSATIONS))
+    assert prompts.keys() == {ask.name for ask in COVERED}
+    assert list(find_disagreements("ollama", prompts, RENDERED["glm-4.6"], CONVERSATIONS)) == []
 
 
 @needs_gotpl
@@ -122,8 +122,8 @@ def test_a_go_template_that_says_something_else_is_caught(
 ) -> None:
     template = load_go_template("glm-4.6") or ""
     assert find in template
-    made = render_go(template.replace(find, put), list_requests(CONVERSATIONS))
+    prompts = render_go(template.replace(find, put), list_requests(CONVERSATIONS))
     assert conversation in {
         f.conversation
-        for f in find_disagreements("ollama", made, RENDERED["glm-4.6"], CONVERSATIONS)
+        for f in find_disagreements("ollama", prompts, RENDERED["glm-4.6"], CONVERSATIONS)
     }

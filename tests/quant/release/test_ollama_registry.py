@@ -76,7 +76,7 @@ def test_a_whole_file_is_pulled_by_its_tag_and_a_split_one_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "words"),
+    ("broken", "message"),
     [
         (variant("A", "M-Q4_1.gguf", size=500 * 10**9 + 1), "expected at most 500000000000 bytes"),
         (
@@ -86,10 +86,10 @@ def test_a_whole_file_is_pulled_by_its_tag_and_a_split_one_is_not() -> None:
         (variant("A", "M-Q4_1-00001-of-00002.gguf"), "found a first shard without the others"),
     ],
 )
-def test_a_file_that_ollama_could_not_run_is_a_fault(broken: VariantRecord, words: str) -> None:
-    [found] = resolve_tags([broken])
-    assert not found.pulled
-    assert words in found.faults[0]
+def test_a_file_that_ollama_could_not_run_is_a_fault(broken: VariantRecord, message: str) -> None:
+    [resolution] = resolve_tags([broken])
+    assert not resolution.pulled
+    assert message in resolution.faults[0]
 
 
 def test_a_name_without_a_scheme_is_a_tag_as_a_whole_and_two_of_one_scheme_are_a_fault() -> None:
@@ -114,12 +114,12 @@ def release(tmp_path: Path) -> Path:
 
 
 def test_a_release_is_told_whole(release: Path) -> None:
-    found = check_release(release)
-    assert found.all_faults == ()
-    assert [f.tag for f in found.files] == ["UD-TQ1_0", "", ""]
-    assert found.default == "the hub's choice among UD-TQ1_0, because there is no Q4_K_M"
-    assert found.beside["params"].startswith("sha256 ") and found.beside["system"] == "none"
-    assert found.json()["passed"] is True
+    check = check_release(release)
+    assert check.all_faults == ()
+    assert [f.tag for f in check.files] == ["UD-TQ1_0", "", ""]
+    assert check.default == "the hub's choice among UD-TQ1_0, because there is no Q4_K_M"
+    assert check.beside["params"].startswith("sha256 ") and check.beside["system"] == "none"
+    assert check.json()["passed"] is True
 
 
 def test_files_that_are_no_model_are_named_as_that(release: Path) -> None:
@@ -135,7 +135,7 @@ def test_files_that_are_no_model_are_named_as_that(release: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         (None, "params: missing"),
         ("{", "params: expected JSON"),
@@ -145,12 +145,12 @@ def test_files_that_are_no_model_are_named_as_that(release: Path) -> None:
     ],
 )
 def test_parameters_that_ollama_would_not_take_are_faults(
-    release: Path, text: str | None, words: str
+    release: Path, text: str | None, message: str
 ) -> None:
     (release / "params").unlink()
     if text is not None:
         (release / "params").write_text(text)
-    assert words in check_release(release).all_faults[0]
+    assert message in check_release(release).all_faults[0]
 
 
 def test_the_default_is_q4_k_m_where_a_release_has_it(release: Path) -> None:
@@ -183,10 +183,14 @@ class Answer(BaseHTTPRequestHandler):
         self.server.asked.append(
             (self.path, self.headers.get("Accept", ""), self.headers.get("Authorization", ""))
         )
-        code, said = self.server.tags.get(
+        code, answer_body = self.server.tags.get(
             self.path.rpartition("/")[2], (404, {"error": "Repository not found"})
         )
-        body = said.encode() if isinstance(said, str) else json.dumps(said).encode()
+        body = (
+            answer_body.encode()
+            if isinstance(answer_body, str)
+            else json.dumps(answer_body).encode()
+        )
         self.send_response(code)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -236,14 +240,14 @@ def published(*layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_what_the_hub_has_is_compared_with_the_release(release: Path, registry: Registry) -> None:
-    found = check_release(release, "me/m")
-    assert found.all_faults == ()
-    assert [(f.tag, f.pulled) for f in found.files] == [
+    check = check_release(release, "me/m")
+    assert check.all_faults == ()
+    assert [(f.tag, f.pulled) for f in check.files] == [
         ("UD-TQ1_0", True),
         ("Q4_1", False),
         ("", False),
     ]
-    assert found.files[1].why == "the hub answers 400: The specified tag is a sharded GGUF."
+    assert check.files[1].why == "the hub answers 400: The specified tag is a sharded GGUF."
     assert registry.asked[0] == ("/v2/me/m/manifests/UD-TQ1_0", ollama_registry.ACCEPT, "")
 
 
@@ -256,7 +260,7 @@ def test_a_private_repo_is_asked_with_the_token(
 
 
 @pytest.mark.parametrize(
-    ("answer", "words"),
+    ("answer", "message"),
     [
         (
             (200, published(layer("model", "9" * 64, 10), layer("template"), layer("params"))),
@@ -281,11 +285,11 @@ def test_a_private_repo_is_asked_with_the_token(
     ],
 )
 def test_what_the_hub_has_otherwise_is_a_fault(
-    answer: tuple[int, Any], words: str, release: Path, registry: Registry
+    answer: tuple[int, Any], message: str, release: Path, registry: Registry
 ) -> None:
     registry.tags["UD-TQ1_0"] = answer
     [fault, *_] = check_release(release, "me/m").all_faults
-    assert fault.startswith("me/m:UD-TQ1_0: ") and words in fault
+    assert fault.startswith("me/m:UD-TQ1_0: ") and message in fault
 
 
 def test_a_repo_that_is_not_there_is_wrong_input_and_a_hub_that_stumbles_may_pass(

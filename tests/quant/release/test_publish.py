@@ -238,7 +238,7 @@ def test_a_missing_token_is_told_before_any_request(
 
 
 @pytest.mark.parametrize(
-    ("token", "said"),
+    ("token", "message"),
     [
         ("hf_SomebodyElsesTokenXYZ", "HF_TOKEN: the hub does not know this token"),
         ("hf_OneThatMayOnlyReadXY", f"{REPO}: this token may not do that (403: "),
@@ -253,13 +253,13 @@ def test_a_missing_token_is_told_before_any_request(
     ],
 )
 def test_a_wrong_token_is_one_line_that_does_not_tell_it(
-    the_hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, token: str, said: str
+    the_hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, token: str, message: str
 ) -> None:
     the_hub.tokens["hf_OneThatMayOnlyReadXY"] = "read"
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(InputError) as e:
         publish(folder)
-    assert said in str(e.value)
+    assert message in str(e.value)
     assert token not in str(e.value)
     assert len(str(e.value).splitlines()) == 1
 
@@ -315,11 +315,11 @@ def test_a_remote_file_that_differs_is_named_with_both_digests(the_hub: Hub, fol
         patch.setattr(Hub, "commit", bent)
         with pytest.raises(CheckError) as e:
             publish_release(planned)
-    (said,) = e.value.problems
-    expected, found = hubs.sha256(CONTENT["tiny-UD-TQ1_0.gguf"]), hubs.sha256(b"bent" * 200)
+    (message,) = e.value.problems
+    expected, actual = hubs.sha256(CONTENT["tiny-UD-TQ1_0.gguf"]), hubs.sha256(b"bent" * 200)
     assert (
-        said
-        == f"{REPO}: tiny-UD-TQ1_0.gguf: expected sha256 {expected} (800 bytes), found sha256 {found} (800 bytes)"
+        message
+        == f"{REPO}: tiny-UD-TQ1_0.gguf: expected sha256 {expected} (800 bytes), found sha256 {actual} (800 bytes)"
     )
 
 
@@ -357,13 +357,13 @@ def test_what_the_client_logs_holds_no_token_and_no_signature(
     )
     the_hub.cues = {upload: Fault.BROKEN}
     publish(folder)
-    said = caplog.text + "".join(capfd.readouterr())
-    assert "thrown while requesting PUT" in said
-    assert TOKEN not in said and hubs.SIGNED not in said
+    message = caplog.text + "".join(capfd.readouterr())
+    assert "thrown while requesting PUT" in message
+    assert TOKEN not in message and hubs.SIGNED not in message
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (f"Bearer {TOKEN}", "Bearer …"),
         ("Bearer hf_AnotherTokenOfSomebody", "Bearer hf_…"),
@@ -374,8 +374,8 @@ def test_what_the_client_logs_holds_no_token_and_no_signature(
         ("where? here", "where? here"),
     ],
 )
-def test_secrets_are_taken_out_of_a_text(the_hub: Hub, text: str, said: str) -> None:
-    assert redact_urls(text) == said
+def test_secrets_are_taken_out_of_a_text(the_hub: Hub, text: str, message: str) -> None:
+    assert redact_urls(text) == message
 
 
 def test_a_publication_that_is_done_leaves_no_record_beside_the_release(

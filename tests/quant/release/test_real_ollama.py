@@ -26,13 +26,13 @@ def ollama(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=address, timeout=300, trust_env=False) as client:
         digest = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
         client.post(f"/api/blobs/{digest}", content=path.read_bytes()).raise_for_status()
-        made = {
+        body = {
             "model": NAME,
             "files": {path.name: digest},
             "parameters": make_params(MODEL),
             "stream": False,
         }
-        client.post("/api/create", json=made).raise_for_status()
+        client.post("/api/create", json=body).raise_for_status()
         yield client
         client.request("DELETE", "/api/delete", json={"model": NAME})
 

@@ -28,10 +28,10 @@ pytestmark = pytest.mark.filterwarnings(
 
 def key_file(path: Path, password: bytes | None = None, private: Any = None) -> Path:
     """A key in a file, and its public half beside it."""
-    made = private or ec.generate_private_key(ec.SECP256R1())
+    key_path = private or ec.generate_private_key(ec.SECP256R1())
     locked = forms.BestAvailableEncryption(password) if password else forms.NoEncryption()
-    path.write_bytes(made.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.PKCS8, locked))
-    half = made.public_key().public_bytes(
+    path.write_bytes(key_path.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.PKCS8, locked))
+    half = key_path.public_key().public_bytes(
         forms.Encoding.PEM, forms.PublicFormat.SubjectPublicKeyInfo
     )
     path.with_suffix(".pub").write_bytes(half)
@@ -89,23 +89,23 @@ def test_the_packages_own_verifier_reads_every_file_and_agrees(folder: Path, key
 def test_keys_of_every_curve_that_the_form_knows_sign(
     folder: Path, tmp_path: Path, curve: Callable[[], object]
 ) -> None:
-    made = key_file(tmp_path / "k.pem", private=ec.generate_private_key(curve()))  # type: ignore[arg-type]
-    sign_release(folder, made)
-    assert problems(folder, made) == []
+    key_path = key_file(tmp_path / "k.pem", private=ec.generate_private_key(curve()))  # type: ignore[arg-type]
+    sign_release(folder, key_path)
+    assert problems(folder, key_path) == []
 
 
 def test_a_key_with_a_password_is_opened_by_the_environment(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = key_file(tmp_path / "k.pem", b"open sesame")
+    key_path = key_file(tmp_path / "k.pem", b"open sesame")
     for wrong in ("", "guess"):
         monkeypatch.setenv(PASSWORD, wrong)
         with pytest.raises(InputError, match=f"k.pem: .*{PASSWORD}") as e:
-            sign_release(folder, made)
+            sign_release(folder, key_path)
         assert len(e.value.problems) == 1
     monkeypatch.setenv(PASSWORD, "open sesame")
-    assert sign_release(folder, made)
-    assert problems(folder, made) == []
+    assert sign_release(folder, key_path)
+    assert problems(folder, key_path) == []
 
 
 def test_another_key_a_changed_signature_and_a_missing_one_are_told_apart(
@@ -121,8 +121,8 @@ def test_another_key_a_changed_signature_and_a_missing_one_are_told_apart(
     good = bundle["dsseEnvelope"]["payload"]
     bundle["dsseEnvelope"]["payload"] = good[:-8] + "AAAA" + good[-4:]
     (folder / SIGNATURE).write_text(json.dumps(bundle))
-    (said,) = problems(folder, key)
-    assert said.startswith(
+    (problem,) = problems(folder, key)
+    assert problem.startswith(
         f"{folder / SIGNATURE}: not by the key {key.with_suffix('.pub')}, or changed since"
     )
     (folder / SIGNATURE).write_text("no bundle")
@@ -135,9 +135,9 @@ def test_files_that_fit_their_lists_and_are_not_those_that_were_signed_are_found
     """Who can write the files can write the lists too: only the signature tells."""
     sign_release(folder, key)
     write_release(folder, {**CONTENT, "params": b"{ }"})
-    (said,) = problems(folder, key)
-    assert "does not fit the files (Signature mismatch" in said
-    assert "'params'" in said
+    (problem,) = problems(folder, key)
+    assert "does not fit the files (Signature mismatch" in problem
+    assert "'params'" in problem
 
 
 def test_a_release_that_was_changed_by_hand_is_not_signed(folder: Path, key: Path) -> None:
@@ -185,10 +185,10 @@ def test_verifying_with_a_key_checks_the_signature_and_without_one_says_that_it_
     sign_release(release, key)
     assert verify_release(release).problems == ()
     assert any(f"{SIGNATURE} was not checked" in line for line in verify_release(release).unchecked)
-    found = verify_release(release, public)
-    assert found.problems == ()
-    assert found.checked[-1] == f"{SIGNATURE}: the files are signed by the key {public}"
-    assert not any("who made" in line for line in found.unchecked)
+    result = verify_release(release, public)
+    assert result.problems == ()
+    assert result.checked[-1] == f"{SIGNATURE}: the files are signed by the key {public}"
+    assert not any("who made" in line for line in result.unchecked)
     other = key_file(key.with_name("other.pem")).with_suffix(".pub")
     assert verify_release(release, other).problems == (
         f"{release / SIGNATURE}: not by the key {other}",

@@ -98,8 +98,8 @@ def test_types_other_than_the_recipes_are_found(release: Path) -> None:
     header = read_header(release / "a.gguf")
     recipe = replace(RECIPE, rules=(Rule(tensors=".*", type="Q2_K", why="It is so."),))
     write_lists(release, variants=(replace(describe_variant(release), recipe=recipe),))
-    found = [p for p in problems(release) if "of its recipe says Q2_K, found" in p]
-    assert found and all(any(t.name in p for t in header.tensors) for p in found)
+    wrong = [p for p in problems(release) if "of its recipe says Q2_K, found" in p]
+    assert wrong and all(any(t.name in p for t in header.tensors) for p in wrong)
 
 
 def test_shards_other_than_the_manifests_are_found(release: Path) -> None:
