@@ -19,8 +19,8 @@ from prefect.flow_runs import pause_flow_run
 from flows.artifacts import publish_artifact, publish_release_summary
 from quant import build as builds
 from quant.chat.smoke import SmokeTestError
+from quant.core.errors import CheckError, InputError, Unreachable
 from quant.core.secrets import TOKEN
-from quant.errors import CheckError, InputError, Unreachable
 from quant.job import BuildRequest, choose_destination, prepare_job
 from quant.release.change import Change
 

@@ -20,10 +20,7 @@ if TYPE_CHECKING:
     from quant.build import build_release as build_release
     from quant.chat.standalone import SmokeFileRequest as SmokeFileRequest
     from quant.chat.standalone import smoke_test_file as smoke_test_file
-    from quant.errors import CheckError as CheckError
-    from quant.errors import InputError as InputError
-    from quant.errors import QuantError as QuantError
-    from quant.errors import ToolError as ToolError
+    from quant.core.errors import CheckError, InputError, QuantError, ToolError
     from quant.evaluate.allocation import AllocationRequest as AllocationRequest
     from quant.evaluate.allocation import allocate as allocate
     from quant.evaluate.request import EvaluationRequest as EvaluationRequest
@@ -47,7 +44,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "quant.build": ("BuildResult", "build_release"),
     "quant.chat.standalone": ("SmokeFileRequest", "smoke_test_file"),
-    "quant.errors": ("CheckError", "InputError", "QuantError", "ToolError"),
+    "quant.core.errors": ("CheckError", "InputError", "QuantError", "ToolError"),
     "quant.evaluate.allocation": ("AllocationRequest", "allocate"),
     "quant.evaluate.request": ("EvaluationRequest", "evaluate_files"),
     "quant.job": ("BuildRequest", "prepare_job"),

@@ -22,9 +22,9 @@ from quant.chat.smoke import SmokeTestRequest, smoke_test
 from quant.chat.template import ChatTemplate, patch_template
 from quant.chat.verdict import SmokeResult
 from quant.core import files
+from quant.core.errors import InputError, raise_problems
 from quant.core.format import to_pretty_json
 from quant.core.store import Store
-from quant.errors import InputError, raise_problems
 from quant.evaluate.release import ReleaseEvaluation, evaluate_release
 from quant.hub.checkpoint import Checkpoint, pull_checkpoint
 from quant.hub.lock import Lock, check_lock

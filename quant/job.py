@@ -9,8 +9,8 @@ from quant.calibration.text import check_set
 from quant.chat.scenarios import Scenarios, merge_scenarios
 from quant.chat.smoke import collect_waivers
 from quant.core.disk import find_existing_folder, find_space_problem, measure_folder
+from quant.core.errors import InputError, raise_problems
 from quant.core.store import Store
-from quant.errors import InputError, raise_problems
 from quant.hub.lock import Lock, choose_commit, read_lock
 from quant.hub.upload import Destination
 from quant.llama import ggml, toolchain

@@ -20,8 +20,8 @@ from typing import Any
 from quant import build as builds
 from quant.build import StageRunner
 from quant.core import files
+from quant.core.errors import CheckError, raise_problems
 from quant.core.store import Store
-from quant.errors import CheckError, raise_problems
 from quant.evaluate import html
 from quant.evaluate.figures import figures_close
 from quant.job import WORK, ReleaseJob

@@ -20,7 +20,6 @@ import quant
 ROOT = Path(quant.__file__).parent.parent
 
 ORDER = (
-    "errors",
     "core",
     "hub",
     "llama",
@@ -88,7 +87,7 @@ DOORS = {  # a module          who may import it, or a part of it (a name that e
 }
 STARTS_PROCESSES = {"quant/core/process.py", "quant/llama/toolchain.py"}
 PURE = {
-    "quant/errors.py",
+    "quant/core/errors.py",
     "quant/core/format.py",
     "quant/core/svg.py",
     "quant/llama/types.py",
@@ -267,6 +266,28 @@ def upward_imports(trees: Trees) -> Iterator[str]:
                 yield f"{file} imports {name}: {own} comes before {package_of(name)}"
 
 
+def circles(trees: Trees) -> Iterator[str]:
+    """Yield every group of modules that import one another, wherever the import stands."""
+    names = {f.removesuffix(".py").removesuffix("/__init__").replace("/", "."): f for f in trees}
+    graph = {
+        module: {
+            target
+            for name in imports(trees[file])
+            for target in (name, name.rpartition(".")[0])
+            if target in names and target != module
+        }
+        for module, file in names.items()
+    }
+    for module in graph:
+        reached, todo = set[str](), [*graph[module]]
+        while todo:
+            if (target := todo.pop()) not in reached:
+                reached.add(target)
+                todo += graph[target]
+        if module in reached:
+            yield f"{module} is imported by what it imports"
+
+
 def open_doors(trees: Trees, module: str, allowed: set[str]) -> Iterator[str]:
     for file, tree in trees.items():
         if any(within(name, module) for name in imports(tree)) and not listed(file, allowed):
@@ -355,6 +376,11 @@ def test_a_package_imports_only_those_before_it() -> None:
     assert not list(upward_imports(TREES))
 
 
+def test_no_module_imports_in_a_circle() -> None:
+    # The package itself only names its modules, and imports them when a name is used.
+    assert not list(circles({f: t for f, t in TREES.items() if not f.endswith("__init__.py")}))
+
+
 def test_few_files_lie_flat() -> None:
     assert len(list((ROOT / "quant").glob("*.py"))) <= FLAT_FILES
 
@@ -406,6 +432,9 @@ PLANTED = {
         {"quant/plan/plan.py": "shutil.disk_usage(folder).free"}
     ),
     "a skipped format": lambda: formatter_skips({"quant/plan/plan.py": "x = 1  # fmt: " + "skip"}),
+    "a circle": lambda: circles(
+        {"a.py": ast.parse("import b"), "b.py": ast.parse("def f():\n    from a import x")}
+    ),
     "a door": lambda: open_doors(
         {"quant/plan/plan.py": ast.parse("from prefect import flow")}, "prefect", DOORS["prefect"]
     ),

@@ -19,9 +19,9 @@ from quant.calibration.documents import Document, read_document_file
 from quant.calibration.rows import read_rows
 from quant.calibration.sets import CalibrationSet, CalibrationSource
 from quant.core import files
+from quant.core.errors import CheckError, InputError, raise_problems
 from quant.core.files import Receipt
 from quant.core.format import hash_texts, to_canonical_json, to_pretty_json
-from quant.errors import CheckError, InputError, raise_problems
 from quant.hub import client as hub_client
 from quant.hub.client import COMMIT
 

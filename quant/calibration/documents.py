@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.core.data import data_folder
-from quant.errors import InputError, raise_problems, suggest_name
+from quant.core.errors import InputError, raise_problems, suggest_name
 
 SETS = data_folder("calibration/sets")
 FORM: dict[str, tuple[type, str]] = {

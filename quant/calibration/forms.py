@@ -16,7 +16,7 @@ from typing import Any
 
 from quant.calibration.documents import Document, find_role_problems
 from quant.calibration.sets import CalibrationSource
-from quant.errors import InputError, raise_problems
+from quant.core.errors import InputError, raise_problems
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]

@@ -13,7 +13,7 @@ import numpy as np
 
 from quant.calibration.hessian_sums import HessianSums, MatrixSizes, write_hessians
 from quant.core import child, progress
-from quant.errors import ToolError
+from quant.core.errors import ToolError
 from quant.llama import ggml
 from quant.llama.ggml_graph import (
     F32,

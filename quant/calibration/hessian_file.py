@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quant.errors import InputError, raise_problems
+from quant.core.errors import InputError, raise_problems
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

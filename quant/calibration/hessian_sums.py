@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.calibration.hessian_file import COUNTS, METADATA_KEY
-from quant.errors import ToolError
+from quant.core.errors import ToolError
 from quant.llama.model import Numbers
 
 TINY = 1e-300

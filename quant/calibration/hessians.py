@@ -26,9 +26,9 @@ from quant.calibration.hessian_sums import MatrixSizes
 from quant.calibration.text import CalibrationText
 from quant.core import child, files, memory
 from quant.core.disk import find_space_problem
+from quant.core.errors import InputError, convert_disk_errors, raise_problems
 from quant.core.files import Receipt
 from quant.core.store import Store
-from quant.errors import InputError, convert_disk_errors, raise_problems
 from quant.llama.gguf import Header, TensorSpec, read_headers
 from quant.llama.model import bindings_version
 from quant.llama.model_file import ModelFile

@@ -17,9 +17,9 @@ from quant.calibration import coverage, imatrix_file
 from quant.calibration.imatrix_file import ImatrixData
 from quant.calibration.text import CalibrationText
 from quant.core import files, progress
+from quant.core.errors import CheckError, InputError, raise_problems
 from quant.core.files import Receipt
 from quant.core.store import Store, StoredResult
-from quant.errors import CheckError, InputError, raise_problems
 from quant.llama.gguf import TensorSpec
 from quant.llama.model_file import ModelFile
 from quant.llama.toolchain import Toolchain

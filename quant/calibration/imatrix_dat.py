@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant.calibration.imatrix_dat import read_dat
 from quant.core import files
-from quant.errors import InputError, raise_problems
+from quant.core.errors import InputError, raise_problems
 from quant.llama.gguf import MAGIC, Header, TensorSpec, read_header
 from quant.llama.tensors import EMBEDDINGS
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from quant.calibration.documents import read_json_lines, read_text_file
 from quant.calibration.forms import NumberedRow
-from quant.errors import InputError
+from quant.core.errors import InputError
 
 TEXT_CHARACTERS = 4000
 """A plain text is cut between paragraphs into documents of about this length."""

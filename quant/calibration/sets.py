@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, Field
 
 from quant.calibration.documents import SETS, list_set_files
+from quant.core.errors import InputError, raise_problems, suggest_name
 from quant.core.toml import Strict, read_toml
-from quant.errors import InputError, raise_problems, suggest_name
 from quant.hub.client import REPO
 from quant.plan.recipe import NAME
 

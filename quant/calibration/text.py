@@ -15,10 +15,10 @@ from quant.calibration.documents import Document
 from quant.calibration.sets import CalibrationSet
 from quant.chat.template import ChatTemplate, render_template
 from quant.core import files
+from quant.core.errors import InputError, raise_problems
 from quant.core.files import Receipt
 from quant.core.format import hash_texts, to_canonical_json
 from quant.core.store import Store
-from quant.errors import InputError, raise_problems
 from quant.llama.model_file import ModelFile
 from quant.llama.tokenizer import TextCounter, Tokenizer
 from quant.llama.toolchain import Toolchain

@@ -40,9 +40,9 @@ from quant.chat.rules import (
     group_faults,
 )
 from quant.chat.template import ChatTemplate, patch_template
+from quant.core.errors import CheckError, InputError
 from quant.core.format import hash_json, hash_text
 from quant.core.store import Store
-from quant.errors import CheckError, InputError
 from quant.hub.checkpoint import Checkpoint
 from quant.llama.gguf import read_headers
 from quant.llama.toolchain import Toolchain

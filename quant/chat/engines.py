@@ -17,7 +17,7 @@ from quant.chat.renderings import Rendering, Renderings, RenderRequest
 from quant.chat.sandbox import RESULTS, SandboxLimits
 from quant.chat.stub_model import write_stub_model
 from quant.core import child
-from quant.errors import ToolError
+from quant.core.errors import ToolError
 from quant.llama.chat_client import ChatClient, ServerError
 from quant.llama.server import ServerSettings, serve_model
 from quant.llama.toolchain import Toolchain

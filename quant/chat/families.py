@@ -17,8 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from quant.core.errors import InputError, raise_problems
 from quant.core.toml import Strict, read_toml
-from quant.errors import InputError, raise_problems
 from quant.llama.gguf import Header
 from quant.plan.load import RECIPES
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quant.chat.template import ChatTemplate, patch_template
 from quant.core import files
-from quant.errors import CheckError, InputError, convert_disk_errors, raise_problems
+from quant.core.errors import CheckError, InputError, convert_disk_errors, raise_problems
 from quant.llama.gguf import (
     ALIGNMENT,
     CHUNK_BYTES,

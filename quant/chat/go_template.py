@@ -12,7 +12,7 @@ from typing import Any
 
 from quant.chat.families import ReasoningFormat
 from quant.chat.renderings import Rendering, Renderings, RenderRequest
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.plan.load import RECIPES
 
 PLAIN_ROLES = ("system", "user", "assistant")

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from quant.core import child
-from quant.errors import InputError
+from quant.core.errors import InputError
 
 RESULTS = "results.jsonl"
 RESULT_BYTES = 2**28

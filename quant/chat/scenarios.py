@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quant.chat.schema import find_schema_problems
+from quant.core.errors import InputError, raise_problems, suggest_name
 from quant.core.toml import Strict, read_toml
-from quant.errors import InputError, raise_problems, suggest_name
 from quant.plan.load import find_pattern_problems, find_recipe_path
 from quant.plan.recipe import ModelRecipe
 

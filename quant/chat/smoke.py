@@ -20,14 +20,14 @@ from quant.chat.runner import SmokeRunner
 from quant.chat.scenarios import Scenarios, merge_scenarios
 from quant.chat.verdict import ANSWERS, SmokeResult, SmokeRun, judge_run, parse_run
 from quant.core import files, process
-from quant.core.store import Store
-from quant.errors import (
+from quant.core.errors import (
     CheckError,
     InputError,
     convert_disk_errors,
     raise_problems,
     suggest_name,
 )
+from quant.core.store import Store
 from quant.llama.gguf import Header
 from quant.llama.model_file import ModelFile
 from quant.llama.server import ServerSettings, serve_model

@@ -17,8 +17,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quant.chat.patch_hints import show_nearest_matches
+from quant.core.errors import InputError, raise_problems
 from quant.core.format import hash_text
-from quant.errors import InputError, raise_problems
 from quant.plan.recipe import TemplatePatch
 
 _OFFSET = re.compile(r" at (\d+)$")

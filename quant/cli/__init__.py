@@ -31,8 +31,8 @@ from quant.cli import (
     template,
 )
 from quant.cli.options import quant
+from quant.core.errors import QuantError
 from quant.core.secrets import redact_token
-from quant.errors import QuantError
 
 __all__ = [
     "allocate",

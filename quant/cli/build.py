@@ -182,7 +182,7 @@ def verify(release: Path, public_key: Path | None) -> None:
     Every byte is compared with its lists, every type with its recipe, every link of its card with
     its files.
     """
-    from quant.errors import CheckError
+    from quant.core.errors import CheckError
     from quant.release.verify import verify_release
 
     result = verify_release(release, public_key)

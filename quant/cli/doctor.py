@@ -8,7 +8,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from quant.errors import ToolError
+from quant.core.errors import ToolError
 from quant.llama import toolchain
 from quant.llama.toolchain import TOOLS, Toolchain
 from quant.llama.types import TYPES

@@ -27,7 +27,7 @@ def merge(
 ) -> None:
     """Merge shards into OUT, for programs that need one file (Ollama). The shards stay."""
     from quant.core import files
-    from quant.errors import InputError
+    from quant.core.errors import InputError
     from quant.llama.toolchain import find_toolchain
     from quant.quantize.shard import merge_shards
 
@@ -59,7 +59,7 @@ def ollama() -> None:
 @json_option
 def check(release: Path, repo: str | None, as_json: bool) -> None:
     """Show what Ollama makes of every file of a RELEASE folder; exit code 1 if it is wrong."""
-    from quant.errors import CheckError, InputError
+    from quant.core.errors import CheckError, InputError
     from quant.hub.client import REPO
     from quant.release.ollama_registry import check_release
 
@@ -84,7 +84,7 @@ def check(release: Path, repo: str | None, as_json: bool) -> None:
 
 def _render_modelfile(first_shard: Path, out: Path, model: str | None) -> str:
     """Return a Modelfile with the parameters of the shard's release, or of its model's recipe."""
-    from quant.errors import InputError
+    from quant.core.errors import InputError
     from quant.plan.load import find_model_of_file, load_model
     from quant.release.modelfile import format_modelfile
     from quant.release.ollama import read_params, render_modelfile

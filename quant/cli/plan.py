@@ -9,8 +9,8 @@ import click
 
 from quant.cli import tables
 from quant.cli.options import FILE, collect_options, json_option, quant, variants_option
+from quant.core.errors import InputError, suggest_name
 from quant.core.format import GIB, human_bytes
-from quant.errors import InputError, suggest_name
 from quant.llama.gguf import TensorSpec
 from quant.llama.tensors import tensor_class
 from quant.plan.forecast import ReleasePlan, plan_model

@@ -16,7 +16,7 @@ from quant.cli.options import (
     tools_option,
     work_option,
 )
-from quant.errors import InputError
+from quant.core.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)

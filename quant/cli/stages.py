@@ -38,7 +38,7 @@ def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vis
     """Convert the checkpoint in a folder to one BF16 GGUF."""
     from quant.build import patched_template
     from quant.core import files
-    from quant.errors import InputError
+    from quant.core.errors import InputError
     from quant.hub.checkpoint import read_checkpoint
     from quant.llama.convert import FileMetadata, has_vision, write_base, write_vision
     from quant.plan.load import load_model

@@ -73,7 +73,7 @@ def render(options: RenderOptions) -> None:
     from quant.chat.engines import render_in_sandbox
     from quant.chat.messages import Conversation
     from quant.chat.renderings import RenderRequest
-    from quant.errors import InputError
+    from quant.core.errors import InputError
 
     messages = _read_objects(options.conversation, "messages")
     tools = _read_objects(options.tools_file, "tools") if options.tools_file else []
@@ -146,7 +146,7 @@ def _show(report: "TemplateReport") -> None:
 
 def _read_objects(path: Path, what: str) -> list[dict[str, Any]]:
     """A list of JSON objects, bare or under its name. Raises InputError."""
-    from quant.errors import InputError
+    from quant.core.errors import InputError
 
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -29,10 +29,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from quant import errors
-from quant.core import files, process, progress
+from quant.core import errors, files, process, progress
+from quant.core.errors import QuantError, ToolError
 from quant.core.format import to_pretty_json
-from quant.errors import QuantError, ToolError
 
 JOB, OUTCOME, PROGRESS, LOG = "job.json", "outcome.json", "progress", "log"
 
@@ -146,7 +145,7 @@ def _read_outcome(folder: Path, name: str) -> Any:
 
 
 def _find_class(e: QuantError) -> str:
-    """Return the name of an error's class, or of its nearest base in :mod:`quant.errors`."""
+    """Return the name of an error's class, or of its nearest base in :mod:`quant.core.errors`."""
     names = [c.__name__ for c in type(e).__mro__ if getattr(errors, c.__name__, None) is c]
     return str(names[0])
 

@@ -9,7 +9,7 @@ import resource
 import shutil
 from pathlib import Path
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 
 FULL_BYTES = 4 * 2**20
 """A disk with less than this is full: tools write in pieces of about this size."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quant.core.disk import find_write_problem
-from quant.errors import InputError, ToolError
+from quant.core.errors import InputError, ToolError
 
 LOG_TAIL_LINES = 12
 """Lines of a failed program's log that the error quotes."""

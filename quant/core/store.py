@@ -22,9 +22,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from quant.core import files
+from quant.core.errors import InputError, convert_disk_errors
 from quant.core.files import Receipt
 from quant.core.format import hash_json, to_canonical_json, to_pretty_json
-from quant.errors import InputError, convert_disk_errors
 
 RECEIPT = "receipt.json"
 KEY_LETTERS = 24

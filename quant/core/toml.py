@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from quant.core.errors import InputError, raise_problems, suggest_name
 from quant.core.secrets import LIKE_A_TOKEN, TOKEN
-from quant.errors import InputError, raise_problems, suggest_name
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from quant.calibration.imatrix import read_imatrix
 from quant.core import files
+from quant.core.errors import InputError, raise_problems
 from quant.core.store import Store
-from quant.errors import InputError, raise_problems
 from quant.evaluate.compare import EvaluationSettings
 from quant.evaluate.probe import (
     COMPENSATION_MARK,

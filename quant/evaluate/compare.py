@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from quant.core import child, files, progress
+from quant.core.errors import CheckError, raise_problems
 from quant.core.store import Store, StoredResult
-from quant.errors import CheckError, raise_problems
 from quant.evaluate.scorer import ABOUT
 from quant.evaluate.scores import Evaluation, TokenScores
 from quant.llama.model import bindings_version

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.core import files
-from quant.errors import InputError, raise_problems
+from quant.core.errors import InputError, raise_problems
 from quant.llama import ggml
 from quant.llama.ggml import Library, Rows
 from quant.llama.gguf import TensorSpec

@@ -18,9 +18,9 @@ import numpy as np
 
 from quant.calibration.hessian_file import Hessians
 from quant.core import files
+from quant.core.errors import InputError
 from quant.core.format import to_canonical_json
 from quant.core.store import Store
-from quant.errors import InputError
 from quant.evaluate.compare import EvaluationSettings, measure_files
 from quant.evaluate.scores import TokenScores
 from quant.llama.gguf import Header, TensorSpec

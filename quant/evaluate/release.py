@@ -14,9 +14,9 @@ from typing import Any
 from quant.calibration import held_out
 from quant.calibration.text import CalibrationText
 from quant.core import files
+from quant.core.errors import CheckError
 from quant.core.format import GIB
 from quant.core.store import Store
-from quant.errors import CheckError
 from quant.evaluate.compare import SMALL_BYTES, EvaluationSettings, measure_files
 from quant.evaluate.figures import round_figure, round_figures
 from quant.evaluate.pareto import DominatedFile, find_dominated

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.core import child
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.model import LoadedModel, Numbers
 
 SMALLEST_REST = 1e-12

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 
 RESAMPLES = 1000
 """Bootstrap samples behind an interval."""

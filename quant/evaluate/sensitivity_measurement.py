@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quant.core.errors import InputError
 from quant.core.store import Store
-from quant.errors import InputError
 from quant.evaluate.compare import EvaluationSettings
 from quant.evaluate.error_measurement import measure_errors
 from quant.evaluate.probe import (

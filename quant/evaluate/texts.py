@@ -6,8 +6,8 @@ from quant.calibration import held_out
 from quant.calibration.held_out import HeldOutDomains
 from quant.calibration.text import CalibrationText, build_set_text
 from quant.chat.template import patch_template
+from quant.core.errors import InputError
 from quant.core.store import Store
-from quant.errors import InputError
 from quant.llama.model_file import ModelFile
 from quant.llama.tokenizer import Tokenizer
 from quant.llama.toolchain import Toolchain

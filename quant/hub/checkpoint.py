@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quant.core import digest_cache, files
+from quant.core.errors import raise_problems
 from quant.core.files import Receipt
 from quant.core.store import Store
 from quant.core.toml import Strict
-from quant.errors import raise_problems
 from quant.hub import client as hub_client
 from quant.hub.client import COMMIT, REPO
 from quant.hub.download import HubFile, download_files

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from quant.core.errors import InputError, Unreachable
 from quant.core.secrets import TOKEN, redact_urls
-from quant.errors import InputError, Unreachable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

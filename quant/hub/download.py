@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.core import child, files, progress
-from quant.errors import Unreachable
+from quant.core.errors import Unreachable
 
 STALL_SECONDS = 900.0
 """A transfer that moved nothing for so long is ended; QUANT_STALL_SECONDS sets another time."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.core import child, digest_cache, files
-from quant.errors import CheckError, convert_disk_errors
+from quant.core.errors import CheckError, convert_disk_errors
 from quant.hub import client as hub_client
 from quant.hub.download import HubFile
 

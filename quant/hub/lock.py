@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from quant.core import files
+from quant.core.errors import CheckError, InputError
 from quant.core.files import hash_git_blob
 from quant.core.format import to_pretty_json
-from quant.errors import CheckError, InputError
 from quant.hub.checkpoint import Checkpoint, ModelSource, list_files, select_files
 from quant.hub.client import COMMIT
 from quant.hub.download import HubFile

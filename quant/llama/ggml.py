@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.errors import ToolError
+from quant.core.errors import ToolError
 from quant.llama import toolchain
 from quant.llama.types import TYPES, GGMLType
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from quant.errors import ToolError
+from quant.core.errors import ToolError
 from quant.llama.ggml import BOOL, INT, INT64, POINTER, SIZE, STRING, Signatures, load_functions
 from quant.llama.types import TYPES
 

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.types import BY_ID, GGMLType
 
 MAGIC, VERSION = b"GGUF", 3

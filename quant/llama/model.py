@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.errors import ToolError
+from quant.core.errors import ToolError
 from quant.llama import toolchain
 
 LIBRARY = "LLAMA_CPP_LIB_PATH"

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from quant.core.errors import ToolError
 from quant.core.memory import measure_free_memory
 from quant.core.process import (
     describe_exit,
@@ -16,7 +17,6 @@ from quant.core.process import (
     start_process,
     stop_process,
 )
-from quant.errors import ToolError
 from quant.llama.chat_client import ChatClient, connect
 from quant.llama.toolchain import Toolchain
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from quant.core import files
+from quant.core.errors import InputError, ToolError
 from quant.core.format import hash_texts, to_canonical_json
-from quant.errors import InputError, ToolError
 from quant.llama.model_file import ModelFile
 from quant.llama.toolchain import Toolchain
 

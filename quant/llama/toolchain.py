@@ -16,8 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from quant.core.errors import ToolError
 from quant.core.process import die_with_parent, run_program
-from quant.errors import ToolError
 
 TOOLS = (
     "llama-quantize",

@@ -8,7 +8,7 @@ The numbers are those of ``ggml/include/ggml.h`` (enum ggml_type) and ``ggml/src
 
 from dataclasses import dataclass
 
-from quant.errors import InputError, suggest_name
+from quant.core.errors import InputError, suggest_name
 
 FLOATS = ("BF16", "F16", "F32")
 """Names of the types that a converted checkpoint has."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quant.errors import raise_problems
+from quant.core.errors import raise_problems
 from quant.llama.gguf import Header, TensorSpec, pad
 from quant.llama.tensors import EXPERTS
 from quant.llama.types import TYPES

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.gguf import TensorSpec
 
 SCALES = {

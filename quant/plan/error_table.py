@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.core import files
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.gguf import TensorSpec
 from quant.llama.types import TYPES
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.tensors import tensor_class
 from quant.plan.error_table import ErrorTable
 from quant.plan.sensitivity import ProbeResult, Sensitivities, find_additive_tensors

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from quant.errors import InputError, raise_problems
+from quant.core.errors import InputError, raise_problems
 from quant.llama.gguf import Header, TensorSpec, read_headers
 from quant.plan.inventory import read_architecture
 from quant.plan.load import load_model, load_variant

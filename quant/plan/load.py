@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from quant.core.data import data_folder
+from quant.core.errors import InputError, raise_problems, suggest_name
 from quant.core.toml import read_recipe_text, read_toml
-from quant.errors import InputError, raise_problems, suggest_name
 from quant.hub.client import REPO
 from quant.llama.types import FILE_TYPES, TYPES
 from quant.plan.recipe import (

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from quant.errors import raise_problems
+from quant.core.errors import raise_problems
 from quant.llama.gguf import TensorSpec, pad
 from quant.llama.tensors import sort_tensors, split_block
 from quant.llama.types import TYPES, GGMLType

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.core import files
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.tensors import OUTPUT, split_block
 from quant.plan.error_table import ErrorTable, check_base
 

@@ -14,7 +14,7 @@ as a heuristic), leaves up to 2.5 % of a small file unused.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from quant.errors import InputError, raise_problems
+from quant.core.errors import InputError, raise_problems
 from quant.llama.gguf import ALIGNMENT
 from quant.plan.units import Budget, Option, Unit
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from re import fullmatch
 
-from quant.errors import raise_problems
+from quant.core.errors import raise_problems
 from quant.llama.gguf import TensorSpec, pad
 from quant.llama.tensors import tensor_class
 from quant.llama.types import TYPES

@@ -11,9 +11,9 @@ from typing import Any
 
 from quant.core import files
 from quant.core.disk import find_space_problem
+from quant.core.errors import CheckError, InputError, convert_disk_errors, raise_problems
 from quant.core.files import Receipt
 from quant.core.store import Store, StoredResult
-from quant.errors import CheckError, InputError, convert_disk_errors, raise_problems
 from quant.llama.gguf import read_header, read_headers
 from quant.llama.model_file import ModelFile
 from quant.llama.toolchain import Toolchain

@@ -7,9 +7,9 @@ from pathlib import Path
 from quant.calibration.hessian_file import Hessians
 from quant.calibration.imatrix import read_imatrix
 from quant.core import files
+from quant.core.errors import InputError, raise_problems
 from quant.core.format import to_canonical_json
 from quant.core.store import Store
-from quant.errors import InputError, raise_problems
 from quant.llama.model_file import ModelFile
 from quant.llama.toolchain import find_toolchain
 from quant.plan.plan import make_plan

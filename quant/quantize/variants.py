@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant.calibration.imatrix import ImportanceMatrix
+from quant.core.errors import CheckError, raise_problems
 from quant.core.format import to_canonical_json
 from quant.core.store import Store
-from quant.errors import CheckError, raise_problems
 from quant.llama import ggml
 from quant.llama.gguf import Header, read_headers
 from quant.llama.model_file import ModelFile

@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from quant.core import secrets
+from quant.core.errors import InputError, raise_problems
 from quant.core.files import Receipt, hash_git_blob
-from quant.errors import InputError, raise_problems
 from quant.hub import client as hub_client
 from quant.hub.client import COMMIT, REPO
 from quant.hub.upload import Destination

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quant.core import digest_cache, files
-from quant.errors import CheckError, InputError, convert_disk_errors
+from quant.core.errors import CheckError, InputError, convert_disk_errors
 from quant.release.folder import digest_cache_path
 from quant.release.manifest import FORMAT, MANIFEST
 from quant.release.package import Release

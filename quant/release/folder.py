@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quant.core import digest_cache, files
+from quant.core.errors import CheckError, InputError
 from quant.core.files import Receipt
-from quant.errors import CheckError, InputError
 from quant.release.manifest import MANIFEST, Manifest
 
 CHECKSUMS = "SHA256SUMS"

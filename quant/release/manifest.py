@@ -27,10 +27,10 @@ from typing import Any, Literal, TypeVar
 from pydantic import ConfigDict, TypeAdapter
 
 from quant.chat.scenarios import Scenarios
+from quant.core.errors import InputError, raise_problems, suggest_name
 from quant.core.files import Receipt
 from quant.core.format import to_pretty_json
 from quant.core.toml import parse_json_value
-from quant.errors import InputError, raise_problems, suggest_name
 from quant.plan.recipe import ModelRecipe, TemplatePatch, Variant
 
 MANIFEST = "manifest.json"

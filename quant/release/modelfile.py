@@ -9,7 +9,7 @@ all the work is in the quoting.
 from collections.abc import Mapping
 from typing import Any
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 
 TRIPLE = '"""'
 QUOTES = ('"', TRIPLE)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quant.errors import InputError, raise_problems, suggest_name
+from quant.core.errors import InputError, raise_problems, suggest_name
 from quant.plan.recipe import ModelRecipe
 from quant.release.modelfile import format_modelfile
 

@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quant.core import files
+from quant.core.errors import InputError
 from quant.core.files import Receipt
-from quant.errors import InputError
 from quant.hub import client as hub_client
 from quant.llama.gguf import FIRST_SHARD
 from quant.release.manifest import MANIFEST, Manifest, VariantRecord

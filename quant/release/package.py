@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from quant.core import files
+from quant.core.errors import raise_problems
 from quant.core.files import Receipt
 from quant.core.format import hash_text, to_pretty_json
 from quant.core.store import Store
-from quant.errors import raise_problems
 from quant.release.folder import CHECKSUMS, PROVENANCE
 from quant.release.inputs import ReleaseInputs, make_manifest, place_files
 from quant.release.manifest import MANIFEST, Manifest

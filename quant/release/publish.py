@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant.core import files
+from quant.core.errors import CheckError, InputError, Unreachable
 from quant.core.format import to_pretty_json
-from quant.errors import CheckError, InputError, Unreachable
 from quant.hub import client as hub_client
 from quant.hub.upload import prepare_additions, upload_files
 from quant.release.change import (

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from quant.core import files
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.release.folder import HUB_FILES, SIGNATURE, ReleaseFolder, open_release
 
 if TYPE_CHECKING:

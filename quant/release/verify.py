@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quant.core import files
+from quant.core.errors import InputError
 from quant.core.format import hash_text
-from quant.errors import InputError
 from quant.llama.gguf import Header, read_headers
 from quant.plan.plan import choose_type, match_rules
 from quant.quantize.shard import find_changed_tensors

@@ -186,7 +186,7 @@ def parse_control_tokens(model: Path) -> None:
 
 def quantize(base: Path, matrix: Path | None, variant: Variant, workdir: Path) -> Path | None:
     """Quantize a variant. Return None if it cannot be made without an importance matrix."""
-    from quant.errors import InputError
+    from quant.core.errors import InputError
 
     shutil.rmtree(workdir, ignore_errors=True)
     workdir.mkdir()

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.errors import CheckError, InputError, QuantError, Unreachable
+from quant.core.errors import CheckError, InputError, QuantError, Unreachable
 
 pytestmark = pytest.mark.prefect
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 
 pytestmark = pytest.mark.prefect
 TOKEN = "hf_PlantedTokenOfTheParameter"

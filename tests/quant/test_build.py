@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from quant import build
 from quant.cli.options import quant
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.job import BuildRequest, ReleaseJob, prepare_job
 
 pytestmark = pytest.mark.tools

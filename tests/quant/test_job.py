@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quant.build import build_release
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.hub.checkpoint import ModelSource
 from quant.job import BuildRequest, disk_problems, prepare_job
 from quant.plan.inventory import read_architecture

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from quant.core.errors import CheckError
 from quant.core.files import hash_file
-from quant.errors import CheckError
 from quant.rebuild import RebuildResult, compare_releases, find_changed_figures
 from quant.release.folder import CHECKSUMS, PROVENANCE
 from quant.release.manifest import MANIFEST, Manifest

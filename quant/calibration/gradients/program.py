@@ -28,7 +28,7 @@ from quant.calibration.gradients.shape import ModelShape
 from quant.calibration.hessian_sums import HessianSums, write_hessians
 from quant.core import child, progress
 from quant.core.disk import reserve_file
-from quant.errors import ToolError
+from quant.core.errors import ToolError
 from quant.llama.gguf import read_headers
 from quant.llama.model import LoadedModel, Numbers
 from quant.llama.tensors import OUTPUT, TOKEN_EMBEDDING

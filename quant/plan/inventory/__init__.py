@@ -16,7 +16,7 @@ A new architecture is one class, entered in ``ARCHITECTURES`` and in the tests' 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from quant.errors import InputError, raise_problems, suggest_name
+from quant.core.errors import InputError, raise_problems, suggest_name
 from quant.llama.gguf import TensorSpec
 from quant.plan.inventory import glm4, glm4_moe, mla, vision
 from quant.plan.inventory.config import ArchitectureConfig, parse_config

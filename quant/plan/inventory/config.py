@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
-from quant.errors import raise_problems
+from quant.core.errors import raise_problems
 from quant.llama.gguf import TensorSpec
 from quant.llama.tensors import OUTPUT, TOKEN_EMBEDDING
 from quant.llama.types import TYPES

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from quant.core import files
+from quant.core.errors import CheckError
 from quant.core.format import to_pretty_json
-from quant.errors import CheckError
 from quant.llama.ggml import Bytes
 from quant.llama.gguf import read_header
 from quant.llama.tensors import stored_shape

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.gguf import Header, TensorSpec, read_header
 from quant.quantize.engine.chunks import split_into_chunks
 from quant.quantize.engine.journal import ErrorSums

@@ -9,7 +9,7 @@ from typing import Any
 
 from quant.core import child
 from quant.core.child import CrashError
-from quant.errors import ToolError, convert_disk_errors
+from quant.core.errors import ToolError, convert_disk_errors
 from quant.quantize.engine import status
 from quant.quantize.engine.job import EngineJob
 from quant.quantize.engine.output import record_path, recover_record

@@ -24,7 +24,7 @@ from quant.calibration.imatrix_file import (
     find_sum_problem,
     list_entries,
 )
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.ggml import Bytes, Library, Rows
 from quant.llama.gguf import Header, TensorSpec, read_header
 from quant.quantize.engine.chunks import Chunk, split_into_chunks

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.core import files, progress
+from quant.core.errors import CheckError, InputError, raise_problems
 from quant.core.format import to_pretty_json
-from quant.errors import CheckError, InputError, raise_problems
 from quant.llama import ggml
 from quant.llama.ggml import Bytes, Kernel, Library, Rows
 from quant.llama.types import FLOATS, TYPES, GGMLType

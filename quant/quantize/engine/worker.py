@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.core import child
-from quant.errors import convert_disk_errors
+from quant.core.errors import convert_disk_errors
 from quant.quantize.engine.job import parse_job
 from quant.quantize.engine.work import quantize_job
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.errors import ToolError
+from quant.core.errors import ToolError
 from quant.llama import ggml
 from quant.llama.ggml import Bytes, Kernel, Rows
 from quant.llama.types import GGMLType

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama import ggml
 from quant.llama.ggml import Bytes, Rows
 from quant.llama.types import GGMLType

@@ -8,7 +8,7 @@ import pytest
 
 from quant.calibration import documents
 from quant.calibration.documents import Document, list_set_files, load_documents
-from quant.errors import InputError
+from quant.core.errors import InputError
 
 USER = {"role": "user", "content": "Hello"}
 ANSWER = {"role": "assistant", "content": "Hi"}

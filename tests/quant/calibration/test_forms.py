@@ -10,7 +10,7 @@ import pytest
 from quant.calibration.documents import Document
 from quant.calibration.forms import NumberedRow, parse_rows
 from quant.calibration.sets import CalibrationSource, Form
-from quant.errors import InputError
+from quant.core.errors import InputError
 
 
 def parse(form: str, *rows: dict[str, Any], **more: Any) -> list[Document]:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from quant.calibration.hessian_file import FORM, Hessians
-from quant.errors import InputError
+from quant.core.errors import InputError
 
 RNG = np.random.default_rng(1)
 

@@ -14,7 +14,7 @@ from quant.calibration.hessian_collector import HessianCollector
 from quant.calibration.hessian_file import Hessians
 from quant.calibration.hessians import HessianSettings, collect_hessians
 from quant.core import disk, files, memory
-from quant.errors import InputError, ToolError
+from quant.core.errors import InputError, ToolError
 from quant.llama.ggml_graph import GraphTensor
 from quant.llama.gguf import read_header
 from quant.llama.toolchain import find_toolchain

@@ -23,8 +23,8 @@ from quant.calibration.imatrix import (
 )
 from quant.calibration.text import CalibrationText
 from quant.core import files, process, progress
+from quant.core.errors import InputError
 from quant.core.store import Store
-from quant.errors import InputError
 from quant.llama import toolchain
 from quant.llama.gguf import TensorSpec, read_header
 from quant.llama.model_file import ModelFile

@@ -15,7 +15,7 @@ from quant.calibration.imatrix_file import (
     merge_imatrices,
     save_imatrix,
 )
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama import toolchain
 from quant.llama.gguf import TensorSpec
 from quant.llama.types import TYPES

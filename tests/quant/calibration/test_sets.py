@@ -12,8 +12,8 @@ import pytest
 from quant.calibration import datasets, sets
 from quant.calibration.documents import SETS
 from quant.cli.options import quant
+from quant.core.errors import CheckError, InputError
 from quant.core.format import hash_texts, to_canonical_json
-from quant.errors import CheckError, InputError
 from tests.hub import Hub, running
 
 HEAD = 'name = "mine"\nsummary = "For tests."\n'

@@ -19,8 +19,8 @@ from quant.calibration.text import (
 from quant.chat.families import load_family
 from quant.chat.stub_model import write_stub_model
 from quant.chat.template import ChatTemplate
+from quant.core.errors import InputError
 from quant.core.store import Store
-from quant.errors import InputError
 from quant.llama import toolchain
 from quant.llama.model_file import ModelFile
 from quant.llama.tokenizer import Tokenizer

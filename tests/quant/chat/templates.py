@@ -7,7 +7,7 @@ from quant.chat.families import load_family
 from quant.chat.messages import Conversation
 from quant.chat.renderings import Rendering, Renderings, RenderRequest, list_requests
 from quant.chat.template import patch_template, render_template
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.plan.load import load_template_patch
 from tests.models.templates import authors_glm_4_6, glm_4_6v, glm_5
 

@@ -15,8 +15,8 @@ from quant.chat.check import (
 )
 from quant.chat.families import SpecialTokens
 from quant.chat.sandbox import SandboxLimits
+from quant.core.errors import CheckError, InputError
 from quant.core.store import Store
-from quant.errors import CheckError, InputError
 from quant.llama.toolchain import find_toolchain
 from quant.plan.load import list_recipes, load_template_patch
 from tests.gguf_files import LLAMA, key, write

@@ -19,7 +19,7 @@ from quant.chat.renderings import Rendering, RenderRequest, list_requests
 from quant.chat.rules import find_disagreements
 from quant.chat.sandbox import SandboxLimits
 from quant.chat.stub_model import write_stub_model
-from quant.errors import ToolError
+from quant.core.errors import ToolError
 from quant.llama.gguf import read_header
 from quant.llama.toolchain import find_toolchain
 from tests.quant.chat.templates import CONVERSATIONS, FILES, GLM, ORIGINALS, PATCHED, RENDERED

@@ -16,7 +16,7 @@ from quant.chat.families import (
     read_checkpoint_tokens,
 )
 from quant.chat.gguf_patch import KEY
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.gguf import read_header
 from quant.plan.load import RECIPES, list_recipes, load_model
 from tests.gguf_files import LLAMA, key, write

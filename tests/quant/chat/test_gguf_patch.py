@@ -13,7 +13,7 @@ from quant.chat import gguf_patch
 from quant.chat.gguf_patch import describe_patch, patch_file, replace_template
 from quant.chat.stub_model import write_stub_model
 from quant.chat.template import patch_template
-from quant.errors import CheckError, InputError
+from quant.core.errors import CheckError, InputError
 from quant.llama.gguf import Header, pad, read_header
 from quant.llama.toolchain import find_toolchain
 from quant.plan.load import load_template_patch

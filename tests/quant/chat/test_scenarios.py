@@ -8,8 +8,8 @@ import pytest
 
 from quant.chat.scenarios import Scenarios, load_scenarios, merge_scenarios
 from quant.chat.smoke import collect_waivers
+from quant.core.errors import InputError
 from quant.core.toml import parse_json_value
-from quant.errors import InputError
 from quant.plan.load import list_recipes, load_model
 from quant.plan.recipe import Waiver
 

@@ -28,8 +28,8 @@ from quant.chat.smoke import (
 )
 from quant.chat.template import patch_template
 from quant.chat.verdict import ANSWERS, SmokeResult, SmokeRun, judge_run
+from quant.core.errors import InputError, ToolError
 from quant.core.store import Store
-from quant.errors import InputError, ToolError
 from quant.llama import toolchain
 from quant.llama.gguf import read_header
 from quant.llama.model_file import ModelFile

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quant.chat.template import patch_template, render_template
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.plan.load import load_template_patch
 from quant.plan.recipe import Replacement, TemplatePatch
 

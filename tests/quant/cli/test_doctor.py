@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from quant.cli import doctor
 from quant.cli.doctor import LIBRARIES, Finding, examine_machine
 from quant.cli.options import quant
-from quant.errors import ToolError
+from quant.core.errors import ToolError
 from quant.llama.toolchain import BRING_TOOLS, TOOLS, Toolchain
 from quant.quantize.kernels.library import load_library
 

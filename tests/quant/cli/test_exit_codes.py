@@ -11,7 +11,7 @@ import pytest
 
 from quant import cli
 from quant.cli.options import quant
-from quant.errors import CheckError, InputError, ToolError, Unreachable
+from quant.core.errors import CheckError, InputError, ToolError, Unreachable
 from quant.llama.toolchain import Toolchain
 from tests.gguf_files import write
 from tests.processes import PATIENCE_SECONDS, lives, wait_for, written_pid

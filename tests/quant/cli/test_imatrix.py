@@ -10,7 +10,7 @@ from quant.calibration.imatrix_file import load_imatrix, save_imatrix
 from quant.chat.families import load_family
 from quant.chat.stub_model import write_stub_model
 from quant.cli.options import quant
-from quant.errors import InputError
+from quant.core.errors import InputError
 from tests.quant.calibration.test_imatrix_file import EXPERTS, legacy, matrix
 
 GLM = load_family("glm")

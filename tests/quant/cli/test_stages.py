@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from quant.cli.options import quant
-from quant.errors import QuantError
+from quant.core.errors import QuantError
 from quant.llama.gguf import read_header, read_headers
 from tests.quant.quantize.engine.models import LARGE, write_base, write_matrix
 

@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 
-from quant import errors
-from quant.core import child, progress
+from quant.core import child, errors, progress
 from quant.core.child import JOB, LOG, OUTCOME, PROGRESS, CrashError, run_child
-from quant.errors import CheckError, InputError, QuantError, ToolError, Unreachable
+from quant.core.errors import CheckError, InputError, QuantError, ToolError, Unreachable
 
 PROGRAM = """
 import ctypes, os, signal, sys, time
 from quant.core import child, progress
-from quant.errors import CheckError, InputError, ToolError, Unreachable
+from quant.core.errors import CheckError, InputError, ToolError, Unreachable
 
 class Special(CheckError):
     pass

@@ -16,8 +16,8 @@ from quant.core.disk import (
     measure_free_space,
     reserve_file,
 )
+from quant.core.errors import InputError
 from quant.core.memory import measure_free_memory
-from quant.errors import InputError
 
 
 def test_a_byte_too_little_is_one_line_with_both_numbers(

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quant.core import files
+from quant.core.errors import InputError
 from quant.core.store import RECEIPT, Store, StoredResult, hash_inputs
-from quant.errors import InputError
 from tests.processes import PATIENCE_SECONDS
 
 INPUTS = {"source": "abc", "settings": {"n": 1}}
@@ -323,7 +323,7 @@ FULL = """
     import resource, sys
     from pathlib import Path
     from quant.core import files
-    from quant.errors import InputError
+    from quant.core.errors import InputError
     from quant.core.store import Store
 
     def make(folder):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.evaluate.allocation import AllocationRequest, allocate
 from quant.plan.load import load_variant
 from quant.plan.units import Constraints

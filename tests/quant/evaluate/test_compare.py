@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from quant.core.errors import InputError
 from quant.core.store import Store
-from quant.errors import InputError
 from quant.evaluate.compare import EvaluationSettings, evaluate_models
 from quant.evaluate.scores import compute_figures
 from quant.llama import toolchain

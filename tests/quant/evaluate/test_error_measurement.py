@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from quant.core import files
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.evaluate.error_measurement import measure_errors
 from quant.llama import ggml
 from quant.llama.ggml import Library

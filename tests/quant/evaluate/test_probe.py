@@ -2,7 +2,7 @@
 
 import pytest
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.evaluate.probe import list_probes, select_part
 from quant.plan.fit import fit_sensitivities
 from quant.plan.inventory import list_tensors

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import quant.evaluate
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.evaluate.request import Comparison
 from quant.evaluate.scores import Evaluation
 from quant.evaluate.texts import name_domains

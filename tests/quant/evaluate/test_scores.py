@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.evaluate.scores import (
     Evaluation,
     TokenScores,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from quant.core import files
+from quant.core.errors import InputError
 from quant.core.store import Store
-from quant.errors import InputError
 from quant.hub import checkpoint
 from quant.hub.checkpoint import ModelSource
 

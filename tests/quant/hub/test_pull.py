@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from quant.core import files
-from quant.errors import Unreachable
+from quant.core.errors import Unreachable
 from quant.hub import download
 from quant.hub.download import HubFile
 from tests import hub as hubs

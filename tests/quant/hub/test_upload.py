@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from quant.core import files
-from quant.errors import Unreachable
+from quant.core.errors import Unreachable
 from quant.hub.upload import Destination, RateLimiter, upload_variant
 from quant.release.change import plan_change
 from quant.release.publish import publish_release

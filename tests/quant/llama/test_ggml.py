@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
-from quant.errors import ToolError
+from quant.core.errors import ToolError
 from quant.llama import ggml, types
 from quant.llama.toolchain import find_toolchain
 from quant.llama.types import TYPES

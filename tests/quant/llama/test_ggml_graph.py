@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quant.errors import ToolError
+from quant.core.errors import ToolError
 from quant.llama import ggml, ggml_graph
 from quant.llama.ggml_graph import GraphTensor, load_graph_library, view_tensor
 from quant.llama.model import find_bindings

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.gguf import Header, list_shards, pad, read_header, read_headers
 from tests.gguf_files import (
     ARRAY,
@@ -401,7 +401,7 @@ def test_a_huge_count_in_a_huge_file_takes_no_memory(tmp_path: Path, name: str) 
         f.truncate(100 * 10**9)  # a sparse file: none of it is on the disk
     code = (
         "import resource, sys; from pathlib import Path; from quant.llama.gguf import read_header\n"
-        "from quant.errors import InputError\n"
+        "from quant.core.errors import InputError\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))\n"
         "try: read_header(Path(sys.argv[1]))\n"
         "except InputError as e: print(e)"

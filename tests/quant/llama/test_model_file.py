@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from quant.core import files
+from quant.core.errors import InputError
 from quant.core.files import Receipt, make_receipt
 from quant.core.format import hash_texts
-from quant.errors import InputError
 from quant.llama import gguf, model_file
 from quant.llama.gguf import Header
 from quant.llama.model_file import ModelFile

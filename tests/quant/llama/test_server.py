@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from quant.core.errors import InputError, ToolError
 from quant.core.process import find_free_port
-from quant.errors import InputError, ToolError
 from quant.llama.server import ServerSettings, serve_model
 from quant.llama.toolchain import Toolchain
 from tests.processes import lives, wait_for, written_pid

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.errors import InputError, ToolError
+from quant.core.errors import InputError, ToolError
 from quant.llama import toolchain
 from quant.llama.model import LoadedModel
 from quant.llama.model_file import ModelFile

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from quant.core.errors import InputError, ToolError
 from quant.core.process import LOG_TAIL_LINES, find_free_port, read_log_tail, run_program
-from quant.errors import InputError, ToolError
 from quant.llama import toolchain
 from quant.llama.toolchain import BRING_TOOLS, DEFINE, OLDEST, TOOLS, Toolchain, find_toolchain
 from tests.processes import lives, wait_for, written_pid

@@ -4,7 +4,7 @@ import gguf
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.types import BY_ID, FILE_TYPES, TYPES, find_type
 
 LEFT_OUT = {"Q8_1", "Q8_K", "NVFP4", "Q1_0"}

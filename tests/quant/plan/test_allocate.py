@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.tensors import tensor_class
 from quant.llama.types import TYPES
 from quant.plan.allocate import allocate_ladder, allocate_variant

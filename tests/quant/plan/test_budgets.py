@@ -2,7 +2,7 @@
 
 import pytest
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.plan.budgets import SizeTarget, parse_file_size, parse_memory_budget
 
 

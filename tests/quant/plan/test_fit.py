@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.evaluate.probe import list_probes
 from quant.plan.fit import fit_sensitivities, refit_sensitivities
 from quant.plan.sensitivity import ProbeResult, Sensitivities

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama import toolchain
 from quant.llama.gguf import TensorSpec, pad, read_header
 from quant.llama.types import TYPES

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quant.core import toml
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.plan import recipe
 from quant.plan.load import (
     find_model_of_file,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.tensors import split_block
 from quant.plan.sensitivity import (
     Probe,

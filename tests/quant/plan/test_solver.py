@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.plan.solver import solve
 from quant.plan.units import Budget, Option, Unit
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.gguf import TensorSpec, pad
 from quant.llama.types import TYPES
 from quant.plan.units import Constraints, build_units

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from quant.errors import CheckError, InputError, ToolError
+from quant.core.errors import CheckError, InputError, ToolError
 from quant.llama import toolchain
 from quant.llama.gguf import read_header, read_headers
 from quant.llama.toolchain import Toolchain

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.gguf import read_header
 from quant.plan.recipe import Rule, Variant
 from quant.quantize.standalone import QuantizeRequest, quantize_model

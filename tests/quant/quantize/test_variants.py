@@ -12,8 +12,8 @@ import pytest
 from quant.calibration import imatrix
 from quant.calibration.imatrix import ImportanceMatrix
 from quant.core import files
+from quant.core.errors import CheckError, InputError
 from quant.core.store import Store, StoredResult
-from quant.errors import CheckError, InputError
 from quant.llama import gguf, toolchain
 from quant.llama.gguf import Header, read_header
 from quant.llama.model_file import ModelFile

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from quant.core import files
-from quant.errors import CheckError, InputError
+from quant.core.errors import CheckError, InputError
 from quant.release.deliver import deliver_release, is_delivered
 from quant.release.manifest import MANIFEST
 from quant.release.package import Release

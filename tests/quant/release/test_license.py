@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.hub.upload import Destination
 from quant.job import BuildRequest, prepare_job
 from quant.plan.load import RECIPES, load_model

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.release import manifest as manifests
 from quant.release.manifest import FORMAT, SCHEMA, Manifest, make_schema, read_schema
 from tests.quant.release.manifests import (

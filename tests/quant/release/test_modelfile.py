@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.release.modelfile import format_modelfile, parse_modelfile
 
 # What Ollama's parser makes of a text (parser/parser_test.go), and None where it wants more.

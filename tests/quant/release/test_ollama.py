@@ -8,7 +8,7 @@ import pytest
 from quant.chat.go_template import covers, load_go_template, render_go
 from quant.chat.renderings import list_requests
 from quant.chat.rules import find_disagreements
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.plan.load import list_recipes, load_model
 from quant.release.ollama import find_params_problems, make_params
 from tests.quant.chat.templates import CONVERSATIONS, RENDERED

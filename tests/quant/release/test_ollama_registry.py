@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from quant.core.errors import InputError, Unreachable
 from quant.core.files import Receipt
 from quant.core.secrets import TOKEN
-from quant.errors import InputError, Unreachable
 from quant.hub import client as hub_client
 from quant.plan.load import list_recipes, load_model
 from quant.release import ollama_registry

@@ -9,8 +9,8 @@ import pytest
 
 from quant.core import files
 from quant.core.digest_cache import save_digests
+from quant.core.errors import CheckError, InputError, QuantError, Unreachable
 from quant.core.secrets import redact_urls
-from quant.errors import CheckError, InputError, QuantError, Unreachable
 from quant.hub.upload import Destination
 from quant.release.change import plan_change
 from quant.release.folder import CHECKSUMS, digest_cache_path

@@ -10,7 +10,7 @@ from threading import Event
 
 import pytest
 
-from quant.errors import InputError, Unreachable
+from quant.core.errors import InputError, Unreachable
 from quant.hub.upload import Destination
 from quant.release.change import plan_change
 from tests.hub import Fault, Hub

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from model_signing.verifying import Config
 
 from quant.core import files
-from quant.errors import CheckError, InputError
+from quant.core.errors import CheckError, InputError
 from quant.hub.upload import Destination
 from quant.release.change import plan_change
 from quant.release.folder import SIGNATURE, open_release

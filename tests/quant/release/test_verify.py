@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from quant.core.errors import InputError
 from quant.core.files import Receipt, hash_file
-from quant.errors import InputError
 from quant.llama.gguf import read_header
 from quant.plan.recipe import Rule
 from quant.release.folder import CHECKSUMS, PROVENANCE

@@ -13,7 +13,7 @@ from quant.calibration.gradients.program import ModelPass, ModelWeights
 from quant.calibration.hessian_sums import HessianSums
 from quant.calibration.hessians import HessianSettings, collect_hessians
 from quant.core import child, memory
-from quant.errors import InputError, ToolError
+from quant.core.errors import InputError, ToolError
 from quant.llama.tensors import OUTPUT, TOKEN_EMBEDDING
 from quant.llama.toolchain import find_toolchain
 from tests.quant.quantize.engine.models import replace_weight, write_base

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.gguf import TensorSpec, pad
 from quant.plan.inventory import (
     count_parameters,

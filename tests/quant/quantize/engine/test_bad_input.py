@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.errors import CheckError, InputError, ToolError
+from quant.core.errors import CheckError, InputError, ToolError
 from quant.quantize.engine import chunks, journal
 from quant.quantize.engine.job import EngineJob
 from quant.quantize.engine.run import run_engine

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quant.calibration.imatrix_file import load_imatrix
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama.gguf import TensorSpec
 from quant.llama.types import TYPES
 from quant.quantize.engine import weights

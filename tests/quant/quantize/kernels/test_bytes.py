@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama import ggml
 from quant.llama.ggml import Rows
 from quant.llama.types import TYPES, GGMLType

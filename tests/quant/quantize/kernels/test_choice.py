@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama import ggml
 from quant.llama.ggml import Bytes, Rows
 from quant.llama.types import TYPES, GGMLType

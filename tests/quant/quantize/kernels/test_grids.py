@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from quant.errors import InputError
+from quant.core.errors import InputError
 from quant.llama import ggml
 from quant.llama.types import TYPES
 from quant.quantize.kernels import Kernels

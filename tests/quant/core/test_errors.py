@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.errors import (
+from quant.core.errors import (
     CheckError,
     InputError,
     QuantError,
