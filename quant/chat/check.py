@@ -126,6 +126,7 @@ def load_template(model_or_gguf: str, patch_name: str | None = None) -> Template
             tokens=read_file_tokens(header),
             family=find_file_family(header),
         )
+        # As it is, unless a patch is named: a GGUF of this project has its patch already.
         return _patch(template, patch_name or "none")
     model, path = load_model(model_or_gguf)
     return _patch(_find_model_template(model, path), patch_name or model.template)
@@ -171,6 +172,7 @@ def check_template(
         conversations = template.conversations
     requests = list_requests(conversations)
     ours = render_in_sandbox(template.text, requests, "jinja", template.tokens)
+    # One line instead of the same fault for each of hundreds of texts.
     if problem := find_fatal_error(ours):
         raise InputError(f"{template.source}: {problem}")
     others = dict(_render_elsewhere(template, tools, conversations))
@@ -209,10 +211,12 @@ def require_template(
         "template": hash_text(template.text),
         "original": hash_text(template.original) if template.original is not None else None,
         "patch": asdict(patch) if patch else None,
+        # gotpl is a development dependency: where it is missing, the Go template is not checked.
         "ollama": go if find_spec("gotpl") else None,
         "tokens": asdict(template.tokens),
         "family": asdict(template.family),
         "conversations": hash_json([asdict(c) for c in template.conversations]),
+        # The engines that run here. llama.cpp is not one of them, so its version is not in the key.
         "packages": {name: version(name) for name in ("jinja2", "transformers")},
     }
     stored = store.run_once(
@@ -279,7 +283,7 @@ def _find_model_template(model: ModelRecipe, path: Path) -> TemplateUnderTest:
 
 def _identify(template: str, checkpoint: Path) -> tuple[ModelFamily, SpecialTokens]:
     """The family of a checkpoint's template, and the tokens that the template may refer to."""
-    # Found twice: a family names tokens that the checkpoint lacks, and a probed one is made of
+    # Asked twice: a family names tokens that the checkpoint lacks, and a probed one is made of
     # them.
     tokens = read_checkpoint_tokens(checkpoint, find_family(template))
     return find_family(template, tokens=tokens), tokens

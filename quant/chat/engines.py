@@ -22,9 +22,11 @@ from quant.llama.chat_client import ChatClient, ServerError
 from quant.llama.server import ServerSettings, serve_model
 from quant.llama.toolchain import Toolchain
 
+# Chosen for a busy machine: the stub itself loads at once.
 START_SECONDS = 120
 AT_LIMIT = ", at its limit of time or memory"
 NOT_TRIED = "chat template: not tried, because an earlier one reached a limit"
+# Prompts are rendered and never evaluated, so the smallest context does.
 SERVER_ARGUMENTS = ("-c", "64", "-np", "1", "-t", "1", "--no-webui")
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR")
 """Environment variables of the sandbox. A template's process sees no token."""
@@ -73,6 +75,7 @@ def render_in_sandbox(
                 "quant.chat.sandbox", job, folder=folder, name="the renderer", env=_environment()
             )
         except ToolError as e:
+            # Without the end of the log: an error of a template is one line.
             ending = e.problems[0].split("; its last words")[0]
         return _complete(requests, _read_renderings(folder / RESULTS), ending)
 
@@ -83,6 +86,7 @@ def find_fatal_error(renderings: Renderings) -> str | None:
     reached_limit = any(e.startswith(NOT_TRIED) for e in errors)
     if not errors or (len(errors) < len(renderings) and not reached_limit):
         return None
+    # After a limit, the last error that is not NOT_TRIED is the one that ended the process.
     return next((e for e in reversed(errors) if not e.startswith(NOT_TRIED)), errors[0])
 
 
@@ -142,6 +146,7 @@ def _decode_call(call: Any) -> Any:
 def _environment() -> dict[str, str]:
     kept = {key: os.environ[key] for key in KEPT_VARIABLES if key in os.environ}
     return kept | {
+        # transformers must not ask the hub for anything while a stranger's template runs.
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONDONTWRITEBYTECODE": "1",

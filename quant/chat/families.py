@@ -29,6 +29,7 @@ CALL_WORDS = ("tool_call", "function_call")
 RESULT_WORDS = ("tool_response", "tool_result", "tool_output")
 SWITCH = "enable_thinking"
 """The template variable that llama-server and most templates use to turn reasoning on and off."""
+# <x> and [x] without attributes; the brackets are Mistral's ([THINK]).
 _TAG = re.compile(r"([<\[])(/?)([A-Za-z][\w:.-]*)[>\]]")
 _CONTROL_TOKEN = re.compile(
     r"<[|｜][^<>|｜\s{}'\"]+[|｜]>"  # ChatML, Llama 3, DeepSeek (full-width bars)
@@ -100,6 +101,7 @@ class ModelFamily(Strict):
     tool_calls: ToolCallFormat | None = None
     default_model: str | None = None
     """The model recipe for a file of this family that no recipe knows."""
+    # Not hashed, because a dict cannot be: families are keys of build_conversations' cache.
     collected_templates: dict[str, str] = field(default_factory=dict, hash=False)
     """Model name to file of llama.cpp's template collection."""
 
@@ -149,6 +151,7 @@ def find_family(
         A family of recipes/families, or a family without a name that holds what could be probed.
     """
     names = set(architectures)
+    # The first match counts. load_families sorts by file name: the order is the same everywhere.
     for family in load_families():
         if template is None:
             if names & set(family.architectures):
@@ -195,6 +198,8 @@ def probe_family(
     )
     ends = [token for token in (tokens.bos_token, tokens.eos_token) if token]
     control = tuple(dict.fromkeys([*ends, *written]))
+    # The first control token that begins or ends no text opens a turn. In ChatML it is the same
+    # for users and assistants, <|im_start|>.
     turn = next((token for token in control if token not in ends), "")
     return ModelFamily(
         name="",
@@ -245,6 +250,8 @@ def list_control_tokens(header: Header) -> list[str]:
     """Return the control tokens of a GGUF's vocabulary."""
     types = header.metadata.get("tokenizer.ggml.token_type") or []
     tokens = header.metadata.get("tokenizer.ggml.tokens") or []
+    # Not strict: a file whose lists differ in length still gets its other checks. An empty token
+    # is left out, because every text contains it.
     return [t for t, kind in zip(tokens, types, strict=False) if kind == CONTROL_TYPE and t]
 
 

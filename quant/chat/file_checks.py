@@ -36,7 +36,7 @@ def check_file(runner: SmokeRunner, headers: Sequence[Header], end_tokens: Seque
     """
     client, family = runner.client, runner.family
     tokens, header = runner.scenarios.tokens, headers[0]
-    # Only a family that somebody wrote down is held to its tokens, not what was probed.
+    # Tokens that were only probed are not required: the template may mention others' tokens.
     single = tokens.single or (family.control_tokens if family.name else ())
     template = header.metadata.get("tokenizer.chat_template")
     runner.record("template", _find_template_faults(client, template))
@@ -63,9 +63,12 @@ def find_zero_tensors(header: Header) -> Iterator[str]:
             return not any(f.read(length))
 
         for t in header.tensors:
+            # Biases are left out: many start at zero, and may stay there.
             if not t.name.endswith(".weight") or not t.bytes:
                 continue
             last = max(0, t.bytes - WINDOW_BYTES)
+            # all() stops at the first window that is not zero: of a sound tensor 64 KiB are
+            # read, of a broken one everything.
             samples, windows = (0, last // 2, last), range(0, t.bytes, WINDOW_BYTES)
             if all(
                 is_zero(t.offset + at, min(WINDOW_BYTES, t.bytes - at))
@@ -123,6 +126,7 @@ def _find_format_faults(runner: SmokeRunner, markers: Sequence[str]) -> Iterator
     if not markers or not runner.scenarios.tools:
         return
     tool = runner.scenarios.tools[0]
+    # Arguments as text, as OpenAI's clients send them; the server has to decode them.
     function = {"name": tool.name, "arguments": '{"key": "value"}'}
     messages: list[Message] = [
         {"role": "user", "content": "Hello."},

@@ -64,6 +64,7 @@ def patch_file(first: Path, out: Path, name: str | None = None) -> PatchedFile:
     with convert_disk_errors(out), files.temp_folder(out) as folder:
         partial = folder / out.name
         write_with_template(header, template.text, partial)
+        # Compared before it has its name: nobody finds a file that is not proven.
         if problems := list(find_file_differences(header, read_header(partial), template.text)):
             raise CheckError(*problems)
         files.replace_atomically(partial, out)
@@ -130,6 +131,7 @@ def replace_template(head: bytes, old: str, new: str, source: str) -> bytes:
 def find_file_differences(before: Header, after: Header, text: str) -> Iterator[str]:
     """Yield what differs beside the template: keys, their order, tensors, their bytes."""
     expected = before.metadata | {KEY: text}
+    # As lists, because the order of keys is part of what must stay; dicts compare without it.
     if list(after.metadata) != list(expected):
         yield f"{after.path}: keys: expected those of {before.path} in their order, found others"
     for key in expected.keys() & after.metadata.keys():
@@ -161,6 +163,7 @@ def describe_patch(patched: PatchedFile) -> Sequence[str]:
 
 
 def _find_problems(header: Header, shards: int, out: Path) -> Iterator[str]:
+    # 0 in a first shard, and absent from a file that is not split.
     if number := header.metadata.get("split.no"):
         yield (
             f"{header.path}: split.no: expected the first shard, which has the template,"
@@ -187,4 +190,5 @@ def _encode_record(text: str) -> bytes:
 
 def _encode_string(text: str) -> bytes:
     raw = text.encode()
+    # Lengths have 64 bits since version 2 of the format; read_header accepts only version 3.
     return struct.pack("<Q", len(raw)) + raw

@@ -57,6 +57,7 @@ def render_go(template: str, requests: Sequence[RenderRequest]) -> Renderings:
         InputError: ``gotpl``, the renderer, is not installed.
     """
     try:
+        # By name, because it is a development dependency: an installed release has no gotpl.
         gotpl = import_module("gotpl")
     except ModuleNotFoundError as e:
         raise InputError(
@@ -74,6 +75,7 @@ def _template_data(request: RenderRequest) -> dict[str, Any]:
     ]
     return {
         "Messages": messages,
+        # Ollama's `think` has three states. Templates get them as two booleans.
         "IsThinkSet": request.thinking is not None,
         "Think": bool(request.thinking),
     }

@@ -10,6 +10,8 @@ from quant.chat.families import ReasoningFormat
 
 Message = dict[str, Any]
 
+# The brackets U+27E6 and U+27E7 occur in no test message and in no family's markers, so a
+# placeholder is never taken for text.
 OPEN, CLOSE, REASONING = "⟦open⟧", "⟦close⟧", "⟦reasoning⟧"
 START, USER, ASSISTANT = "⟦start⟧", "⟦user⟧", "⟦assistant⟧"
 CALL_OPEN, CALL_CLOSE = "⟦call_open⟧", "⟦call_close⟧"
@@ -77,6 +79,7 @@ def parts(*texts: str) -> list[Message]:
 
 def tool_schema(name: str, description: str, **properties: Message) -> Message:
     """Return the declaration of a tool."""
+    # Only the first property is required: a declaration has both kinds.
     parameters = {"type": "object", "properties": properties, "required": list(properties)[:1]}
     return {
         "type": "function",

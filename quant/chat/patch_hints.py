@@ -36,6 +36,8 @@ def show_nearest_matches(text: str, anchor: str) -> str:
 def _find_nearest(lines: list[str], wanted: list[str]) -> int | None:
     """The index at which the most similar lines begin; as many lines as the anchor has."""
     best_ratio, best_start = MIN_RATIO, None
+    # From 200 characters on, autojunk would ignore the frequent ones: blanks and braces, which
+    # templates consist of.
     matcher = difflib.SequenceMatcher(autojunk=False)
     # difflib caches what it knows of the second sequence, so the anchor is that one.
     matcher.set_seq2("\n".join(wanted))
@@ -56,4 +58,5 @@ def _line_number(text: str, anchor: str, occurrence: int) -> int:
     at = -1
     for _ in range(occurrence + 1):
         at = text.index(anchor, at + 1)
+    # An anchor may begin with newlines; a reader looks for its first text.
     return text.count("\n", 0, at) + 1 + (len(anchor) - len(anchor.lstrip("\n")))

@@ -13,6 +13,7 @@ from quant.chat.families import SWITCH, ReasoningFormat
 from quant.chat.messages import Conversation, Message
 
 MODES: Mapping[str, Mapping[str, Any]] = {
+    # Not the same as on or off: templates ask whether the variable is defined.
     "default": {},
     "on": {SWITCH: True},
     "off": {SWITCH: False},
@@ -98,6 +99,8 @@ def collect_reasoning(message: Message, reasoning: ReasoningFormat | None) -> st
     content = message.get("content")
     if not reasoning or not isinstance(content, str) or reasoning.close not in content:
         return ""
+    # As GLM's template splits it. The opening marker may be missing: GLM-4.7 has it in the
+    # generation prompt, so the model does not write it.
     return content.split(reasoning.close)[0].split(reasoning.open)[-1].strip()
 
 
@@ -123,6 +126,7 @@ def _thinking(mode: str, n: int) -> bool | None:
 def _prompt_ends(conversation: Conversation) -> list[int]:
     """Before each answer, and at the end; of a conversation that must be refused only the end."""
     messages = conversation.messages
+    # An assistant message at the very start answers nothing: no prompt ends before it.
     before = [n for n, m in enumerate(messages) if n and m["role"] == "assistant"]
     return [len(messages)] if conversation.refused else [*before, len(messages)]
 

@@ -97,6 +97,7 @@ def format_calls(reply: Reply) -> str:
 
 
 def _always_reasons(family: ModelFamily) -> bool:
+    # Without a switch the template has no way to pass the client's wish on to the model.
     return family.reasoning is not None and not family.reasoning.switch
 
 

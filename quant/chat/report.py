@@ -55,6 +55,7 @@ def format_junit(result: SmokeResult, seconds: float = 0.0) -> str:
     exchanges = group_by_scenario(result.transcript)
     for s in result.scenarios:
         case = ElementTree.SubElement(suite, "testcase", classname=f"smoke.{s.kind}", name=s.name)
+        # JUnit has no waived tests. CI systems show a skipped one with its message, and stay green.
         if s in waived:
             message = _to_xml_text(f"waived: {s.waived}: {s.detail}")
             ElementTree.SubElement(case, "skipped", message=message)
@@ -63,6 +64,7 @@ def format_junit(result: SmokeResult, seconds: float = 0.0) -> str:
             failure.text = _to_xml_text(
                 f"prompt:\n{s.prompt}\n\nanswer:\n{s.answer}\n\nserver:\n{result.server_log}\n"
             )
+        # A conversation can have a check of each kind with its name: its exchanges are listed once.
         if s.kind == "protocol" and s.name in exchanges:
             out = ElementTree.SubElement(case, "system-out")
             texts = ("\n".join(_format_exchange(e)) for e in exchanges[s.name])

@@ -55,6 +55,7 @@ from quant.chat.renderings import (
 DIFF_LINES = 30
 CONTEXT_CHARACTERS = 40
 _NONE = re.compile(r"\bNone\b")
+# Python's repr has single quotes, JSON has double ones.
 _TYPED_PART = re.compile(r"""['"]type['"]: ['"]text['"]""")
 
 
@@ -220,6 +221,7 @@ def _spoken_texts(request: RenderRequest, message: Message) -> list[str]:
     texts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
     reasoning = request.conversation.reasoning
     if message["role"] == "assistant" and reasoning:
+        # Raw reasoning is the template's to drop: "old reasoning" has the rule for it.
         texts = [text.split(reasoning.close)[-1] for text in texts]
     return [text.strip() for text in texts]
 
@@ -259,6 +261,8 @@ def _growth_faults(conversation: Conversation, renderings: Renderings) -> Iterat
             if not (_ends_tool_loop(before, after) or _has_unasked_reasoning(before, after)):
                 yield from _prefix_faults("prompts grow", before, after, renderings)
         for upto, past in pasts.items():
+            # A past before a question begins the prompt after it. At the end, past and prompt have
+            # the same messages, and differ by the generation prompt.
             if upto + 1 in prompts and upto not in prompts:
                 yield from _prefix_faults("past stays", past, prompts[upto + 1], renderings)
             if upto in prompts:

@@ -74,6 +74,7 @@ class SmokeRunner:
             details.append(fault)
 
         try:
+            # The faults are a generator that talks to the server: a refused request raises here.
             for fault in faults:
                 add(fault)
         except ServerError as e:
@@ -126,6 +127,7 @@ class SmokeRunner:
                 AnswerCheck(scenario.name, n, about, step.say, expected, actual, correct)
             )
 
+        # Not required of later turns, at which a model may answer without reasoning.
         if scenario.thinking and n == 1:
             check("reasoning", "something", reply.reasoning, bool(reply.reasoning.strip()))
         if step.calls:
@@ -188,6 +190,8 @@ class SmokeRunner:
             tool_required=tool_required,
             schema=scenario.schema,
             stop=scenario.stop,
+            # Whole and streamed replies must be equal. A cached prefix is computed in other
+            # batches and rounds otherwise, so both requests process the whole prompt.
             cache_prompt=not scenario.stream,
         )
 
@@ -199,6 +203,7 @@ class SmokeRunner:
             return self.client.count_tokens(self.client.render_prompt(messages, scenario.thinking))
 
         length = count(history)
+        # A difference, because both counts have the start and the generation prompt in them.
         per_round = max(1, count([*history, *filler]) - length)
         missing = scenario.fill_tokens - length
         return filler * max(1, -(-missing // per_round))
@@ -227,6 +232,7 @@ class SmokeRunner:
 
 def make_test_image() -> str:
     """Return a red square as a data URL: a PNG made here, so that the project ships no image."""
+    # Each row begins with its filter type (PNG specification): 0, none.
     rows = (b"\0" + b"\xe0\x10\x10" * IMAGE_PIXELS) * IMAGE_PIXELS
     size = struct.pack(">IIBBBBB", IMAGE_PIXELS, IMAGE_PIXELS, 8, 2, 0, 0, 0)  # 8 bits, RGB
     chunks = ((b"IHDR", size), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))

@@ -57,11 +57,7 @@ class LimitError(BaseException):
 
 
 def render_job(job: Mapping[str, Any], folder: Path) -> None:
-    """Render every request of the job, within limits.
-
-    The first limit that is reached ends the work: most of what follows would reach it too, and a
-    process that ran out of memory is not to be trusted with more.
-    """
+    """Render every request of the job, within limits."""
     # The engine is imported before the limits apply: transformers takes more memory than a
     # template.
     render = ENGINES[job["engine"]]()
@@ -70,11 +66,15 @@ def render_job(job: Mapping[str, Any], folder: Path) -> None:
     with (folder / RESULTS).open("w") as out:
         for request in job["requests"]:
             if not _render(render, job["template"], request, limits, out):
+                # Most of what follows would reach the limit too, and a process that ran out of
+                # memory is not to be trusted with more.
                 break
 
 
 def apply_limits(limits: SandboxLimits) -> None:
     """Lower the limits of this process, soft and hard: they cannot be raised again."""
+    # RLIMIT_AS limits the address space, the first field of statm; RLIMIT_CPU counts from the
+    # start of the process, with the imports. Both limits are added to what is used already.
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     memory = pages * resource.getpagesize() + limits.memory_bytes
     seconds = int(time.process_time()) + limits.all_seconds
@@ -119,6 +119,7 @@ def _render(
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     json.dump({"name": request["name"], **outcome}, out)
     out.write("\n")
+    # Now: a signal of the kernel would end the process with its buffer.
     out.flush()
     return within_limits
 

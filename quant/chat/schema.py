@@ -14,6 +14,7 @@ def find_schema_faults(value: Any, schema: Mapping[str, Any], name: str) -> Iter
         name: The value's name in faults.
     """
     errors = _make_validator(schema).iter_errors(value)
+    # By place in the value, as a reader looks for it; jsonschema's order is that of the schema.
     for error in sorted(errors, key=lambda e: [str(part) for part in e.absolute_path]):
         place = name + "".join(
             f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path
@@ -84,6 +85,7 @@ def _find_reference_problems(schema: Any, name: str) -> Iterator[str]:
     from referencing.exceptions import Unresolvable
     from referencing.jsonschema import DRAFT202012
 
+    # An empty registry here too: a reference to the network must fail, not be fetched.
     resolver = Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
     for reference in _list_references(schema):
         try:

@@ -116,8 +116,8 @@ class SmokeSettings:
     def context(self) -> int:
         """Number of tokens that the longest conversation can take.
 
-        A turn takes one answer, and two more if it calls tools: the call that had to be required,
-        and the answer to its result.
+        A turn leaves one answer in the history, and two if it calls tools: the call, and the
+        answer to its result. The length of one more answer is left for questions and tools.
         """
         lengths = (
             s.fill_tokens + self.max_answer * (1 + sum(1 + bool(t.calls) for t in s.turns))
@@ -150,6 +150,7 @@ def smoke_test(request: SmokeTestRequest) -> SmokeResult:
     """
     run, folder = _run_stored(request, request.file)
     reference = None
+    # BF16 itself has no reference: the fraction is then one of all known answers.
     if request.reference.receipts != request.file.receipts:
         reference, _ = _run_stored(request, request.reference)
     result = judge_run(run, request.required_answers, reference, request.waivers)
@@ -182,6 +183,7 @@ def run_smoke_test(
         )
     size = sum(h.path.stat().st_size for h in headers)
     arguments: list[str | Path] = ["-m", settings.file.path, *settings.server_arguments]
+    # What follows changes no answer, so it is not part of the record.
     arguments += ["--no-webui"]
     arguments += ["--mmproj", settings.vision] if settings.vision else []
     arguments += ["-t", "1"] if size < ONE_THREAD_BYTES else []
@@ -242,6 +244,7 @@ def _run_stored(request: SmokeTestRequest, file: ModelFile) -> tuple[SmokeRun, P
     A record whose protocol checks fail is not kept: it may have been the machine.
     """
     settings, waivers = request.settings(file), request.waivers
+    # The server's arguments follow from these: the context from scenarios and max_answer.
     inputs = {
         "checks": CHECKS,
         "files": [asdict(r) for r in file.receipts],

@@ -27,11 +27,11 @@ class SmokeFileRequest:
     path: Path
     """The file, or its first shard."""
     model: str | None = None
-    """The model recipe whose conversation is run. None: the one whose title begins the file's name."""
+    """The model recipe whose conversation is run. None: by the file's name."""
     reference: Path | None = None
     """The BF16 file: only answers that it gives correctly are required."""
     required_answers: float | None = None
-    """Fraction of correct answers that is required. None: what the variant's recipe names, else 1."""
+    """Fraction of correct answers that is required. None: the variant's, else 1."""
     scenarios: tuple[str, ...] = ()
     """Run only these scenarios; all when empty."""
     waivers: tuple[str, ...] = ()
@@ -84,6 +84,7 @@ def smoke_test_file(request: SmokeFileRequest) -> SmokeFileResult:
         if request.reference:
             base = replace(settings, file=ModelFile.open(request.reference.resolve()))
             reference = run_smoke_test(base, tools, folder)
+            # A server appends to its log: the file's own log must not begin with BF16's.
             log.unlink(missing_ok=True)
         run = run_smoke_test(settings, tools, folder)
         required = request.required_answers

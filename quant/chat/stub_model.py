@@ -43,12 +43,14 @@ def write_stub_model(
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(vocabulary)
     writer.add_token_types([TokenType.NORMAL] * len(letters) + [TokenType.CONTROL] * len(control))
+    # llama.cpp loads no BPE vocabulary without merges; what they merge does not matter here.
     writer.add_token_merges([f"{letters[0]} {letters[1]}"])
     if tokens.bos_token:
         writer.add_bos_token_id(vocabulary.index(tokens.bos_token))
     if tokens.eos_token:
         writer.add_eos_token_id(vocabulary.index(tokens.eos_token))
     writer.add_chat_template(template)
+    # Without output.weight, llama.cpp uses token_embd for both.
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd": (len(vocabulary), WIDTH),
         "output_norm": (WIDTH,),

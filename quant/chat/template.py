@@ -66,6 +66,8 @@ def patch_template(text: str, patch: TemplatePatch | None, source: str) -> ChatT
             continue
         if count != 1:
             first_line = change.find.strip().splitlines()[0]
+            # If the authors' text has the anchor, an earlier replacement changed it: the hint
+            # has to show the text after that one.
             searched = text if text.count(change.find) != 1 else patched
             problems.append(
                 f"{source}: replacement {n + 1} of {patch.name if patch else ''}: expected its"
@@ -170,6 +172,8 @@ class _Generation(Extension):
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
+        # A scope, because transformers' CallBlock is one too: what a template sets inside does not
+        # change the variable outside.
         return nodes.Scope(
             parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
         )

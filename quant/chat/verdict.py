@@ -172,6 +172,7 @@ def judge_run(
         waivers: Names of checks that may fail, and why.
     """
     checks = [*run.checks, *_quality_checks(run), _answers_check(run, required_answers, reference)]
+    # A check that passes shows no waiver: reports list only those that were needed.
     waived = [c if c.passed else replace(c, waived=(waivers or {}).get(c.name, "")) for c in checks]
     return SmokeResult(run, tuple(waived))
 
@@ -221,6 +222,7 @@ def _answers_check(
     another is not as good as BF16.
     """
     correct = {a.place for a in run.answers if a.correct}
+    # Without a reference every known answer is expected, also one that is wrong here.
     expected = {a.place for a in (reference or run).answers if a.correct or reference is None}
     # 0.7 * 10 is 7.000000000000001 in floating point, and 8 answers would be too many.
     needed = math.ceil(required_answers * len(expected) - 1e-9)
