@@ -2,8 +2,8 @@
 
 This is the public API. Names are imported when they are first used, so ``import quant`` takes
 milliseconds. Everything else in the packages may change between versions. ``docs/python.md`` shows
-the functions in use. They are verbs with an object, because ``quant.plan``, ``quant.build``,
-``quant.quantize`` and ``quant.evaluate`` are the packages in which they live.
+the functions in use. Most names say verb and object, because ``quant.plan``, ``quant.build``,
+``quant.quantize`` and ``quant.evaluate`` are the packages and modules in which they live.
 
 Example:
     >>> import quant
