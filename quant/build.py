@@ -29,7 +29,7 @@ from quant.evaluate.release import ReleaseEvaluation, evaluate_release
 from quant.hub.checkpoint import Checkpoint, pull_checkpoint
 from quant.hub.lock import Lock, check_lock
 from quant.hub.upload import upload_variant
-from quant.job import ReleaseJob, disk_problems
+from quant.job import ReleaseJob, find_disk_problems
 from quant.llama.convert import convert_checkpoint, convert_vision
 from quant.llama.model_file import ModelFile
 from quant.plan.load import load_template_patch
@@ -98,7 +98,7 @@ def build_release(job: ReleaseJob, run: StageRunner = run_now) -> BuildResult:
         >>> build_release(job).folder  # doctest: +SKIP
         PosixPath('/home/me/release/tiny-glm')
     """
-    raise_problems(disk_problems(job.model, job.variants, job.store.root, job.out))
+    raise_problems(find_disk_problems(job.model, job.variants, job.store.root, job.out))
     began = time.time()
     stages = _Stages(job, run)
     with job.store.lock():
@@ -306,7 +306,7 @@ def pull_locked(model: ModelRecipe, recipe: Path, lock: Lock | None, store: Stor
     return checkpoint
 
 
-def patched_template(patch: str | TemplatePatch, checkpoint: Checkpoint) -> ChatTemplate | None:
+def apply_template_patch(patch: str | TemplatePatch, checkpoint: Checkpoint) -> ChatTemplate | None:
     """Return the checkpoint's chat template with a patch applied; None if it has no template.
 
     Args:
@@ -339,7 +339,7 @@ def check_patched_template(
 
     Raises CheckError for conversations that come out wrong and are not waived.
     """
-    template = patched_template(patch, checkpoint)
+    template = apply_template_patch(patch, checkpoint)
     if template is None:
         return None
     under_test = load_checkpoint_template(checkpoint, template)

@@ -240,7 +240,7 @@ def _load_variants(names: Sequence[str]) -> tuple[Variant, ...]:
     return tuple(variants)
 
 
-def disk_problems(
+def find_disk_problems(
     model: ModelRecipe, variants: Sequence[Variant], work: Path, out: Path
 ) -> Iterator[str]:
     """The folders whose disk is too small; what stands in ``work`` already is not needed again.

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quant.core.data import data_folder
+from quant.core.data import locate_data
 from quant.core.errors import InputError, raise_problems, suggest_name
 
-SETS = data_folder("calibration/sets")
+SETS = locate_data("calibration/sets")
 FORM: dict[str, tuple[type, str]] = {
     "id": (str, "text"),
     "language": (str, "text"),

@@ -18,6 +18,7 @@ from quant.chat.sandbox import RESULTS, SandboxLimits
 from quant.chat.stub_model import write_stub_model
 from quant.core import child
 from quant.core.errors import ToolError
+from quant.core.process import LOG_HEADING
 from quant.llama.chat_client import ChatClient, ServerError
 from quant.llama.server import ServerSettings, serve_model
 from quant.llama.toolchain import Toolchain
@@ -76,7 +77,7 @@ def render_in_sandbox(
             )
         except ToolError as e:
             # Without the end of the log: an error of a template is one line.
-            ending = e.problems[0].split("; its last words")[0]
+            ending = e.problems[0].partition(LOG_HEADING)[0]
         return _complete(requests, _read_renderings(folder / RESULTS), ending)
 
 

@@ -36,7 +36,7 @@ from quant.cli.options import (
 @click.option("--vision", is_flag=True, help="Convert its vision part instead, to F16 (mmproj).")
 def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vision: bool) -> None:
     """Convert the checkpoint in a folder to one BF16 GGUF."""
-    from quant.build import patched_template
+    from quant.build import apply_template_patch
     from quant.core import files
     from quant.core.errors import InputError
     from quant.hub.checkpoint import read_checkpoint
@@ -53,7 +53,7 @@ def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vis
         raise InputError(
             f"{checkpoint}/config.json: vision_config: missing; this model has no vision part"
         )
-    template = patched_template(recipe.template if recipe else "none", source)
+    template = apply_template_patch(recipe.template if recipe else "none", source)
     with files.temp_folder(require_absent(out)) as folder:
         partial_file = folder / out.name
         if vision:

@@ -86,6 +86,8 @@ def run_child(
         CrashError: The program ended without an outcome: a signal, a lack of memory, a traceback.
         InputError: The disk is full.
     """
+    # An interrupted run may have left them. Its outcome would be read as this run's if the program
+    # crashes.
     for left in (OUTCOME, PROGRESS):
         files.remove(folder / left)
     command = write_job(program, job, folder)
@@ -99,6 +101,7 @@ def run_child(
             meanwhile=meanwhile or (lambda: _pass_progress_on(folder / PROGRESS)),
         )
     except ToolError as e:
+        # run_job ends with 0 for its own errors too, so any other exit code is a crash.
         raise CrashError(*e.problems) from e
     result = _read_outcome(folder, name)
     for done in (JOB, OUTCOME, PROGRESS):
@@ -107,11 +110,7 @@ def run_child(
 
 
 def run_job(entry: Entry) -> NoReturn:
-    """Do the job that the command line names, write its outcome, and end this process.
-
-    The process ends at once (``os._exit``): the hub client's threads and the teardown of native
-    libraries could otherwise keep or kill a process whose work is done.
-    """
+    """Do the job that the command line names, write its outcome, and end this process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         # An interrupt is the parent's to report; a traceback of ours would only fill the log.
         signal.signal(number, signal.SIG_DFL)
@@ -123,9 +122,12 @@ def run_job(entry: Entry) -> NoReturn:
             outcome = {"result": entry(json.loads(job_path.read_text()), folder)}
     except QuantError as e:
         outcome = {"error": _find_class(e), "problems": e.problems}
+    # Atomic: the parent reads a whole outcome or none, even if this process is killed here.
     files.write_text(outcome_path, to_pretty_json(outcome))
     sys.stdout.flush()
     sys.stderr.flush()
+    # At once: the hub client's threads and the teardown of native libraries could otherwise keep
+    # or kill a process whose work is done.
     os._exit(0)
 
 
@@ -155,7 +157,7 @@ def _quote_log(log: Path) -> str:
     text = log.read_text(errors="replace") if log.exists() else ""
     if all(line.startswith("$ ") for line in text.splitlines() if line.strip()):
         return ""  # only the command
-    return f"; its last words:\n{process.read_log_tail(log)}"
+    return process.quote_log_tail(log)
 
 
 def _write_progress(path: Path, done: float) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 _PACKAGE = Path(__file__).parent.parent
 
 
-def data_folder(name: str) -> Path:
+def locate_data(name: str) -> Path:
     """Return the folder of the project's data called ``name``, such as ``recipes``.
 
     An installed wheel has it inside the package, a clone beside the package.

@@ -33,6 +33,7 @@ def hash_files(paths: Iterable[Path], cache: Path | None) -> dict[Path, str]:
     entries = {path: _make_entry(path, known.get(str(path))) for path in paths}
     current = {str(path): entry for path, entry in entries.items()}
     if cache and any(known.get(name) != entry for name, entry in current.items()):
+        # Entries of other files stay: the downloader asks for one file at a time, with one cache.
         files.write_text(cache, to_pretty_json(known | current))
     return {path: str(entry["sha256"]) for path, entry in entries.items()}
 

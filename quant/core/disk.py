@@ -49,19 +49,20 @@ def find_existing_folder(path: Path) -> Path:
 def measure_folder(folder: Path) -> int:
     """Return the bytes of disk that a folder's files take. A file with two names counts once."""
     stats = (p.stat() for p in folder.rglob("*") if p.is_file())
+    # A release's files are hard links to the store's. st_blocks counts units of 512 bytes on every
+    # file system (stat(2)), and nothing for the holes of a sparse file.
     return sum({(s.st_dev, s.st_ino): s.st_blocks * 512 for s in stats}.values())
 
 
 def reserve_file(path: Path, *, advice: str = FREE_SOME) -> None:
-    """Reserve the disk space of a sparse file.
-
-    A memory map of a sparse file ends the process by SIGBUS, without a word, when a page that is
-    written first finds the disk full.
+    """Reserve the disk space of a sparse file, before it is written through a memory map.
 
     Raises:
         InputError: The disk has no room for the file.
     """
     size = path.stat().st_size
+    # A first write to a page of a sparse file's memory map ends the process by SIGBUS, without a
+    # message, if the disk is full. ftruncate would only set the length and keep the holes.
     try:
         with path.open("r+b") as f:
             os.posix_fallocate(f.fileno(), 0, size)

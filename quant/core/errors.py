@@ -90,6 +90,7 @@ def convert_disk_errors(path: Path) -> Iterator[None]:
             raise InputError(
                 f"{e.filename or path}: {_DISK_FULL[e.errno]}; free some and run again"
             ) from e
+        # EROFS has no class of its own: Python makes a PermissionError of EACCES and EPERM only.
         if isinstance(e, PermissionError) or e.errno == errno.EROFS:
             raise InputError(f"{e.filename or path}: cannot be written ({e.strerror})") from e
         raise

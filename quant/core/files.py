@@ -64,6 +64,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
             f.flush()
             os.fsync(f.fileno())
         partial.replace(path)
+    # BaseException, because an interrupt must leave no partial file either.
     except BaseException as e:
         partial.unlink(missing_ok=True)
         if isinstance(e, OSError) and e.filename is None:
@@ -80,6 +81,7 @@ def write_text(path: Path, text: str) -> None:
 
 def commit_folder(partial: Path, final: Path) -> None:
     """Flush everything in a finished folder and give the folder its final name."""
+    # Everything before the rename: a journal may keep the rename and lose the data behind it.
     for path in sorted(partial.rglob("*")):
         if path.is_file() and not path.is_symlink():
             flush_file(path)
@@ -92,6 +94,8 @@ def commit_folder(partial: Path, final: Path) -> None:
 
 def flush_file(path: Path) -> None:
     """Wait until a file that another program wrote is on the disk."""
+    # fsync flushes all dirty pages of the file, whoever wrote them, and takes a descriptor that was
+    # opened for reading.
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -135,6 +139,8 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError as e:
+        # Another disk, a file system without hard links (link(2) names EPERM for it), or too many
+        # links. All else is an error.
         if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
             raise
         shutil.copyfile(source, target)

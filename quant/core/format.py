@@ -14,6 +14,7 @@ def to_canonical_json(value: Any) -> str:
 
     Keys are sorted and there are no blanks, so the text can be hashed and compared.
     """
+    # Another spelling would change every key of the store: all finished work would be done again.
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -43,8 +44,8 @@ def hash_texts(parts: Sequence[str]) -> str:
 def human_bytes(size: int) -> str:
     """Return a size for people, such as 135.2 GB or 2.7 MB.
 
-    Units are powers of 1000, as disks and the hub count. The limit of 999.95 keeps a size that
-    rounds to 1000.0 out of the smaller unit.
+    Units are powers of 1000, as disks and the hub count.
     """
+    # 999.95 and not 1000: 999.97 kB would be printed as 1000.0 kB instead of 1.0 MB.
     unit, factor = next((u for u in UNITS if size < 999.95 * u[1]), UNITS[-1])
     return f"{size / factor:.1f} {unit}"

@@ -19,12 +19,16 @@ from quant.core.errors import InputError, ToolError
 
 LOG_TAIL_LINES = 12
 """Lines of a failed program's log that the error quotes."""
+LOG_HEADING = "; end of the log:\n"
+"""What stands in an error between the reason and the quoted lines."""
 POLL_SECONDS = 1.0
 """How often ``meanwhile`` is called."""
 STOP_SECONDS = 5.0
 """What a program gets to end after SIGTERM, before SIGKILL."""
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+# Loaded here, and not between fork and exec: the loader's lock may be held by another thread at the
+# fork, and would never be released in the child.
 _LIBC = ctypes.CDLL(None)
 
 
@@ -63,11 +67,17 @@ def run_program(
     if code and (reason := find_write_problem(cwd)):
         raise InputError(f"{cwd}: {name} stopped: {reason}; free some and run again")
     if code:
-        raise ToolError(f"{name} {describe_exit(code)}; its last words:\n{read_log_tail(log)}")
+        raise ToolError(f"{name} {describe_exit(code)}{quote_log_tail(log)}")
+
+
+def quote_log_tail(log: Path) -> str:
+    """Return the heading and the last lines of a log, to be put behind the reason of an error."""
+    return LOG_HEADING + read_log_tail(log)
 
 
 def read_log_tail(log: Path) -> str:
     """Return the last lines of a log, indented for an error message. Empty lines are left out."""
+    # errors=replace: llama.cpp prints tokens, which may be parts of a UTF-8 character.
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return "\n".join(f"    {line}" for line in lines[-LOG_TAIL_LINES:]) or "    (nothing)"
 
@@ -92,6 +102,7 @@ def find_free_port(port: int | None = None) -> int:
         InputError: The port is taken, or is no port.
     """
     with socket.socket() as s:
+        # Connections of the last server stay in TIME_WAIT for a minute and must not block its port.
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind(("127.0.0.1", port or 0))
@@ -100,12 +111,16 @@ def find_free_port(port: int | None = None) -> int:
                 f"port {port}: expected a free port on 127.0.0.1, found it taken ({e});"
                 " give another"
             ) from e
+        # Another process may take the port before the server binds it. The server then ends, and
+        # its log says why.
         return int(s.getsockname()[1])
 
 
 @contextmanager
 def open_log(command: Sequence[str | Path], log: Path) -> Iterator[int]:
     """Append a command to a log and yield the log's file descriptor for the program's output."""
+    # A descriptor and not a file object: without a buffer the command stands before the output.
+    # O_APPEND, because a retry and the program's own children write to the same log.
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(fd, f"$ {shlex.join(str(part) for part in command)}\n".encode())
@@ -151,9 +166,10 @@ def start_process(
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent dies, even of ``kill -9``.
 
-    For ``preexec_fn``: runs in the child before the program replaces it. No handler of the parent
-    can do this, since SIGKILL runs none.
+    For ``preexec_fn``: runs in the child before the program replaces it.
     """
+    # No handler of the parent can do this: SIGKILL runs none. The parent is the thread that forked
+    # (prctl(2)), so a program must be started from a thread that outlives it.
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

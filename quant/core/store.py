@@ -181,6 +181,7 @@ def hash_inputs(inputs: Mapping[str, Any]) -> str:
 
 
 def _is_output(path: Path) -> bool:
+    # A link, as the converter makes to the checkpoint, points to files with receipts elsewhere.
     return path.is_file() and not path.is_symlink()
 
 
@@ -194,6 +195,7 @@ def _read_result(folder: Path, inputs: Mapping[str, Any]) -> StoredResult | None
         record = json.loads((folder / RECEIPT).read_text())
         facts = record["facts"]
         receipts = tuple(Receipt(**r) for r in record["files"])
+        # As text: inputs may hold tuples, which the receipt has as lists.
         same = to_canonical_json(record["inputs"]) == to_canonical_json(inputs)
         whole = all((folder / r.path).stat().st_size == r.bytes for r in receipts)
     except (OSError, ValueError, KeyError, TypeError):

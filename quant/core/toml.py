@@ -95,6 +95,7 @@ def _describe(error: Any, kind: type) -> str:
     """Return one validation error as a line: the field as TOML has it, and the problem."""
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]]
     field = "".join(parts).lstrip(".")
+    # pydantic's name for a key that a dataclass does not have (`extra="forbid"`).
     if error["type"] == "unexpected_keyword_argument":
         keys = _list_keys(kind, error["loc"][:-1])
         return f"{field}: unknown key; {suggest_name(str(error['loc'][-1]), keys)}"

@@ -13,7 +13,7 @@ from quant.core.process import (
     describe_exit,
     find_free_port,
     open_log,
-    read_log_tail,
+    quote_log_tail,
     start_process,
     stop_process,
 )
@@ -109,8 +109,7 @@ def _wait_until_loaded(server: LlamaServer) -> None:
         if time.monotonic() > deadline:
             raise ToolError(
                 f"llama-server: expected it to be ready within {seconds:.0f} s,"
-                " found it still loading; its last words:\n"
-                f"{read_log_tail(server.settings.log)}"
+                f" found it still loading{quote_log_tail(server.settings.log)}"
             )
         time.sleep(POLL_SECONDS)
 
@@ -121,4 +120,4 @@ def _describe_end(code: int, settings: ServerSettings) -> str:
     if "SIGKILL" in ending and settings.memory_needed:
         free = measure_free_memory() / 1e9
         needed = f"; it needed {settings.memory_needed}, and {free:.2f} GB are free now"
-    return f"llama-server {ending}{needed}; its last words:\n{read_log_tail(settings.log)}"
+    return f"llama-server {ending}{needed}{quote_log_tail(settings.log)}"

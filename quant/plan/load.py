@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from quant.core.data import data_folder
+from quant.core.data import locate_data
 from quant.core.errors import InputError, raise_problems, suggest_name
 from quant.core.toml import read_recipe_text, read_toml
 from quant.hub.client import REPO
@@ -22,7 +22,7 @@ from quant.plan.recipe import (
     Variant,
 )
 
-RECIPES = data_folder("recipes")
+RECIPES = locate_data("recipes")
 """The folder of the recipes that this project ships."""
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 
-from quant.build import patched_template, pull_locked
+from quant.build import apply_template_patch, pull_locked
 from quant.calibration import hessians
 from quant.calibration.documents import Document
 from quant.calibration.text import render_document
@@ -51,7 +51,7 @@ class StudyFolder:
         if not path.exists():
             model, recipe, locked = load_pinned_model("tiny-glm")
             checkpoint = pull_locked(model, recipe, locked, self.store)
-            template = patched_template(model.template, checkpoint)
+            template = apply_template_patch(model.template, checkpoint)
             converted = convert_checkpoint(
                 checkpoint,
                 template.text if template else None,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.build import patched_template, pull_locked
+from quant.build import apply_template_patch, pull_locked
 from quant.core.store import Store
 from quant.job import load_pinned_model
 from quant.llama import toolchain
@@ -43,7 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     store, tools = Store(folder / "store"), toolchain.find_toolchain()
     model, recipe, locked = load_pinned_model("tiny-glm")
     checkpoint = pull_locked(model, recipe, locked, store)
-    template = patched_template(model.template, checkpoint)
+    template = apply_template_patch(model.template, checkpoint)
     base = convert_checkpoint(
         checkpoint, template.text if template else None, make_file_metadata(model), tools, store
     ).path

@@ -10,7 +10,7 @@ import pytest
 from quant.build import build_release
 from quant.core.errors import InputError
 from quant.hub.checkpoint import ModelSource
-from quant.job import BuildRequest, disk_problems, prepare_job
+from quant.job import BuildRequest, find_disk_problems, prepare_job
 from quant.plan.inventory import read_architecture
 from quant.plan.load import load_model, load_variant
 from quant.plan.plan import make_plan
@@ -46,7 +46,7 @@ def test_a_byte_too_little_is_one_line_with_the_folder_and_both_numbers(
 ) -> None:
     free(monkeypatch, found)
     work = tmp_path / "out" / ".work"
-    said = list(disk_problems(MODEL, VARIANTS, work, tmp_path / "out"))
+    said = list(find_disk_problems(MODEL, VARIANTS, work, tmp_path / "out"))
     too_little = (
         f"{work}: expected {NEEDED:,} bytes free for what this build will write, found {found:,}; free some, name another"
         " folder with --work, or build fewer variants"
@@ -61,9 +61,9 @@ def test_what_stands_already_is_not_needed_again(
     (tmp_path / "second").hardlink_to(tmp_path / "made")
     held = (tmp_path / "made").stat().st_blocks * 512
     free(monkeypatch, NEEDED - held)
-    assert not list(disk_problems(MODEL, VARIANTS, tmp_path, tmp_path))
+    assert not list(find_disk_problems(MODEL, VARIANTS, tmp_path, tmp_path))
     free(monkeypatch, NEEDED - held - 1)
-    assert len(list(disk_problems(MODEL, VARIANTS, tmp_path, tmp_path))) == 1
+    assert len(list(find_disk_problems(MODEL, VARIANTS, tmp_path, tmp_path))) == 1
 
 
 @pytest.mark.skipif(
@@ -75,7 +75,7 @@ def test_a_release_on_another_disk_is_a_copy_that_needs_room_there(
 ) -> None:
     free(monkeypatch, 0)
     said = list(
-        disk_problems(MODEL, VARIANTS, tmp_path, Path("/dev/shm/release-that-is-not-there"))
+        find_disk_problems(MODEL, VARIANTS, tmp_path, Path("/dev/shm/release-that-is-not-there"))
     )
     assert [line.partition(":")[0] for line in said] == [
         str(tmp_path),
@@ -88,7 +88,9 @@ def test_of_a_model_that_does_not_tell_its_numbers_nothing_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free(monkeypatch, 0)
-    assert not list(disk_problems(replace(MODEL, architecture={}), VARIANTS, tmp_path, tmp_path))
+    assert not list(
+        find_disk_problems(replace(MODEL, architecture={}), VARIANTS, tmp_path, tmp_path)
+    )
 
 
 @pytest.mark.tools

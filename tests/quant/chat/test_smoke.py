@@ -462,7 +462,7 @@ def test_a_server_that_dies_ends_its_children_and_its_log_is_quoted(
     tools = fake_tools(llama_server=CHILD.format(tmp_path) + "echo 'the sky fell down'; exit 7")
     with pytest.raises(ToolError) as caught:
         run_smoke_test(make_settings(model), tools, tmp_path)
-    assert "llama-server exited with 7; its last words:\n" in str(caught.value)
+    assert "llama-server exited with 7; end of the log:\n" in str(caught.value)
     assert "    the sky fell down" in str(caught.value)
     wait_for(lambda: not lives(written_pid(tmp_path / "child")))
 

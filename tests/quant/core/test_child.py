@@ -84,7 +84,7 @@ def test_a_tool_error_quotes_what_the_library_printed(program: Program) -> None:
     assert type(error) is ToolError
     first, second = error.problems
     assert first == "a"
-    assert second.startswith("b; its last words:\n    $ ")
+    assert second.startswith("b; end of the log:\n    $ ")
     assert second.endswith("\n    unknown architecture")
 
 
@@ -102,8 +102,8 @@ def test_a_failed_job_stays_for_inspection(program: Program) -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("raise ValueError('odd')", "the program exited with 1; its last words:\n"),
-        ("sys.exit(7)", "the program exited with 7; its last words:\n"),
+        ("raise ValueError('odd')", "the program exited with 1; end of the log:\n"),
+        ("sys.exit(7)", "the program exited with 7; end of the log:\n"),
         ("os._exit(0)", "the program ended without an outcome"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL (out of memory?)"),
         ("os.abort()", "the program was ended by SIGABRT"),

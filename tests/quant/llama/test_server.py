@@ -97,7 +97,7 @@ def test_a_server_that_never_loads_is_stopped_at_the_deadline(
     ):
         pass
     assert str(refused.value).startswith(
-        "llama-server: expected it to be ready within 1 s, found it still loading; its last words:"
+        "llama-server: expected it to be ready within 1 s, found it still loading; end of the log:"
     )
     assert "    loading" in str(refused.value)
 
@@ -108,7 +108,7 @@ def test_a_server_that_ends_before_it_is_ready_is_an_error_with_its_log(
     tools = fake_tools(llama_server="echo 'no such model'; exit 7")
     with (
         pytest.raises(
-            ToolError, match=r"^llama-server exited with 7; its last words:\n"
+            ToolError, match=r"^llama-server exited with 7; end of the log:\n"
         ) as refused,
         serve_model(tools, settings(tmp_path)),
     ):
@@ -124,7 +124,7 @@ def test_a_server_that_the_kernel_kills_reports_the_memory_that_it_needed(
         os.kill(server.process.pid, signal.SIGKILL)
         expected = (
             r"^llama-server was ended by SIGKILL \(out of memory\?\); it needed weights of 1.00 GB,"
-            r" and \d+\.\d\d GB are free now; its last words:\n"
+            r" and \d+\.\d\d GB are free now; end of the log:\n"
         )
         with pytest.raises(ToolError, match=expected):
             server.explain_failed_request()

@@ -59,12 +59,12 @@ def test_a_failing_tool_is_quoted(fake_tools: Fake, tmp_path: Path) -> None:
         tools.run("llama-quantize", ["x"], cwd=tmp_path, log=tmp_path / "log")
     command = f"    $ {tools.bin}/llama-quantize x"
     assert str(caught.value) == (
-        f"llama-quantize exited with 3; its last words:\n{command}\n    failed to open model"
+        f"llama-quantize exited with 3; end of the log:\n{command}\n    failed to open model"
     )
 
 
 def test_an_error_calls_a_program_by_the_name_it_was_given(tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match=r"^the converter exited with 1; its last words:"):
+    with pytest.raises(ToolError, match=r"^the converter exited with 1; end of the log:"):
         run_program(
             ["/bin/sh", "-c", "exit 1"], cwd=tmp_path, log=tmp_path / "log", name="the converter"
         )
