@@ -8,8 +8,8 @@ writes the part that evaluation uses.
 From a text to importance: ``imatrix`` runs llama-imatrix range by range; ``imatrix_file`` and
 ``imatrix_dat`` read its files, and ``coverage`` finds the experts that saw too few tokens.
 ``hessians`` computes the Hessians for error compensation, in one of two child programs
-(``hessian_collector``, ``gradients``); ``hessian_sums`` is what both add up, and ``hessian_file`` is
-the file.
+(``hessian_collector``, ``gradients``); ``hessian_sums`` is what both add up, and ``hessian_file``
+is the file.
 
 Other packages call ``text.build_calibration_text``, ``imatrix.compute_imatrix``,
 ``hessians.compute_hessians``, ``held_out.split_by_domain``, and the readers of both files. The

@@ -1,7 +1,7 @@
 """Coverage of an importance matrix: tokens by expert, experts with too few, a heat map. Pure.
 
 A matrix of experts is only as good as its least visited expert: the rows of an expert without
-tokens are quantized as if all of their columns mattered alike. Blocks behind the trunk (MTP) are not
+tokens are quantized as if all of their columns mattered alike. Blocks behind the trunk (MTP) do not
 run while a text is read, so no calibration text covers them.
 """
 
@@ -40,6 +40,7 @@ class Coverage:
     def quartiles(self) -> tuple[int, int, int]:
         """Token counts that a quarter, half and three quarters of the experts do not exceed."""
         ranked = sorted(self.tokens)
+        # Nearest rank, not interpolated: the result is the count of an expert.
         q1, q2, q3 = (ranked[max(math.ceil(len(ranked) * n / 4) - 1, 0)] for n in (1, 2, 3))
         return q1, q2, q3
 
@@ -200,6 +201,7 @@ def _draw_legend(most: int, y: int) -> Iterator[str]:
         fill = _choose_color(tokens, most)
         yield format_element("rect", **box, fill=fill, stroke="#999999")
         yield format_element("text", f"{tokens:,}", x=x + CELL + 3, y=y + CELL - 1)
+        # SVG cannot measure text. 7 pixels are enough for a digit or comma of the 10-pixel font.
         x += CELL + 12 + 7 * len(f"{tokens:,}")
     yield format_element("text", "tokens", x=x, y=y + CELL - 1)
 

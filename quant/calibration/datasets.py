@@ -130,6 +130,7 @@ def describe_set_inputs(
 
 def list_local_files(source: CalibrationSource, folder: Path) -> list[Path]:
     """Return the files of a source beside its set. Raise InputError if there are none."""
+    # The order in a folder depends on the file system. Here it decides which files are used.
     paths = sorted(folder.glob(str(source.path)))[: source.most_files]
     if not paths:
         raise InputError(
@@ -191,6 +192,8 @@ def _read_locked(source: CalibrationSource, pin: LockedSource) -> tuple[Document
     if problems:
         raise CheckError(*problems)
     documents = tuple(_read_source(source, paths))
+    # The files' digests say nothing about the set's form, columns and limits, or about the code
+    # that parses rows. All of these show in the documents.
     if (digest := hash_documents(documents)) != pin.sha256:
         raise CheckError(
             f"source {source.name}: expected {pin.rows} documents with the locked sha256"
@@ -214,6 +217,7 @@ def _read_source(
     else:
         rows = (row for path in paths for row in read_rows(path))
         documents = forms.parse_rows(rows, source, left_out)
+    # Lazy: no file is read beyond the last document, and left_out counts the rows up to it.
     return islice(documents, source.rows)
 
 
@@ -221,8 +225,10 @@ def _lock_source(source: CalibrationSource) -> LockedSource:
     repo = str(source.repo)
     with hub_client.convert_errors(repo, source.revision):
         client = hub_client.make_client()
+        # The branch is resolved once. A push between listing and download would mix two commits.
         commit = str(client.repo_info(repo, repo_type="dataset", revision=source.revision).sha)
         available = sorted(client.list_repo_files(repo, repo_type="dataset", revision=commit))
+    # In fnmatch "*" matches "/" too, so *.parquet includes files in folders.
     names = [n for n in available if any(fnmatch(n, pattern) for pattern in source.files)]
     names = names[: source.most_files]
     where = f"{repo}@{commit}: source {source.name}"
@@ -254,7 +260,7 @@ def _lock_source(source: CalibrationSource) -> LockedSource:
 
 
 def _download(source: CalibrationSource, commit: str, name: str) -> Path:
-    """Return one file of a dataset at a commit, from the cache of the hub's client if it is there."""
+    """Return one file of a dataset at a commit, from the hub client's cache if it is there."""
     with hub_client.convert_errors(str(source.repo), commit):
         return Path(
             hub_client.make_client().hf_hub_download(

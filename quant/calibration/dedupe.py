@@ -17,6 +17,7 @@ from quant.calibration.documents import Document
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")
 """A word. Each kana and Han character is one, because these scripts have no spaces."""
 SHINGLE_WORDS = 5
+# The standard error of an estimate J is sqrt(J (1 - J) / SKETCH_SIZE): 0.06 at J = 0.5.
 SKETCH_SIZE = 64
 MAX_SIMILARITY = 0.5
 """Largest Jaccard similarity of word sequences that two documents may have."""
@@ -52,6 +53,7 @@ def sketch(text: str) -> frozenset[int]:
     words = WORD.findall(text.casefold())
     count = max(1, len(words) - SHINGLE_WORDS + 1)
     shingles = {" ".join(words[n : n + SHINGLE_WORDS]) for n in range(count)}
+    # Not hash(): Python seeds it anew in each process, so each run would drop other documents.
     hashes = (
         int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest(), "big") for s in shingles
     )
@@ -60,5 +62,7 @@ def sketch(text: str) -> frozenset[int]:
 
 def similarity(a: frozenset[int], b: frozenset[int]) -> float:
     """Return the estimated Jaccard similarity of two texts by their sketches."""
+    # The smallest hashes of the union are a uniform sample of its word sequences. The fraction of
+    # the sample that is in both sketches estimates |A and B| / |A or B|.
     smallest = frozenset(heapq.nsmallest(SKETCH_SIZE, a | b))
     return len(smallest & a & b) / max(len(smallest), 1)

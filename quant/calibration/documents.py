@@ -29,6 +29,7 @@ MAY_FOLLOW = {
     "user": {"assistant"},
     "assistant": {"user"},
     "calls": {"tool"},
+    # An assistant may call several tools at once; their results follow each other.
     "tool": {"tool", "assistant"},
 }
 """Roles that may follow a role. None is the beginning, ``calls`` an assistant that calls tools."""
@@ -142,6 +143,7 @@ def find_role_problems(messages: Sequence[Mapping[str, Any]], where: str) -> Ite
                 f"{where}: messages[{n}].role: roles out of order: expected {expected} {after},"
                 f" found {role}"
             )
+            # Roles after a misplaced one are out of order only because of it.
             return
         before = "calls" if role == "assistant" and message.get("tool_calls") else role
 

@@ -82,6 +82,7 @@ def parse_rows(
     columns_checked = False
     tree_rows = []
     for numbered in rows:
+        # The first row stands for all: in another form each of a million rows would report it.
         if not columns_checked:
             raise_problems(_find_column_problems(numbered, source))
             columns_checked = True
@@ -115,6 +116,7 @@ def _find_column_problems(numbered: NumberedRow, source: CalibrationSource) -> I
 
 
 def _is_selected(row: Row, source: CalibrationSource) -> bool:
+    # str(): a set has texts, a column may have numbers or booleans ("True").
     return all(str(row.get(c)) in values for c, values in source.only.items()) and not any(
         str(row.get(c)) in values for c, values in source.without.items()
     )
@@ -130,6 +132,7 @@ def _make_document(numbered: NumberedRow, source: CalibrationSource) -> Document
         return _tag(numbered.id, source, text=text)
     try:
         messages, tools = READERS[source.form](read_column)
+    # RowError is a ValueError, and its own reason is more exact than the one below.
     except RowError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as e:
@@ -145,6 +148,7 @@ def _make_conversation(
     language: str | None = None,
 ) -> Document:
     """Return a document that ends with an answer of the assistant, or raise RowError."""
+    # Trees and chat logs often end with a question that nobody answered.
     while messages and messages[-1]["role"] != "assistant":
         messages = messages[:-1]
     if not messages:
@@ -199,10 +203,7 @@ def _read_pairs(read_column: ColumnReader) -> tuple[list[Message], list[dict[str
 
 
 def _read_sharegpt(read_column: ColumnReader) -> tuple[list[Message], list[dict[str, Any]]]:
-    """Read ``[{"from", "value"}]``, with tool calls in the text in Hermes' tags.
-
-    A system message that declares the tools is dropped: the model's own template declares them.
-    """
+    """Read ``[{"from", "value"}]``, with tool calls in the text in Hermes' tags."""
     tools = [
         t if "function" in t else {"type": "function", "function": t}
         for t in _parse_tools(read_column("tools") or [])
@@ -211,6 +212,7 @@ def _read_sharegpt(read_column: ColumnReader) -> tuple[list[Message], list[dict[
     pending: list[str] = []  # names of calls without a result
     for turn in read_column("conversations"):
         role, value = _parse_role(turn["from"]), str(turn["value"])
+        # The model's own template declares the tools; Hermes' declaration would be a second one.
         if role == "system" and tools and "<tools>" in value:
             continue
         if role == "tool":
@@ -219,6 +221,7 @@ def _read_sharegpt(read_column: ColumnReader) -> tuple[list[Message], list[dict[
             messages += [_make_result(result, pending) for result in results]
             continue
         calls = [_parse_literal(c) for c in CALL.findall(value)] if role == "assistant" else []
+        # Set at every turn: a result has to follow its call at once, or its row is left out.
         pending = [c["name"] for c in calls]
         functions = [{"name": c["name"], "arguments": c["arguments"]} for c in calls]
         tool_calls = [{"type": "function", "function": f} for f in functions]
@@ -245,16 +248,14 @@ def _make_result(result: str, pending: list[str]) -> Message:
 
 
 def _parse_literal(text: str) -> Any:
-    """Parse JSON or a Python literal, or raise RowError.
-
-    Some datasets hold ``str(dict)`` instead of JSON. ast.literal_eval reads literals and runs
-    nothing.
-    """
+    """Parse JSON or a Python literal, or raise RowError."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         pass
     try:
+        # Some datasets hold str(dict) instead of JSON. literal_eval reads literals and runs
+        # nothing.
         # By way of JSON, so that no set or bytes come out.
         return json.loads(json.dumps(ast.literal_eval(text)))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as e:
@@ -268,8 +269,10 @@ def _parse_role(name: str) -> str:
 
 
 def _make_message(role: str, content: Any, calls: Any = None) -> Message:
-    """Return a message. Reasoning in tags at its beginning becomes ``reasoning_content``."""
+    """Return a message, with the reasoning at its beginning as ``reasoning_content``."""
     message: Message = {"role": _parse_role(role), "content": str(content)}
+    # Templates write reasoning in their family's tags, from reasoning_content. A dataset's
+    # <thinking> in the content would be rendered as a part of the answer.
     if message["role"] == "assistant" and (reasoning := REASONING.match(message["content"])):
         message |= {
             "content": message["content"][reasoning.end() :],

@@ -71,6 +71,7 @@ def describe_short_kinds(kinds: Sequence[str]) -> str:
 
 def list_short_kinds(documents: tuple[HeldOutText, ...], texts: Mapping[str, str]) -> list[str]:
     """Return the kinds of documents that are in none of the texts."""
+    # A pool contains every kind that is too short alone.
     return [] if {OTHER, ALL} & texts.keys() else sorted({d.kind for d in documents} - texts.keys())
 
 

@@ -49,6 +49,7 @@ class HessianSums:
         """
         if not len(rows):
             return
+        # (sqrt(w) x)(sqrt(w) x)ᵀ = w x xᵀ, so one symmetric product serves both cases.
         rows = rows if weights is None else rows * np.sqrt(weights)[:, None]
         product = rows.T @ rows
         # One bad input makes a diagonal element bad, so the trace checks all of them.

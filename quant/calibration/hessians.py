@@ -4,8 +4,8 @@ The Hessian of a matrix is H = Σ x xᵀ over the rows x that go into it. Error 
 uses it to correct the rounding error of one column in the columns that are rounded after it.
 
 There are two ways. Without gradients llama.cpp runs the model forward, and all tokens count alike
-(:mod:`quant.calibration.hessian_collector`). With gradients the model runs forward and backward, and
-each token is weighted by what an error there does to the output
+(:mod:`quant.calibration.hessian_collector`). With gradients the model runs forward and backward,
+and each token is weighted by what an error there does to the output
 (:mod:`quant.calibration.gradients`). Both run in a child program.
 """
 
@@ -103,6 +103,7 @@ def compute_hessians(
     settings = HessianSettings(
         context=model.imatrix.context,
         chunks=model.imatrix.chunks,
+        # Not os.cpu_count(): it counts cores that a cpuset (container, taskset) withholds, too.
         threads=len(os.sched_getaffinity(0)),
     )
     inputs: dict[str, Any] = {
@@ -113,6 +114,7 @@ def compute_hessians(
         "llama.cpp": bindings_version(),
     }
     if not [*_find_backward_problems(base.headers)]:
+        # No such key for other models: a new revision of gradients must not invalidate their files.
         inputs |= {"gradients": REVISION}
 
     def make(partial: Path) -> Mapping[str, Any]:
@@ -182,6 +184,7 @@ def _run_program(job: Mapping[str, Any], folder: Path, *, backward: bool) -> int
     # One BLAS thread: idle threads of OpenBLAS spin while they wait, and take the cores from
     # llama.cpp's threads. With more of them the whole took twice as long.
     single = {"OPENBLAS_NUM_THREADS": "1"} | ({"OMP_NUM_THREADS": "1"} if backward else {})
+    # On an abort ggml starts gdb or lldb for a backtrace (ggml.c: ggml_print_backtrace).
     chunks: int = child.run_child(
         "quant.calibration.gradients.program"
         if backward

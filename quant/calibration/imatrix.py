@@ -144,6 +144,7 @@ def compute_covering_imatrix(
         "base": base.digest,
         "text": text.receipt.sha256,
         "context": settings.context,
+        # The batch size decides the order of floating-point additions, and so the last bits.
         "pass_chunks": settings.pass_chunks,
         "llama.cpp": str(tools.version),
     }
@@ -276,6 +277,7 @@ def split_chunks(
         tokens: Tokens of the whole text.
         context: Tokens in a chunk.
     """
+    # It requires (start + 2) * context < tokens, unless it begins at 0.
     latest = (tokens - 1) // context - 2
     starts = [start for start in range(first, last, size) if start == 0 or start <= latest]
     return tuple(Span(a, b - a) for a, b in zip(starts, [*starts[1:], last], strict=False))
@@ -344,7 +346,10 @@ def run_llama_imatrix(
     # A batch of several chunks streams the weights through memory once for all of them.
     batch = settings.context * min(settings.pass_chunks, count or settings.pass_chunks)
     arguments: list[str | Path] = ["-m", run.base, "-f", TEXT_NAME, "-o", run.out.name]
+    # The text has the template's control tokens written out: without --parse-special they would be
+    # read as plain characters. The perplexity is not used, and costs a softmax over the vocabulary.
     arguments += ["--parse-special", "--no-ppl", "-c", str(settings.context)]
+    # -ub too: llama.cpp splits a batch into micro-batches, of 512 tokens by default.
     arguments += ["-b", str(batch), "-ub", str(batch)]
     arguments += ["--chunk", str(run.span.first)] if run.span else []
     arguments += ["--chunks", str(count)] if count else []

@@ -84,6 +84,7 @@ class _DatReader:
         return value
 
     def text(self, what: str) -> str:
+        # A damaged name is no reason to stop here: it is reported as a tensor that the model lacks.
         return self.read(self.number(what), what).decode(errors="replace")
 
     def floats(self, count: int, what: str) -> "NDArray[np.float32]":

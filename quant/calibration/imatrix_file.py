@@ -146,6 +146,7 @@ def find_model_problems(
                 f"{where}: {name}: of another model; expected {experts} x {tensor.shape[0]} values,"
                 f" one for each column, found {values}"
             )
+        # One count for all experts is what a .dat has, also after its conversion to GGUF.
         elif counts not in (1, experts):
             yield f"{where}: {name}: of another model; expected {experts} experts, found {counts}"
 
@@ -295,7 +296,8 @@ def merge_imatrices(parts: Iterable[ImatrixData], chunk_tokens: int = CHUNK_TOKE
             _add_entry(name, entry, chunk_tokens if part.legacy else None, sums, counts)
     most = max((int(c.max()) for c in counts.values()), default=0)
     entries = {name: ImatrixEntry(sums[name], counts[name]) for name in sums}
-    # llama-imatrix does not add up the parts' chunk counts either: it takes the largest token count.
+    # llama-imatrix does not add up the parts' chunk counts either: it takes the largest token
+    # count.
     return ImatrixData(entries, tuple(datasets), most // chunk_tokens, chunk_tokens)
 
 

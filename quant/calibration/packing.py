@@ -68,6 +68,7 @@ def draw_documents(
     remaining = {s.name: calibration_set.tokens * (s.share or 0) for s in calibration_set.source}
     chosen = []
     for n, document in enumerate(documents):
+        # Documents are not cut to the exact share: a source exceeds it by less than one document.
         if remaining[document.source] > 0:
             remaining[document.source] -= tokens[n]
             chosen.append(n)
@@ -88,11 +89,15 @@ def pack_chunks(sizes: Sequence[int], context: int, first_room: int | None = Non
     room, cuts = first_room or context, 0
     is_empty = True  # the current chunk
     while queue:
+        # An empty chunk begins with the next piece in order, so no piece waits for ever, and the
+        # mixture of domains from the shuffle is kept.
         batch = queue[:1] if is_empty else _fill_chunk(rests, queue[:WINDOW], room)
         for n in batch:
             cuts += _count_needless_cuts(sizes[n], room, context)
             room -= sizes[n]
             is_empty = room <= 0 and room % context == 0
+            # room is negative after a piece that goes on in the next chunks. Its remainder is
+            # positive in Python: what the piece leaves of its last chunk.
             room = context if is_empty else room if room > 0 else room % context
         order += batch
         placed = set(batch)

@@ -44,6 +44,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Imported here: it brings pyarrow and pandas, which sets without Parquet do not need.
     from datasets.load import load_dataset
 
     with path.open("rb") as f:

@@ -90,6 +90,7 @@ def find_set(name: str) -> tuple[CalibrationSet, Path]:
         {p.stem for p in SETS.glob("*.toml")} | {p.name for p in SETS.iterdir() if p.is_dir()}
     )
     path = Path(name)
+    # A shipped name comes before a path: a recipe means the same set in every working folder.
     if (SETS / f"{name}.toml").is_file():
         path = SETS / f"{name}.toml"
     if path.suffix == ".toml":
@@ -140,7 +141,8 @@ def _find_source_problems(source: CalibrationSource, where: str) -> Iterator[str
     if not NAME.fullmatch(source.name):
         yield f"{where}.name: expected letters, digits, '.', '_' and '-', found {source.name!r}"
     if (source.path is None) == (source.repo is None):
-        yield f"{where}: expected one of path and repo, found {'both' if source.repo else 'neither'}"
+        given = "both" if source.repo else "neither"
+        yield f"{where}: expected one of path and repo, found {given}"
     if source.repo is not None and not REPO.fullmatch(source.repo):
         yield f"{where}.repo: expected OWNER/NAME, found {source.repo!r}"
     if source.repo is not None and not source.files:

@@ -191,6 +191,8 @@ def render_set(
     Raises:
         InputError: The template refuses documents. Each of them is listed.
     """
+    # The order matters. Shuffled first, so that ids and seed decide which of two duplicates stays.
+    # Held out last, so that no near duplicate of a held-out document is read.
     distinct = dedupe.drop_duplicates(packing.shuffle_documents(calibration_set, documents))
     read, held_out = packing.split_held_out(calibration_set, distinct)
     texts = _render_documents(read, template)
@@ -227,6 +229,8 @@ def write_text_files(
     return rendered.json() | {
         "documents": len(rendered.documents),
         "characters": len(text),
+        # Counted as one text: the sum of the pieces lacks BOS, and tokens may merge where pieces
+        # meet.
         "tokens": tokenizer.count(text),
         "pieces": len(pieces),
         "needless_cuts": packed.cuts,
@@ -236,6 +240,7 @@ def write_text_files(
 
 def read_held_out_texts(path: Path, kind: str | None = None) -> tuple[HeldOutText, ...]:
     """Read the held-out documents of a calibration text: those of one kind, or all."""
+    # Not splitlines(): the JSON may contain U+2028, which is a line end for Python.
     texts = (HeldOutText(**json.loads(line)) for line in path.read_text().split("\n") if line)
     return tuple(d for d in texts if kind in (None, d.kind))
 

@@ -7,10 +7,10 @@ prediction (Fisher information; Martens, arXiv:1412.1193). So tokens do not coun
 weighted by |g|², as in GuidedQuant (Kim et al., 2025, arXiv:2505.07004), and the Hessian is that of
 |g| x. The embedding is a lookup without inputs; its Hessian is that of g itself.
 
-llama.cpp has no backward pass for these models, so torch runs them in F32, one block of weights at a
-time: ``shape`` reads a GGUF's hyperparameters, ``glm4moe`` has the forward pass of a block, and
-``program`` runs forward and backward through all of them, in a child program. Another architecture
-needs a module like ``glm4moe`` and its name in ARCHITECTURES.
+llama.cpp has no backward pass for these models, so torch runs them in F32, one block of weights
+at a time: ``shape`` reads a GGUF's hyperparameters, ``glm4moe`` has the forward pass of a block,
+and ``program`` runs forward and backward through all of them, in a child program. Another
+architecture needs a module like ``glm4moe`` and its name in ARCHITECTURES.
 """
 
 REVISION = 1

@@ -14,7 +14,7 @@ from torch.nn import functional
 from quant.calibration.gradients.shape import ModelShape
 
 SMALLEST_SUM = 2.0**-14
-"""Lower bound of the sum of a token's expert weights, as in build_moe_ffn: the smallest normal F16."""
+"""Lower bound of the sum of a token's expert weights: the smallest normal F16 (build_moe_ffn)."""
 
 
 class Weights(Protocol):
@@ -47,6 +47,7 @@ class BlockContext:
 
 def compute_rotation(shape: ModelShape, context: int) -> Tensor:
     """Return cosine and sine of the rotary embedding by position: (2, context, rotated / 2)."""
+    # In double: single precision holds an angle of 500 radians to 1.5e-5 only.
     speeds = shape.theta ** (-torch.arange(0, shape.rotated, 2).double() / shape.rotated)
     angles = torch.outer(torch.arange(context).double(), speeds)
     return torch.stack((angles.cos(), angles.sin())).float()
@@ -80,6 +81,7 @@ def _compute_attention(context: BlockContext, name: str, h: Tensor) -> Tensor:
     v = v.view(tokens, shape.kv_heads, shape.value).transpose(0, 1)
     # Grouped-query attention: each key and value head serves several query heads.
     k, v = (a.repeat_interleave(shape.heads // shape.kv_heads, 0) for a in (k, v))
+    # torch's default scale is llama.cpp's kq_scale, 1 / sqrt(features of a head's key).
     mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     return context.product(f"{name}attn_output.weight", mixed.transpose(0, 1).reshape(tokens, -1))
 
@@ -110,13 +112,12 @@ def _feed_forward(name: str, kind: str, h: Tensor, product: Product, expert: int
 
 
 def _compute_experts(context: BlockContext, name: str, h: Tensor) -> Tensor:
-    """Return the weighted sum of the outputs of each token's experts.
-
-    The choice of experts is not differentiable, so no gradient goes through it. The bias ranks
-    experts for load balancing and does not enter their weights.
-    """
+    """Return the weighted sum of the outputs of each token's experts."""
     shape, weights = context.shape, context.weights
+    # Not by product(): llama-quantize leaves the router in F32, so nobody needs its Hessian.
     scores = torch.sigmoid(h @ weights.read(f"{name}ffn_gate_inp.weight").T)
+    # The bias ranks experts for load balancing, and does not enter their weights (build_moe_ffn:
+    # selection_probs). The choice is not differentiable, so no gradient goes through it.
     bias = f"{name}exp_probs_b.bias"
     ranking = scores + weights.read(bias) if bias in weights else scores
     chosen = ranking.topk(shape.used, -1).indices

@@ -1,4 +1,4 @@
-"""A program: run a text through a model forward and backward, and add up gradient-weighted Hessians.
+"""A program: run a text through a model forward and backward, and sum gradient-weighted Hessians.
 
 :mod:`quant.core.child` starts it. Forward, the input of every block is kept on disk. Backward, each
 block is computed again from its input and passes its gradient to the block before. So memory holds
@@ -145,6 +145,7 @@ class ModelPass:
         """Pass the gradients on from the last block to the embedding."""
         for n in reversed(range(self.shape.blocks)):
             self._run_step(partial(self._backward_block, n))
+        # Without an output tensor the embedding is the output matrix, and has its Hessian already.
         if TOKEN_EMBEDDING in self.sums.products and OUTPUT in self.weights:
             for gradient in self.gradients:
                 self.sums.add(TOKEN_EMBEDDING, 0, gradient)
@@ -230,6 +231,7 @@ def collect_gradient_job(job: dict[str, Any], folder: Path) -> int:
     # Threads run chunks, not parts of a product: how a product is split changes its rounding.
     torch.set_num_threads(1)
     model = LoadedModel(job["model"], job["context"], job["threads"])
+    # llama.cpp only tokenizes here. Its memory is released before the arrays are reserved.
     tokens = model.tokenize_chunks(Path(job["text"]).read_bytes())[: job["chunks"]]
     model.close()
     if not len(tokens):

@@ -108,7 +108,8 @@ def _find_metadata_problems(metadata: Mapping[str, Any]) -> Iterator[str]:
         value: Any = metadata.get(key)
         # type() and not isinstance(): True is an int, and a list of head counts is no number.
         if type(value) is not kind or value < 0:
-            yield f"{key}: expected {'true or false' if kind is bool else 'a number'}, found {value}"
+            expected_kind = "true or false" if kind is bool else "a number"
+            yield f"{key}: expected {expected_kind}, found {value}"
     for name, expected in SUPPORTED.items():
         if (value := metadata.get(f"glm4moe.{name}", expected)) != expected:
             yield f"glm4moe.{name}: expected {expected}, found {value}"
