@@ -1,4 +1,4 @@
-"""Talk to a running llama-server as a user's program does: by OpenAI's client, and its endpoints.
+"""Send requests to a running llama-server: by OpenAI's client, and to its own endpoints.
 
 The official client is used so that the smoke test meets what users meet: its parsing of streams,
 of tool calls and of errors. llama-server's additions (``/health``, ``/props``, ``/tokenize``,
@@ -247,6 +247,7 @@ class _ReplyBuilder:
     """Id, name and pieces of arguments of each call, by the index that the stream gives it."""
 
     def add(self, chunk: Any) -> None:
+        # With include_usage the last chunk has the usage and no choices.
         if chunk.usage:
             self.kinds.append("usage")
             self.usage = chunk.usage
@@ -269,6 +270,7 @@ class _ReplyBuilder:
             self.kinds.append("calls")
             # Id and name come with the first piece of a call only.
             start = piece.id or "", piece.function.name or ""
+            # By index, because the pieces of parallel calls may alternate.
             call = self.calls.setdefault(piece.index, (*start, []))
             if piece.function.arguments:
                 call[2].append(piece.function.arguments)
@@ -318,5 +320,7 @@ def _server_errors() -> Iterator[None]:
         raise ServerError(f"HTTP {e.status_code}: {e.response.text[:500]}") from e
     except OpenAIError as e:
         raise ServerError(str(e)) from e
+    # OpenAI's client does not validate what it parses: a field that the server left out shows here,
+    # when it is used.
     except (KeyError, IndexError, TypeError, AttributeError) as e:
         raise ServerError(f"the server's answer could not be used: {e!r}") from e

@@ -154,6 +154,7 @@ def _write(
         name="the converter",
         env=_create_environment(),
     )
+    # The store takes every regular file that is left in the folder as a result.
     files.remove(out.parent / "hf")
     header = read_header(out)
     return {
@@ -172,6 +173,8 @@ def _lay_out_checkpoint(
     """
     folder.mkdir(parents=True)
     for receipt in checkpoint.receipts:
+        # Not the subfolders: of these the converter reads only additional_chat_templates, and the
+        # template is the given one. Links, because the weights may have hundreds of gigabytes.
         if receipt.path not in REPLACED and "/" not in receipt.path:
             (folder / receipt.path).symlink_to(checkpoint.folder / receipt.path)
     config = checkpoint.folder / "tokenizer_config.json"

@@ -43,6 +43,7 @@ def write_gguf(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     vision = part == "vision"
+    # False: config.json, not params.json, which is the format of Mistral's own checkpoints.
     hparams = ModelBase.load_hparams(checkpoint, False)
     name = conversion.get_model_architecture(
         hparams, ModelType.MMPROJ if vision else ModelType.TEXT

@@ -84,6 +84,7 @@ class Library:
         def quantize(rows: Rows, weights: NDArray[np.float32] | None) -> Bytes:
             out = np.empty(ggml_type.bytes(rows.size), np.uint8)
             address = weights.ctypes.data if weights is not None else None
+            # `weights` is one row, which serves all rows: so a call never spans two experts.
             size = quantize_chunk(
                 ggml_type.id, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, address
             )
@@ -103,6 +104,7 @@ class Library:
         Returns:
             The rows, of shape (rows, ``row``).
         """
+        # ggml's traits have no to_float for F32. A view: the rows are not copied.
         if ggml_type.name == "F32":
             return data.view(np.float32).reshape(-1, row)
         n = data.size // ggml_type.block_bytes * ggml_type.block
@@ -116,10 +118,11 @@ class Library:
         return bool(validate(ggml_type.id, data.ctypes.data, data.size))
 
     def find_type_differences(self) -> Iterator[str]:
-        """Yield every type of this project's table that the library has otherwise."""
+        """Yield every type in which the library differs from this project's table."""
         for t in TYPES.values():
             traits = self._read_traits(t)
             expected = t.name, t.block, t.block_bytes
+            # ggml spells its types f32, q4_K and iq2_xs.
             actual = traits.type_name.decode().upper(), traits.blck_size, traits.type_size
             if actual != expected:
                 yield f"{self.path}: type {t.id}: expected {expected}, found {actual}"

@@ -97,6 +97,8 @@ def view_tensor(tensor: GraphTensor, dtype: DTypeLike) -> NDArray[Any]:
     The array is valid as long as the tensor's memory is.
     """
     shape, strides, item = [*tensor.ne][::-1], [*tensor.nb][::-1], np.dtype(dtype).itemsize
+    # To the end of the last number: the strides of a view or a permuted tensor leave gaps, so the
+    # product of the shape is too short.
     span = item + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     return np.ndarray(shape, dtype, (ctypes.c_char * span).from_address(tensor.data), 0, strides)
 
@@ -107,7 +109,10 @@ def _check_layout(path: Path, call: Mapping[str, Any]) -> tuple[int, int]:
     Fields that are not compared lie between compared ones, so that a field which another version
     inserts or removes shows in the next.
     """
+    # 64 KiB hold the six tensors and their data. With no_alloc a tensor would have no data, whose
+    # address is compared.
     context = call["ggml_init"](_InitParams(2**16, None, False))
+    # All sizes differ: a layout that takes one dimension for another shows.
     experts, inputs, ids = (
         call["ggml_new_tensor_3d"](context, ggml_type, *shape)
         for ggml_type, shape in ((F32, (6, 5, 4)), (F32, (6, 2, 3)), (I32, (2, 3, 1)))
@@ -134,6 +139,7 @@ def _check_layout(path: Path, call: Mapping[str, Any]) -> tuple[int, int]:
         "op of ggml_mul_mat_id": (b"MUL_MAT_ID", call["ggml_op_name"](expert_product.op)),
         "types": ([b"f32", b"i32"], [call["ggml_type_name"](t) for t in (F32, I32)]),
     }
+    # Read before the context is freed: the structures lie in its memory.
     operations = product.op, expert_product.op
     call["ggml_free"](context)
     for field, (expected, actual) in fields.items():

@@ -127,6 +127,7 @@ def read_header(path: Path) -> Header:
 def list_shards(first: Path) -> tuple[Path, ...]:
     """Return all shards of a model if ``first`` is named like a first one, else only itself."""
     match = FIRST_SHARD.fullmatch(first.stem)
+    # -of-00000 is part of a plain name: no split has 0 shards.
     if not match or not int(match[2]):
         return (first,)
     return tuple(
@@ -196,11 +197,13 @@ class _HeaderReader:
                 self.fail("a key", "a name", "nothing")
             if key in metadata:
                 self.fail(f"key {key!r}", "once", "twice")
+            # ggml refuses another type too (gguf_init_from_reader in ggml/src/gguf.cpp).
             if (kind := self.read_number("I", key)) != UINT32 and key == "general.alignment":
                 self.fail(key, "a 32-bit number", f"type {kind}")
             metadata[key] = self.read_value(kind, key)
         tensors = tuple(self.read_tensor() for _ in range(n_tensors))
         alignment = metadata.get("general.alignment", ALIGNMENT)
+        # docs/gguf.md asks for a multiple of 8, gguf.cpp for a power of two.
         if alignment < 8 or alignment & (alignment - 1):
             self.fail("general.alignment", "a power of two from 8", alignment)
         head_bytes = self.f.tell()
@@ -215,7 +218,7 @@ class _HeaderReader:
             if t.name in names:
                 self.fail(f"tensor {t.name}", "once", "twice")
             names.add(t.name)
-            # Exactly one layout is valid: no gap may hide bytes, and no byte may have two owners.
+            # Exactly one layout is valid: a gap would hide bytes, an overlap would share them.
             if t.offset != expected:
                 self.fail(f"offset of tensor {t.name}", expected, t.offset)
             if start + t.offset + t.bytes > self.size:
@@ -266,13 +269,14 @@ class _HeaderReader:
             for _ in range(self.read_count(8, key)):
                 yield self.read_string(key)
         else:
+            # Arrays of arrays too: docs/gguf.md has them, but gguf.cpp refuses to read them.
             self.fail(f"element type of {key}", "a scalar or a string", kind)
 
     def read_count(self, least_bytes: int, what: str) -> int:
         """Return a count of things that take at least so many bytes each.
 
-        The rest of the head must be able to hold them, so that no count can ask for memory that
-        the file does not pay for.
+        The rest of the head must be able to hold them, so that no count makes the reader allocate
+        more memory than the file has bytes.
         """
         n: int = self.read_number("Q", what)
         rest = max(self.head_end - self.f.tell(), 0)

@@ -59,6 +59,8 @@ class LoadedModel:
         self._vocab = self._api.llama_model_get_vocab(self._model)
         self.vocab_size: int = self._api.llama_vocab_n_tokens(self._vocab)
         params = self._api.llama_context_default_params()
+        # n_ubatch is 512 by default: a longer chunk would be computed in parts, and the callback
+        # would get each tensor once a part.
         params.n_ctx = params.n_batch = params.n_ubatch = context
         params.n_threads = params.n_threads_batch = threads
         if callback:
@@ -82,8 +84,11 @@ class LoadedModel:
         This serves the chunks that this model reads. Everybody else counts with the user's own
         build (:mod:`quant.llama.tokenizer`, which says why); a test compares the two.
         """
-        capacity = len(text) + 8  # a token takes at least one byte
+        # A token takes at least one byte. SentencePiece vocabularies put a space before the text:
+        # hence some more.
+        capacity = len(text) + 8
         ids = (self._api.llama_token * capacity)()
+        # add_special would put one BOS before the text; tokenize_chunks puts one in each chunk.
         add_special, parse_special = False, True
         count = self._api.llama_tokenize(
             self._vocab, text, len(text), ids, capacity, add_special, parse_special
@@ -144,6 +149,8 @@ class LoadedModel:
         count = self.context - 1 - first
         self.decode_chunk(tokens, range(first, self.context - 1))
         shape = (count, self.vocab_size)
+        # llama.cpp's buffer has a row for each flagged position, without gaps (llama_get_logits in
+        # llama.h). The next decode overwrites it, so nothing returned may be a view of it.
         logits = np.ctypeslib.as_array(self._api.llama_get_logits(self._context), shape)
         shifted = logits - logits.max(1, keepdims=True)
         # Summed in double: a vocabulary of 150,000 terms loses digits in single precision.
@@ -154,9 +161,10 @@ class LoadedModel:
 def find_bindings() -> Path:
     """Return the folder of the libraries that the bindings load.
 
-    It is this environment's, unless ``LLAMA_CPP_LIB_PATH`` names another; the variable is set,
-    because the bindings read it.
+    It is this environment's, unless ``LLAMA_CPP_LIB_PATH`` names another.
     """
+    # Set, not only read: llama_cpp looks for libllama there when it is imported. Our build of it
+    # installs the libraries into the environment's lib, not into the package.
     return Path(os.environ.setdefault(LIBRARY, str(Path(sys.prefix) / "lib")))
 
 

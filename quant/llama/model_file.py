@@ -1,4 +1,4 @@
-"""A GGUF model on disk: one file, or the shards of a split. Every stage passes this noun on."""
+"""A GGUF model on disk: one file, or the shards of a split. Every stage passes it on."""
 
 from dataclasses import dataclass
 from functools import cached_property

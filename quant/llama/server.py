@@ -84,6 +84,8 @@ def serve_model(tools: Toolchain, settings: ServerSettings) -> Iterator[LlamaSer
         ToolError: The server cannot be started, ends, or has not loaded the model in time. The
             error quotes the end of its log.
     """
+    # Another program can take the port before llama-server binds it. The server then ends, and
+    # _wait_until_loaded raises with its log.
     port, log = find_free_port(settings.port), settings.log
     address = ("--host", "127.0.0.1", "--port", str(port))
     command = [tools.path("llama-server"), *settings.arguments, *address]

@@ -67,6 +67,7 @@ def sort_tensors(tensors: Collection[TensorSpec]) -> list[TensorSpec]:
 
 def stored_shape(tensor: TensorSpec) -> tuple[int, ...]:
     """Return a shape as ggml writes it, without the ones at its end (ggml_n_dims)."""
+    # ggml_n_dims returns at least 1, also for a tensor of one weight.
     length = max((n for n, size in enumerate(tensor.shape, 1) if size > 1), default=1)
     return tensor.shape[:length]
 
@@ -83,6 +84,8 @@ def split_into_shards(sizes: Iterable[int], max_bytes: int) -> Iterator[list[int
     """
     shard: list[int] = []
     for size in sizes:
+        # Without `shard and`, a first tensor above the limit would leave an empty shard before it.
+        # llama-gguf-split ends with an error there.
         if shard and sum(shard) + size > max_bytes:
             yield shard
             shard = []

@@ -60,6 +60,8 @@ class Tokenizer:
     @cached_property
     def digest(self) -> str:
         """A sha256 of everything that decides how a text is cut: the vocabulary and the build."""
+        # The chat template has such a key too, and cuts no text: without it a patched template
+        # keeps the counts that are stored under this digest.
         vocabulary = {
             key: value
             for key, value in self.file.metadata.items()
@@ -90,6 +92,7 @@ class Tokenizer:
         if not texts:
             return ()
         separator = self._choose_separator(texts)
+        # One BOS precedes the joined texts, if the model wants it: False and True slice as 0 and 1.
         ids = self.tokenize(separator.join(texts))[self.adds_bos :]
         marks = [n for n, token in enumerate(ids) if token == self._control_tokens[separator]]
         if len(marks) != len(texts) - 1:
@@ -111,6 +114,7 @@ class Tokenizer:
             # As a file: an argument has a maximum length. Without escapes: a backslash and an n
             # in a text are two characters.
             files.write_text(folder / "text", text)
+            # -lv 1 lets only errors through: the loader would print its messages into the same log.
             arguments = ("-f", "text", "--ids", "--no-escape", "-lv", "1")
             self.tools.run(
                 "llama-tokenize",

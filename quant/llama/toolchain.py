@@ -71,6 +71,7 @@ class Toolchain:
             ToolError: The version cannot be read, or is too old.
         """
         oldest = ".".join(map(str, OLDEST))
+        # Older builds print "version: 6123 (abc)". That does not match, and the error quotes it.
         match = re.search(r"version: (\d+)\.(\d+)\.(\d+)\S* \(.*?commit (\w+)\)", self._output)
         if not match:
             first = (self._output.strip().splitlines() or ["nothing"])[0]
@@ -112,6 +113,7 @@ class Toolchain:
         ]
         if missing:
             raise ToolError(*missing)
+        # Last, because it needs llama-server, which may be one of the missing tools.
         _ = self.version
 
     def run(
@@ -159,8 +161,10 @@ def find_toolchain(folder: str | Path | None = None) -> Toolchain:
             )
         places = [root, root / "bin", root / "build" / "bin"]
     else:
+        # Where a link points: the libraries lie beside the real tools (see ggml.find_library).
         on_path = shutil.which("llama-server")
         places = [Path(sys.prefix) / "bin", *([Path(on_path).resolve().parent] if on_path else [])]
+    # Where there is no llama-server at all, the first place: the error of a missing tool names it.
     return Toolchain(next((p for p in places if (p / "llama-server").exists()), places[0]))
 
 
@@ -185,6 +189,7 @@ def _read_build_settings() -> dict[str, str] | None:
     from importlib import metadata  # late: the quantizer's process, which starts often, needs none
 
     try:
+        # uv writes it beside the metadata of a wheel that it built, with the settings it passed.
         text = metadata.distribution("llama-cpp-python").read_text("uv_build.json")
         settings = json.loads(text or "null")["config_settings"]
     except (metadata.PackageNotFoundError, ValueError, KeyError, TypeError):

@@ -72,6 +72,8 @@ TYPES = {
         GGMLType("Q6_K", 14, 256, 2 + 128 + 64 + 16),
         GGMLType("IQ4_XS", 23, 256, 2 + 2 + 4 + 128),
         GGMLType("IQ3_S", 21, 256, 2 + 64 + 8 + 32 + 4),
+        # tensor_requires_imatrix in src/llama-quant.cpp. It also asks for Q2_K in a Q2_K_S file,
+        # which is a matter of the file and not of the type.
         GGMLType("IQ3_XXS", 18, 256, 2 + 96, needs_imatrix=True),
         GGMLType("IQ2_S", 22, 256, 2 + 64 + 8 + 8, needs_imatrix=True),
         GGMLType("IQ2_XS", 17, 256, 2 + 64 + 8, needs_imatrix=True),
