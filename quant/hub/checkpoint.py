@@ -103,6 +103,7 @@ def pull_checkpoint(source: ModelSource, beside: Path, store: Store) -> Checkpoi
     repo, revision = str(source.repo), source.revision or "main"
     raise_problems(_find_pin_problems(repo, revision))
     origin = {"repo": repo, "revision": revision}
+    # keep_partial: files that were fetched before an interruption may be hundreds of gigabytes.
     result = store.run_once(
         "source", origin, lambda partial: _download(repo, revision, partial), keep_partial=True
     )
@@ -194,10 +195,8 @@ def find_safetensors_problems(path: Path) -> Iterator[str]:
 
 
 def hash_checkpoint(folder: Path, store: Store | None) -> tuple[Receipt, ...]:
-    """Return a receipt for every file of a checkpoint's folder that a conversion may need.
-
-    Digests are remembered in the store: hashing 700 GB at every start would cost minutes.
-    """
+    """Return a receipt for every file of a checkpoint's folder that a conversion may need."""
+    # Remembered in the store: hashing 700 GB at every start would cost minutes.
     paths = sorted({p for pattern in PATTERNS for p in folder.glob(pattern) if p.is_file()})
     digests = digest_cache.hash_files(paths, store.root / DIGESTS if store else None)
     return tuple(Receipt(p.name, digests[p], p.stat().st_size) for p in paths)
@@ -223,6 +222,7 @@ def list_files(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
         api = hub_client.make_client()
         commit = revision
         if not COMMIT.fullmatch(revision):
+            # Resolved first: a branch may move before its files are listed.
             commit = str(api.repo_info(repo, revision=revision).sha)
         tree = api.list_repo_tree(repo, revision=commit)
         return commit, {e.path: _convert_entry(e) for e in tree if isinstance(e, RepoFile)}
@@ -250,6 +250,7 @@ def _find_config_problems(path: Path) -> Iterator[str]:
         return
     if not isinstance(config, dict) or not config.get("architectures"):
         yield f"{path}: architectures: expected the name of the model's class, found none"
+    # auto_map names Python files of the repo, which transformers runs with trust_remote_code.
     elif config.get("auto_map"):
         yield (
             f"{path}: auto_map: expected a model that transformers knows,"
@@ -270,6 +271,7 @@ def _find_index_problems(path: Path) -> Iterator[str]:
         )
         return
     for name in sorted(map(str, names)):
+        # The names come from the repo: one with a separator or `..` would lead out of the folder.
         if Path(name).name != name or not name.endswith(".safetensors"):
             yield (
                 f"{path}: weight_map: expected the name of a safetensors file beside it,"

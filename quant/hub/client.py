@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# A full object id of git. Short ones can become ambiguous, so none is accepted.
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPO = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}")
+# Four tries with 1, 2 and 4 s between them, unless the answer names a time.
 MAX_TRIES = 4
 MAX_WAIT_SECONDS = 300
 """The hub counts its rate limits over five minutes."""
@@ -55,6 +57,7 @@ def make_client() -> "HfApi":
 
     _redact_logs()
     if not os.isatty(2):
+        # In a log every redraw of a bar would be a line.
         disable_progress_bars()
     # False, not None: None would send the token of a `hf auth login` on this machine.
     return HfApi(token=read_token() or False)
@@ -85,6 +88,7 @@ def retry(request: Callable[[], T]) -> T:
 def is_transient(e: BaseException) -> bool:
     """Return whether a retry may help: no answer, a server error, or a rate limit."""
     response = getattr(e, "response", None)
+    # No response: the connection failed or broke, which says nothing about the request.
     return response is None or response.status_code in TRANSIENT_STATUS
 
 
@@ -133,6 +137,8 @@ def read_error_text(e: BaseException) -> str:
 
 def _find_cause(e: BaseException) -> BaseException:
     """Return what is behind an error that only says that a file was not sent, or is not cached."""
+    # huggingface_hub 2.4.0 raises RuntimeError for a file that was not sent (_commit_api.py) and
+    # LocalEntryNotFoundError for one that was not fetched, each from the HTTP error.
     while isinstance(e, RuntimeError | FileNotFoundError) and e.__cause__ is not None:
         e = e.__cause__
     return e
@@ -165,6 +171,7 @@ def _describe_refusal(e: BaseException, repo: str, revision: str) -> str | None:
         if read_token() is not None:
             reason = "the hub does not know this token"
         return f"{TOKEN}: {reason}; make one at https://huggingface.co/settings/tokens"
+    # The client has no class for a full storage. The hub's text names it where the status does not.
     if status == 507 or (status == 403 and "storage" in str(e).lower()):
         return f"{repo}: no space left on the hub ({text})"
     if status == 403:
@@ -192,11 +199,9 @@ def _choose_wait(e: Any, default: float) -> float:
 
 
 def _redact_logs() -> None:
-    """Redact every log record of the client libraries: their warnings quote whole URLs.
-
-    A filter would have to be on every handler of whoever uses this as a library. A record factory
-    is met by all of them.
-    """
+    """Redact every log record of the client libraries: their warnings quote whole URLs."""
+    # A filter would have to be on every handler of every program that uses this library. All
+    # records pass through the factory.
     make = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
         return

@@ -20,6 +20,7 @@ from quant.core.errors import Unreachable
 
 STALL_SECONDS = 900.0
 """A transfer that moved nothing for so long is ended; QUANT_STALL_SECONDS sets another time."""
+# MAX_HTTP_DOWNLOAD_SIZE in huggingface_hub/constants.py.
 MAX_PLAIN_BYTES = 50 * 10**9
 """The largest file that the client fetches without Xet."""
 DIGEST_CACHE = "fetched.json"
@@ -97,6 +98,7 @@ def download_files(repo: str, revision: str, wanted: Sequence[HubFile], folder: 
         if max((f.bytes for f in wanted), default=0) > MAX_PLAIN_BYTES:
             raise Unreachable(f"{stalled}; run again to continue") from None
         log.info("%s: nothing moved for %.0f s; going on without Xet", repo, stall_seconds)
+        # By the environment of a new process: the client reads it once, when it is imported.
         plain = {"HF_HUB_DISABLE_XET": "1"}
         try:
             _run_downloader(job, work, TransferWatch(folder, total, stall_seconds), plain)
@@ -120,18 +122,17 @@ def _run_downloader(
 
 
 def count_bytes(folder: Path) -> tuple[int, tuple[int, ...]]:
-    """Return the bytes of a folder's files, and a state that changes with every write to it.
-
-    Allocated blocks, not lengths: the client makes files at their full length and fills them in any
-    order. The state has the times too, for writes into blocks that were allocated before.
-    """
+    """Return the bytes of a folder's files, and a state that changes with every write to it."""
     size = times = count = 0
     for path in folder.rglob("*"):
         try:
             stat = path.stat()
         except OSError:  # renamed since it was listed
             continue
+        # Allocated blocks (units of 512 bytes), not lengths: the client makes files at their full
+        # length and fills them in any order.
         size += stat.st_blocks * 512 * path.is_file()
+        # For writes into blocks that were allocated before.
         times += stat.st_mtime_ns
         count += 1
     return size, (size, times, count)

@@ -17,6 +17,7 @@ from quant.core.errors import CheckError, convert_disk_errors
 from quant.hub import client as hub_client
 from quant.hub.download import HubFile
 
+# Files at a time. hf_hub_download fetches one, and snapshot_download's default is 8 as well.
 THREADS = 8
 
 

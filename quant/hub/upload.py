@@ -87,6 +87,7 @@ def upload_files(api: "HfApi", additions: "list[CommitOperationAdd]", target: De
             additions,
             num_threads=target.uploads,
             create_pr=target.pull_request,
+            # quant.release.publish commits these objects later; the client would drop their files.
             free_memory=False,
         )
     )
@@ -139,8 +140,10 @@ class RateLimiter:
         """Wait until so many bytes may be sent."""
         with self.lock:
             now = self.clock()
+            # Time that nobody used is not saved up: after a pause no burst exceeds the limit.
             begin = max(now, self.free_at)
             self.free_at = begin + count / self.bytes_per_second
+        # Outside of the lock: other threads take their turns while this one sleeps.
         if begin > now:
             self.sleep(begin - now)
 
@@ -180,11 +183,9 @@ class ThrottledFile(io.BufferedIOBase):
 
 
 def _run_in_thread(work: Callable[[], None]) -> None:
-    """Do work in a daemon thread and raise what it raises.
-
-    An interrupt reaches the main thread only. In the main thread the client would finish every file
-    that it has begun before it obeys; the daemon thread is left behind.
-    """
+    """Do work in a daemon thread and raise what it raises."""
+    # Python raises KeyboardInterrupt in the main thread only. There the client would finish every
+    # file that it has begun before it stops; a daemon thread is left behind.
     outcome: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def run() -> None:
