@@ -125,6 +125,7 @@ def split_file(path: Path, max_size: str | None, tools: Toolchain, stem: Path) -
         raise_problems(
             f"{path}: tensor {t.name}: expected at most {max_size} a shard, found {t.bytes} bytes"
             for t in header.tensors
+            # llama-gguf-split's M and G are powers of 1000, as parse_size has them.
             if t.bytes > parse_size(max_size)
         )
     expected = header.hash_tensors()

@@ -99,6 +99,8 @@ def quantize_model(request: QuantizeRequest) -> tuple[VariantFile, ...]:
         for variant in request.variants
     ]
     if request.hessians:
+        # The base is hashed for this, which takes minutes: Hessians of another base may have
+        # the same shapes, and nothing else would notice them.
         Hessians.open(request.hessians, files.hash_file(request.base))
     identity = _make_identity(request)
     raise_problems(_find_obstacles(targets, identity))

@@ -155,6 +155,7 @@ def find_differences(
             )
     if actual != expected:
         return
+    # Dicts compare without order, so the order of tensors is compared apart.
     pairs = zip(expected, actual, strict=True)
     if moved := next((pair for pair in pairs if pair[0] != pair[1]), None):
         yield f"{path}: order of tensors: expected {moved[0]}, found {moved[1]}"
@@ -205,6 +206,7 @@ def quantize_variants(request: StageRequest, store: Store) -> tuple[VariantFile,
         "llama.cpp": str(request.tools.version),
     }
     if request.hessians:
+        # Older names of Hessians and GPTQ, kept because they are part of the digests.
         shared |= {"moments": request.hessians.receipt.sha256, "feedback": REVISION}
     inputs = [
         shared
@@ -219,6 +221,7 @@ def quantize_variants(request: StageRequest, store: Store) -> tuple[VariantFile,
     missing = [(p, i) for p, i in zip(plans, inputs, strict=True) if not store.find(STAGE, i)]
     targets = []
     for p, i in missing:
+        # What an interrupted run left stays: the engine continues it by its journal.
         folder = store.begin(STAGE, i, keep_partial=True)
         targets.append(QuantizeTarget(p, folder / f"{i['name']}.gguf", i["max_size"]))
     if targets:

@@ -78,6 +78,7 @@ def estimate_cost(
     weights: int, types: Iterable[GGMLType], costs: Mapping[str, int] = COST
 ) -> float:
     """Return how long quantizing so many weights into these types takes, in ms of one core."""
+    # A type that was not measured counts as the slowest, so that it is begun early.
     return sum(costs.get(t.name, max(costs.values())) for t in types) * weights / 2**20
 
 

@@ -103,6 +103,7 @@ def find_job_problems(
 ) -> Iterator[str]:
     """Yield every reason why the job cannot be done, the disk aside."""
     alignment = source.header.metadata.get("general.alignment", ALIGNMENT)
+    # llama-gguf-split pads tensors to 32 bytes but copies this key: the two would not agree.
     if alignment != ALIGNMENT:
         yield f"{job.base}: general.alignment: expected {ALIGNMENT}, found {alignment}"
     if imatrix:
@@ -122,6 +123,7 @@ def _find_type_problem(
     ggml_type = TYPES[name]
     if ggml_type == tensor.type:
         return None
+    # llama-quantize refuses this too, unless --allow-requantize is given.
     if tensor.type.name not in FLOATS:
         return f"{tensor.type.name} can only be kept, found {name}"
     if not ggml_type.fits(tensor.shape[0]):

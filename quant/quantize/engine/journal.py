@@ -5,8 +5,8 @@ chunks it was working on. A power cut loses more: every second the data is flush
 a mark in the journal says how many records the flush covers. After a reboot, which the kernel's
 boot id shows, only those records are trusted.
 
-Kept by hand: a database (SQLite, LMDB) would flush at every commit, or need the same two-level
-trust on top. The format is 36 bytes a record and has tests for cuts and flips at every byte.
+No database (SQLite, LMDB): it would flush at every commit, or need the same two levels of trust
+on top. The format is 36 bytes a record and has tests for cuts and flips at every byte.
 """
 
 import errno
@@ -69,6 +69,8 @@ class Journal:
     def mark(self, records: int) -> None:
         """Record that the data of so many records is on the disk."""
         with self.lock:
+            # Only after the data was flushed: a mark that reached the disk first would vouch for
+            # bytes that a power cut took.
             _append(self.fd, _pack_record(MARK, 0, ErrorSums(float(records), 0.0)))
         os.fdatasync(self.fd)
         self.marked = records

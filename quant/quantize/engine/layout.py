@@ -36,6 +36,7 @@ from quant.llama.types import FILE_TYPES, TYPES, GGMLType
 
 QUANTIZATION_VERSION = 2
 """GGML_QNT_VERSION."""
+# llama-quantize removes these keys of its input (gguf_remove_key in src/llama-quant.cpp).
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 HEAD = struct.Struct("<4sIQQ")
 
@@ -99,6 +100,7 @@ class FileLayout:
     @cached_property
     def digest(self) -> str:
         """The sha256 of the layout: the heads hold every name, shape, type and offset."""
+        # The sources too: where and how the base stores a tensor is in no head.
         sources = "".join(f"{t.source.type.name} {t.source.offset}\n" for t in self.tensors)
         return hashlib.sha256(b"".join(self.heads) + sources.encode()).hexdigest()
 
@@ -254,6 +256,7 @@ def _pack_string(raw: bytes) -> bytes:
 
 def _pack_entry(name: str, value: int | str) -> bytes:
     if isinstance(value, int):
+        # Overrides that are integers are written with gguf_set_val_u32.
         return _pack_string(name.encode()) + struct.pack("<II", UINT32, value)
     # llama_model_kv_override holds texts in 128 bytes, the last of which is zero.
     text = _cut_at_zero(value.encode())[:MAX_STRING]

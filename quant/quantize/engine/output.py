@@ -65,8 +65,10 @@ class VariantOutput:
         if not self.done:
             for old in (journal.journal_path(path), record_path(path), *self.partials):
                 files.remove(old)
+        # Without O_TRUNC: the chunks that the journal names are in these files.
         self.fds = [os.open(p, os.O_RDWR | os.O_CREAT, 0o644) for p in self.partials]
         for fd, size in zip(self.fds, layout.sizes, strict=True):
+            # Sparse: allocating all blocks now was no faster or slower (tests/benchmarks/README.md).
             os.ftruncate(fd, size)
             os.fdatasync(fd)  # The new journal marks the older chunks as being on the disk.
         self.journal: Journal = journal.start_journal(
@@ -106,6 +108,7 @@ class VariantOutput:
         only once (fsyncgate). The journal is then removed, so the next run begins this variant
         anew.
         """
+        # Read before the flush: a record that is added meanwhile may be of data that it misses.
         records = self.journal.records
         if records == self.journal.marked:
             return
@@ -189,6 +192,7 @@ def recover_record(path: Path, identity: str) -> Mapping[str, Any] | None:
         return None
     if record["identity"] != identity:
         return None
+    # The loop in finish gives names in this order; any of its steps may be the last one done.
     for final in (path.with_name(name) for name in record["files"]):
         partial = final.with_name(final.name + files.PARTIAL)
         if not final.exists() and not partial.exists():

@@ -13,6 +13,7 @@ from quant.quantize.engine.journal import ErrorSums
 from quant.quantize.engine.layout import TensorPlacement
 from quant.quantize.engine.output import TensorResult, VariantOutput, hash_range
 
+# Below what Linux copies in one call at most: 2 GiB - 4 KiB (MAX_RW_COUNT).
 COPY_BYTES = 2**30
 BUFFER_BYTES = 4 * 2**20
 _NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -58,6 +59,7 @@ class ReusableTensors:
         for output in outputs:
             placement = output.layout.tensors[tensor]
             chunks = split_into_chunks(placement.source)
+            # Chunks of an interrupted run have measured sums, which equal ones would spoil.
             if any((tensor, c.index) in output.done for c in chunks):
                 continue
             for path, offset, record in self.find_copies(placement.source, placement.type.name):
@@ -99,6 +101,8 @@ def _copy(fd: int, offset: int, output: VariantOutput, placement: TensorPlacemen
                 e.filename = str(output.partials[placement.part])
                 raise
             n = 0
+        # 0 does not prove the end: on some virtual file systems the call copies nothing and reports
+        # success (copy_file_range(2), BUGS). The read below decides.
         if not n:
             data = os.pread(fd, min(size, BUFFER_BYTES), offset)
             if not data:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# A tensor's name has at most 63 bytes (GGML_MAX_NAME), so name and type fit.
 LINE_BYTES = 128
 IN_WORK = "in-work"
 """Name of the file in the folder of the job."""
@@ -24,7 +25,7 @@ class WorkStatus:
     def show(self, thread: int, subject: str) -> Iterator[None]:
         """Show ``subject`` in the thread's line while the block runs.
 
-        An error leaves the line as it is. So does the end of the process, for which this is made.
+        An error leaves the line as it is. So does the end of the process, and then the line counts.
         """
         self._write(thread, subject)
         yield

@@ -66,7 +66,9 @@ class InputFile:
         """Raise InputError if the file was written to or replaced since it was opened."""
         now = self._state()
         if now != self.state:
-            raise InputError(f"{self.path}: changed while it was read; run again when it rests")
+            raise InputError(
+                f"{self.path}: changed while it was read; run again once nothing writes to it"
+            )
 
     def _state(self) -> tuple[int, ...]:
         # The name may by now belong to another file, which fstat of the open one cannot show.
@@ -163,6 +165,7 @@ class ColumnImportance:
         per_count = entry.sums.elements // entry.counts.elements
         # One count may stand for the whole expert, or for all experts.
         which = np.arange(expert * row, (expert + 1) * row) // per_count
+        # Rounded, because the file has them as floats (std::lround in imatrix-loader.cpp).
         counts = np.rint(self._read(entry.counts, int(which[0]), int(which[-1] - which[0]) + 1))[
             which - which[0]
         ]

@@ -46,6 +46,7 @@ EXTRA_THREADS = 1
 """Threads beside one for each core."""
 PREFETCH_ITEMS = 16
 """How many items before its turn a chunk is asked of the disk."""
+# 0.25 and 5 seconds were measured too: no difference in speed (tests/benchmarks/README.md).
 FLUSH_SECONDS = 1.0
 FIXED_BYTES = 96 * 2**20
 """Interpreter, numpy and the kernels' tables: twice what all types together took."""
@@ -142,6 +143,7 @@ class EngineRun:
         self.lock = threading.Lock()
         self.stop = threading.Event()
         self.status = status.WorkStatus(self.folder / status.IN_WORK)
+        # One index serves all variants: their tensors are the same, in the same order.
         self.tensors = self.outputs[0].layout.tensors
         self.index = {placement.name: i for i, placement in enumerate(self.tensors)}
         self.kernels = Kernels(self.library)
@@ -186,6 +188,7 @@ class EngineRun:
             copies = pool.map(
                 lambda i: self.reusable.copy_tensor(i, self.outputs), range(len(self.tensors))
             )
+            # list() raises what a thread raised.
             list(copies)
 
     def list_missing_work(self) -> list[WorkItem]:
@@ -199,6 +202,7 @@ class EngineRun:
                     if (i, chunk.index) not in o.done
                 }
                 if missing:
+                    # Sorted, because sets of strings are in another order in each process.
                     types = tuple(TYPES[name] for name in sorted(missing))
                     items.append(WorkItem(placement.source, chunk, types))
         return items
@@ -228,6 +232,7 @@ class EngineRun:
                 elif item:
                     self._do_item(item, number)
                 else:
+                    # A tensor that another thread completes after this is hashed by that thread.
                     return
         except BaseException as e:  # whatever it is, the main thread raises it again
             with self.lock:
@@ -280,6 +285,7 @@ class EngineRun:
     ) -> Bytes:
         """Return the stored rows. Raise InputError for rows on which ggml would abort."""
         try:
+            # The kernels refuse such rows; ggml's own function would end the process.
             return self.kernel_of[ggml_type.name](rows, columns)
         except InputError as e:
             where = self._describe_rows(item)

@@ -53,6 +53,7 @@ class ErrorCompensator:
             if key not in self.cache:
                 self.cache[key] = self._read(tensor, expert)
                 while len(self.cache) > CACHE_SIZE:
+                    # The least recently used one, because every hit moves its entry to the end.
                     self.cache.popitem(last=False)
             self.cache.move_to_end(key)
             return self.cache[key]

@@ -45,6 +45,7 @@ PANEL = 64
 
 GPTQ calls this lazy batch updates and takes 128 columns.
 """
+# A divisor where a sub-block's levels are all 0. The quotient is then 0, or not used.
 TINY = np.float32(1e-30)
 
 
@@ -144,6 +145,7 @@ def refine_rows(ggml_type: GGMLType, rows: Floats, data: Bytes, hessian: Hessian
     choose_levels(state, hessian)
     # GPTQ guarantees nothing for a single row: with ggml's scales fixed, a compensated weight may
     # leave the range of its block and be clipped.
+    # A loss that is NaN is not less either, so such a row keeps ggml's bytes too.
     better = hessian.loss(state.error()) < before
     refined = np.where(
         better[:, None], state.pack().reshape(len(rows), -1), data.reshape(len(rows), -1)
@@ -176,6 +178,8 @@ def compensate_errors(state: RowState, hessian: Hessian) -> None:
             inverse = np.linalg.inv(factor[here, here].astype(np.float64)).astype(np.float32)
             if fmt.sign_group and i % fmt.sign_group == 0:
                 eight = slice(i, i + fmt.sign_group)
+                # At step i an error e costs e² / [H⁻¹]_ii, of the columns that are left (GPTQ,
+                # equation 2). That is e² / U_ii².
                 importance = np.diagonal(factor)[eight] ** -2
                 values = (weights[eight] + offset[eight]) / _nonzero(scale[eight])
                 signs = choose_signs(fmt, values, importance)
@@ -251,6 +255,7 @@ def fit_scales(state: RowState, hessian: Hessian) -> None:
             if allowed is None:
                 continue
             curvature = (unit * (metric @ unit)).sum(0)
+            # A copy, because the column is written in place below.
             old = numbers[:, n].copy()
             best = old - (gradient * unit).sum(0) / np.maximum(curvature, TINY)
             numbers[:, n] = np.where(curvature > 0, find_nearest(best, allowed), old)
@@ -276,6 +281,8 @@ def fit_block_scales(state: RowState, hessian: Hessian) -> None:
         d, dmin = _solve_two(d_unit, dmin_unit if fmt.has_dmin else None, metric, gradient)
         new_d, new_dmin = _as_fp16(blocks.d[:, n] + d), _as_fp16(blocks.dmin[:, n] + dmin)
         if fmt.minimums is not None:
+            # The minimums of K types are subtracted, and are 0 where all weights are positive
+            # (make_qkx2_quants in ggml-quants.c). Q4_1 and Q5_1 take both signs.
             new_dmin = np.maximum(new_dmin, 0)
         change = (new_d - blocks.d[:, n]) * d_unit + (new_dmin - blocks.dmin[:, n]) * dmin_unit
         # Not better where fp16 overflowed: the loss of an infinite change is infinity or NaN.
@@ -307,6 +314,7 @@ def _solve_two(
     weighted = metric @ dmin_unit
     ab, bb = (d_unit * weighted).sum(0), (dmin_unit * weighted).sum(0)
     b = -(gradient * dmin_unit).sum(0)
+    # [aa ab; ab bb] · [d; dmin] = [a; b], solved by Cramer's rule.
     determinant = aa * bb - ab * ab
     # Where the two are nearly collinear (all levels of a block alike), only d is solved for.
     sound = determinant > 1e-6 * aa * bb

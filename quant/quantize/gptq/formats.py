@@ -190,6 +190,7 @@ def _encode(name: str, what: str, allowed: Floats, numbers: Floats) -> Codes:
         raise ValueError(
             f"{name} stores no {what}; its lowest is {allowed[0]:g}, its highest {allowed[-1]:g}"
         )
+    # No type has more than 256 levels, scales or minimums.
     return codes.astype(np.uint8)
 
 
@@ -223,6 +224,7 @@ def _numbers(name: str) -> tuple[Floats, NDArray[np.uint16]]:
 
 def _keys(coordinates: Floats, groups: Floats) -> NDArray[np.intp]:
     """Return one integer for each group: the indices of its coordinates as digits."""
+    # At most 8^4 keys (IQ3) or 3^8 (IQ2, IQ1): few enough for a table instead of a search.
     digits = np.searchsorted(coordinates, groups).clip(max=len(coordinates) - 1)
     return digits @ len(coordinates) ** np.arange(groups.shape[1])
 
@@ -297,6 +299,7 @@ def _grid_format(sub_block: int, kind: Any, scales: Floats, *, odd_signs: bool) 
 
 
 _SHIFTS = _steps(SHIFT, -2 * SHIFT, 2)
+# ksigns_iq2xs in ggml-common.h, computed: bit 7 is the parity of the other seven.
 _EVEN_SIGNS = np.array([signs | (signs.bit_count() & 1) << 7 for signs in range(128)], np.uint8)
 """By the seven signs that are stored: all eight, of which an even number is negative."""
 _IQ4_LEVELS = np.array(quants.IQ4_NL.kvalues, np.float32)
@@ -309,6 +312,7 @@ FORMATS: Mapping[str, BlockFormat] = {
     "Q5_1": BlockFormat(32, levels=_steps(0, 1, 32), has_dmin=True),
     "Q8_0": BlockFormat(32, levels=_steps(-127, 1, 255)),
     "Q2_K": _k_format(16, levels=4, scales=16),
+    # Six bits minus 32, and Q6_K's int8, as in dequantize_row_q3_K and _q6_K.
     "Q3_K": BlockFormat(16, levels=_steps(-4, 1, 8), scales=_steps(-32, 1, 64)),
     "Q4_K": _k_format(32, levels=16, scales=64),
     "Q5_K": _k_format(32, levels=32, scales=64),

@@ -34,6 +34,7 @@ class Hessian:
     def damped(self) -> Floats:
         """H + λI, with λ = DAMPING times the mean of H's diagonal."""
         damped = np.array(self.matrix, np.float32)
+        # 1e-12: a Hessian of zeros, from inputs that were all 0, must have an inverse too.
         damped[np.diag_indices(len(damped))] += np.float32(
             DAMPING * np.diagonal(damped).mean(dtype=np.float64) + 1e-12
         )
@@ -51,6 +52,7 @@ class Hessian:
         many columns are left to compensate for them. Weights stay together that are rounded as one
         vector of a codebook, or whose signs are chosen together.
         """
+        # Stable: which of two equal columns comes first must not depend on numpy's sort.
         groups = np.argsort(-self.diagonal.reshape(-1, group).sum(1), kind="stable")
         return (groups[:, None] * group + np.arange(group)).reshape(-1)
 
@@ -62,6 +64,7 @@ class Hessian:
         U_ij / U_ii is how much of column i's error column j takes over. One factorization replaces
         the update of the inverse after every column.
         """
+        # Not locked: two threads may compute it at once, and get the same numbers.
         if group not in self.factors:
             order = self.act_order(group)
             # In 64 bits, and symmetric to the last bit: rounding must not make the inverse

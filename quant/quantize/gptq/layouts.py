@@ -50,6 +50,7 @@ class BitField:
         """Return the codes, of shape (blocks, codes of a block), in the integer type of a word."""
         words = self.view(stored)
         shifted = words.reshape(len(words), -1, 1, self.run) >> self.shift_column(words)
+        # Minus binds tighter than &; unsigned words wrap, as two's complement wants it.
         codes: Codes = shifted - words.dtype.type(self.lowest) & words.dtype.type(self.mask)
         return codes.reshape(len(words), -1)
 
@@ -130,6 +131,7 @@ _SIX_BITS = {
         BitField(4, 4, 2, (4, 6), run=4),
     ),
     "minimum": (
+        # One 64-bit word: low nibbles of bytes 8 to 11, then high nibbles of bytes 12 to 15.
         BitField(8, 1, 4, (0, 8, 16, 24, 36, 44, 52, 60), size=8),
         BitField(8, 4, 2, (4, 6), run=4),
     ),
@@ -154,6 +156,7 @@ LAYOUTS: Mapping[str, BlockLayout] = {
     ),
     "Q3_K": BlockLayout(
         _half(108),
+        # hmask holds the third bit. Where it is clear, ggml subtracts 4.
         (_packed(32, 64, 2, run=32), _packed(0, 32, 1, run=32)),
         (_packed(96, 8, 4, run=8), _packed(104, 4, 2, run=4)),
     ),
@@ -197,6 +200,8 @@ LAYOUTS: Mapping[str, BlockLayout] = {
         (_packed(66, 8, 4),),
         sign=(BitField(2, 32, 7, (9,), size=2),),
     ),
+    # Two 32-bit words for 32 weights: four numbers of vectors; then four times seven signs, and the
+    # scale in the top four bits.
     "IQ2_XXS": BlockLayout(
         _half(0),
         (BitField(2, 8, 8, (0, 8, 16, 24), size=4, step=2),),
@@ -210,6 +215,7 @@ LAYOUTS: Mapping[str, BlockLayout] = {
         shift=(BitField(34, 8, 1, (15,), size=2),),
     ),
     "IQ1_M": BlockLayout(
+        # d is scattered over the top nibbles of the four words of scales (iq1m_scale_t).
         tuple(BitField(49 + 2 * word, 1, 4, (4,)) for word in range(4)),
         (_packed(0, 32, 8), BitField(32, 16, 3, (0, 4))),
         (BitField(48, 4, 3, (0, 3, 6, 9), size=2),),

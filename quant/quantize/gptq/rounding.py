@@ -51,6 +51,7 @@ class Codebook:
         Where the type stores signs apart, the vectors are magnitudes.
         """
         first, second = np.triu_indices(grid.shape[1])
+        # M is symmetric: a pair i < j stands for M_ij and M_ji.
         twice = np.where(first == second, np.float32(1), np.float32(2))
         self.grid, self.pairs = grid, (first, second)
         self.columns = np.ascontiguousarray(grid.T)

@@ -105,6 +105,7 @@ class Kernels:
 
     def _choose(self, ggml_type: GGMLType) -> tuple[KernelChoice, Kernel]:
         with self.lock:
+            # A trial runs under the lock: threads that want the same type wait for it.
             if ggml_type.name not in self.choices:
                 self.choices[ggml_type.name] = self._try_kernels(ggml_type)
             return self.choices[ggml_type.name]

@@ -75,6 +75,8 @@ class NativeLibrary:
             ctypes.c_void_p,
             ctypes.POINTER(_Counts),
         )
+        # Passed as a pointer, so that the kernels need not be linked to a ggml, and leave odd
+        # blocks to the one that is loaded.
         chunk = ctypes.cast(library.functions["ggml_quantize_chunk"], ctypes.c_void_p)
 
         def quantize(rows: Rows, weights: NDArray[np.float32] | None) -> tuple[Bytes, KernelCounts]:
