@@ -31,6 +31,7 @@ speed and no text.
 MAX_ITERATIONS = 8
 CONVERGED = 1e-3
 """Relative change of the error sum at which the iteration stops."""
+# Only a start: the error sum of each solution replaces it.
 INITIAL_ERROR = 0.02
 """Error sum at which the KLD is linearized first."""
 MAX_OVERSHOOT = 1.002
@@ -79,6 +80,7 @@ class AllocationInputs:
 
     def compute_fixed_bytes(self) -> int:
         """Return the bytes of a file without the tensors that types are allocated to."""
+        # Any types would do: the head and the other tensors are the same for all.
         types = {
             name: min(kinds, key=lambda k: TYPES[k].bits_per_weight)
             for name, kinds in self.errors.errors.items()
@@ -142,6 +144,7 @@ def allocate_variant(
     variant = fold_types(name, summary, solution.types, inputs.tensors)
     plan = make_plan(variant, inputs.tensors, inputs.covered)
     types = {t.tensor.name: t.type.name for t in plan.tensors if t.tensor.name in solution.types}
+    # The rules are published, not the types: they have to plan what was solved.
     assert types == dict(solution.types), "folding lost a type"
     return Allocation(variant, target, solution, inputs.forecast_bytes(plan))
 
@@ -167,6 +170,7 @@ def allocate_ladder(
         InputError: As ``allocate_variant``.
     """
     allocations: list[Allocation] = []
+    # The largest first: its types are the ceiling of the next one.
     for name, target in sorted(targets.items(), key=lambda item: -item[1].bytes):
         limits = constraints
         if allocations and monotone:
@@ -186,15 +190,13 @@ def check_target(inputs: AllocationInputs, target: SizeTarget, constraints: Cons
 def _solve_iteratively(
     inputs: AllocationInputs, target: SizeTarget, constraints: Constraints, fixed: int
 ) -> Solution:
-    """Solve with the KLD linearized, linearize at the solution, and repeat until it is stable.
-
-    The KLD is a power of a sum, the knapsack linear. If the power is above 1 (convex), a fixed
-    point is optimal: the solution minimizes the tangent at itself. Below 1 (concave) it is the
-    optimum for one ratio of amplified to additive errors; the best iterate is returned. The
-    relative gap of the linear problem is carried over to the predicted KLD.
-    """
+    """Solve with the KLD linearized, linearize at the solution, and repeat until it is stable."""
     sensitivities, errors = inputs.sensitivities, inputs.allowed_errors()
     amplified, best = INITIAL_ERROR, None
+    # The KLD is a power of a sum, the knapsack linear. If the power is above 1 (convex), a fixed
+    # point is optimal: the solution minimizes the tangent at itself. Below 1 (concave) it is the
+    # optimum for one ratio of amplified to additive errors, so the best iterate counts, not the
+    # last.
     for _ in range(MAX_ITERATIONS):
         klds = sensitivities.linearize(errors, amplified)
         units = build_units(inputs.tensors, klds, constraints)
@@ -202,6 +204,7 @@ def _solve_iteratively(
         solution = solve(units, _make_budgets(target, fixed), constraints.most_types)
         kld = sensitivities.predict_kld(solution.types, errors)
         if best is None or kld < best.kld:
+            # The relative gap of the linear problem stands for that of the predicted KLD.
             best = replace(solution, kld=kld, bound=kld * (1 - solution.gap))
         actual = sensitivities.sum_errors(solution.types, errors)[0]
         # With power 1 the KLD is linear already.
@@ -216,6 +219,7 @@ def _make_budgets(target: SizeTarget, fixed: int) -> list[Budget]:
     budgets = [Budget(f"a file of {target.bytes:,} bytes", target.bytes - fixed)]
     if target.rest_bytes is not None:
         rest = rf"(?!{EXPERTS.pattern}).*"
+        # The head and tensors that keep their type lie on the accelerator too.
         budgets.append(
             Budget("everything but experts, on the accelerator", target.rest_bytes - fixed, rest)
         )
@@ -223,10 +227,7 @@ def _make_budgets(target: SizeTarget, fixed: int) -> list[Budget]:
 
 
 def _pin_mtp_blocks(inputs: AllocationInputs, constraints: Constraints) -> Constraints:
-    """Return the constraints with fixed types for MTP blocks.
-
-    Where the fixed type is not among those to choose from, the smallest one is taken.
-    """
+    """Return the constraints with fixed types for MTP blocks."""
     if not constraints.mtp_pinned:
         return constraints
     mtp = {name for name, depth in compute_depths(inputs.tensors).items() if depth >= 1}
@@ -235,8 +236,10 @@ def _pin_mtp_blocks(inputs: AllocationInputs, constraints: Constraints) -> Const
         allowed = [kind for kind in by_type if kind not in constraints.excluded]
         if name in mtp and allowed:
             wanted = MTP_PROJECTION if ".nextn." in name else MTP_REST
+            # The fixed type may be excluded, or its blocks may not fit the rows.
             smallest = min(allowed, key=lambda kind: TYPES[kind].bits_per_weight)
             pinned[re.escape(name)] = wanted if wanted in allowed else smallest
+    # The user's pins come first, because the first match counts.
     return replace(constraints, pinned={**constraints.pinned, **pinned})
 
 

@@ -19,6 +19,7 @@ SCALES = {
 }
 """Bytes by unit."""
 FILE_SIZE = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(SCALES)})")
+# The same number has two group names: Python allows each name once in an expression.
 MEMORY_BUDGET = re.compile(
     r"(?P<gpu>[^,+]*) gpu(?: \+ (?P<ram>[^,]*) ram)?(?:, ctx (?P<context>\d+))?"
     r"|(?P<only>[^,+]*) ram(?:, ctx (?P<tokens>\d+))?"
@@ -46,6 +47,7 @@ def parse_file_size(text: str) -> int:
         raise InputError(
             f"size: expected a number with one of {', '.join(SCALES)} behind it, found {text!r}"
         )
+    # Rounded down: a file may not exceed its target by a byte.
     return int(float(match[1]) * SCALES[match[2]])
 
 
@@ -69,6 +71,7 @@ def parse_memory_budget(text: str, kv_bytes: int) -> SizeTarget:
         )
     if match["only"]:
         return SizeTarget(parse_file_size(match["only"]) - kv_bytes * int(match["tokens"] or 0))
+    # With -ot exps=CPU llama.cpp still keeps the whole KV cache on the GPU.
     gpu = parse_file_size(match["gpu"]) - kv_bytes * int(match["context"] or 0)
     if not match["ram"]:
         return SizeTarget(gpu)

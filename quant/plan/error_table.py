@@ -15,9 +15,12 @@ from quant.core.errors import InputError
 from quant.llama.gguf import TensorSpec
 from quant.llama.types import TYPES
 
+# An older name of the error table, as "moments" is one of Hessians: existing files have them.
 FORMAT = "quant-distortion-1"
 """Value of the key ``form``, by which such a file is recognized."""
 
+# Without Q4_0 to Q5_1: K types of the same bits have less error (quant.plan.priors), and IQ4_NL and
+# Q8_0 take rows that are no multiple of 256.
 CANDIDATES = (
     *("IQ1_S", "IQ1_M"),
     *("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K"),

@@ -19,6 +19,7 @@ from quant.plan.sensitivity import ProbeResult, Sensitivities, find_additive_ten
 
 POWERS = 0.4, 2.5
 """Plausible range of the power; a fit outside of it is an accident of few probes."""
+# A deviation of sqrt(0.02) = 0.14: no probe counts as more exact than 14 %.
 MODEL_VARIANCE = 0.02
 """Variance of a log KLD that the model itself leaves unexplained, beside the probe's own noise."""
 SMALLEST_KLD = 1e-7
@@ -65,6 +66,7 @@ def fit_sensitivities(
     for name in table.errors:
         like = by_class.get((tensor_class(name), name in additive))
         if name not in scales and like:
+            # The geometric mean: estimates are logarithms, over orders of magnitude.
             scales[name] = math.exp(sum(math.log(scales[n]) for n in like) / len(like))
     if missing := sorted(table.errors.keys() - scales.keys()):
         raise InputError(
@@ -131,7 +133,9 @@ def refit_sensitivities(
         misfit = (np.log(np.maximum(predicted, SMALLEST_KLD)) - measured) / sigma
         return np.concatenate([misfit, parameters / prior])
 
+    # The power has the deviation of a class.
     prior = np.array([CLASS_DEVIATION] * (1 + len(classes)) + [TENSOR_DEVIATION] * len(names))
+    # It starts at factors of one, where the prior is best.
     best = least_squares(residuals, np.zeros(len(prior))).x
     return replace(
         sensitivities,
@@ -146,13 +150,10 @@ def refit_sensitivities(
 def _fit_power(
     results: Sequence[ProbeResult], table: ErrorTable, additive: frozenset[str]
 ) -> float:
-    """Return the power: the common slope of log KLD over log error, in probes of equal tensors.
-
-    Within a group of probes of the same tensors at several types, the scale is a constant that
-    centering removes. The slope is pooled over all groups: Σ w·dx·dy / Σ w·dx².
-    """
+    """Return the power: the common slope of log KLD over log error, in probes of equal tensors."""
     groups: dict[frozenset[str], list[ProbeResult]] = {}
     for result in results:
+        # The error of additive tensors is outside the power.
         if not additive & result.probe.types.keys():
             groups.setdefault(frozenset(result.probe.types), []).append(result)
     xx = xy = 0.0
@@ -160,8 +161,11 @@ def _fit_power(
         x = np.array([math.log(_sum_relative_mse(r, table)) for r in group])
         y = np.array([math.log(max(r.kld, SMALLEST_KLD)) for r in group])
         w = np.array([1 / _log_variance(r) for r in group])
+        # All probes of a group have the same tensors, so the scale is a constant that centering
+        # removes. A group of one adds nothing.
         dx, dy = x - np.average(x, weights=w), y - np.average(y, weights=w)
         xx, xy = xx + float(w @ (dx * dx)), xy + float(w @ (dx * dy))
+    # One slope for all groups: Σ w·dx·dy / Σ w·dx². Rounded for the reason that scales are.
     power = xy / xx if xx else 1.0
     return float(f"{min(max(power, POWERS[0]), POWERS[1]):.4g}")
 
@@ -169,11 +173,10 @@ def _fit_power(
 def _fit_scale(
     results: Sequence[ProbeResult], table: ErrorTable, power: float
 ) -> tuple[float, float]:
-    """Return the logarithm of a tensor's scale, and its variance.
-
-    From KLD = (s·e)^p follows log s = log KLD / p − log e; probes are averaged by inverse variance.
-    """
+    """Return the logarithm of a tensor's scale, and its variance."""
     w = np.array([1 / _log_variance(r) for r in results])
+    # From KLD = (s·e)^p follows log s = log KLD / p − log e, whose variance is that of log KLD over
+    # p².
     logs = np.array(
         [
             math.log(max(r.kld, SMALLEST_KLD)) / power - math.log(_sum_relative_mse(r, table))
@@ -184,14 +187,12 @@ def _fit_scale(
 
 
 def _shrink(estimates: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Return the scales of one class, noisy estimates shrunk toward the class mean.
-
-    Empirical Bayes, as Efron and Morris (1975): x̂ = m + τ²/(τ² + σ²) · (x − m), where σ² is the
-    variance of the estimate and τ² the class's own spread, estimated as the sample variance less
-    the mean σ². A class of one tensor is not shrunk.
-    """
+    """Return the scales of one class, noisy estimates shrunk toward the class mean."""
     logs = np.array([v for v, _ in estimates.values()])
     variances = np.array([v for _, v in estimates.values()])
+    # Empirical Bayes, as Efron and Morris (1975): x̂ = m + τ²/(τ² + σ²) · (x − m), where σ² is the
+    # variance of an estimate. τ², the class's own spread, is the sample variance less the mean σ².
+    # A class of one tensor has no spread to estimate, and is not shrunk.
     spread = max(float(logs.var(ddof=1)) - float(variances.mean()), 0.0) if len(logs) > 1 else 0.0
     keep = spread / (spread + variances) if len(logs) > 1 else np.ones(1)
     shrunk = logs.mean() + keep * (logs - logs.mean())
@@ -209,5 +210,6 @@ def _sum_relative_mse(result: ProbeResult, table: ErrorTable) -> float:
 
 
 def _log_variance(result: ProbeResult) -> float:
-    """Return the variance of a probe's log KLD: (standard error / KLD)², and the model's own."""
+    """Return the variance of a probe's log KLD."""
+    # Delta method: Var(log x) ≈ Var(x) / x². More text lowers it, but not the model's own error.
     return MODEL_VARIANCE + (result.standard_error / max(result.kld, SMALLEST_KLD)) ** 2

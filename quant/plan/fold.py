@@ -71,6 +71,7 @@ def format_block_pattern(blocks: Sequence[int]) -> str:
     tens: dict[int, list[int]] = {}
     for n in sorted(set(blocks)):
         tens.setdefault(n // 10, []).append(n % 10)
+    # Block 7 is "7", not "07".
     parts = [f"{ten or ''}{_format_digits(digits)}" for ten, digits in tens.items()]
     return parts[0] if len(parts) == 1 else f"({'|'.join(parts)})"
 
@@ -87,6 +88,7 @@ def _format_digits(digits: Sequence[int]) -> str:
             runs[-1].append(d)
         else:
             runs.append([d])
+    # "12" is shorter than "1-2".
     texts = (f"{r[0]}-{r[-1]}" if len(r) > 2 else "".join(map(str, r)) for r in runs)
     return f"[{''.join(texts)}]"
 
@@ -103,12 +105,14 @@ def _split_into_runs(types: Mapping[str, str]) -> Iterator[_TypeRun]:
         blocks: dict[str, list[int]] = {}
         for block, kind in pairs:
             blocks.setdefault(kind, []).append(block)
+        # Equal numbers are ordered by their blocks, so that equal types give equal files.
         order = sorted(blocks, key=lambda kind: (len(blocks[kind]), blocks[kind]))
         for kind in order:
             yield _TypeRun(tuple(classes), kind, tuple(blocks[kind]), is_rest=kind == order[-1])
 
 
 def _make_rule(run: _TypeRun) -> Rule:
+    # re.escape also escapes "-", which only needs it within brackets.
     names = [re.escape(c).replace(r"\-", "-") for c in run.classes]
     classes = names[0] if len(names) == 1 else f"({'|'.join(names)})"
     listed = ", ".join(run.classes)

@@ -48,6 +48,7 @@ class ReleasePlan:
         Raises:
             InputError: With every rule that fits no tensor, and every tensor that fits no shard.
         """
+        # Of all variants at once: make_plan would stop at the first one with a problem.
         raise_problems(p for v in self.variants for p in find_plan_problems(v, self.tensors, None))
         plans = tuple(make_plan(variant, self.tensors) for variant in self.variants)
         raise_problems(p for m in plans for p in find_oversized(m, self.model.max_shard_size))
@@ -139,6 +140,7 @@ def _plan_gguf(recipe: ModelRecipe, variants: tuple[Variant, ...], gguf: Path) -
         tensors=tensors,
         kv_bytes=kv_cache.bytes_per_token,
         header_bytes=headers[0].data_start,
+        # A shard's head has the keys split.* too, so no length follows from it to the byte.
         base=headers[0] if len(headers) == 1 else None,
     )
 
@@ -170,14 +172,13 @@ def _find_gguf_problems(
     tensors: Sequence[TensorSpec],
     expected: Sequence[TensorSpec],
 ) -> Iterator[str]:
-    """Yield why this is not the model's BF16 file.
-
-    MTP blocks may differ, because config.json does not state all of their tensors.
-    """
+    """Yield why this is not the model's BF16 file."""
     if quantized := {t.type.name for t in tensors} - UNQUANTIZED:
         names = ", ".join(sorted(quantized))
         yield f"{gguf}: expected unquantized weights (BF16), found {names}"
     shapes, depths = {t.name: t.shape for t in tensors}, compute_depths(expected)
+    # MTP blocks may differ: config.json does not state all of their tensors, and the converter's
+    # --no-mtp omits them.
     trunk = [t for t in expected if depths.get(t.name, 0) < 1]
     if wrong := [t for t in trunk if shapes.get(t.name) != t.shape]:
         first = wrong[0]

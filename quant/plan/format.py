@@ -65,10 +65,8 @@ def _format_fields(noun: Variant | Rule) -> list[str]:
 
 
 def _format_field(key: str, value: Any) -> str:
-    r"""Return ``key = value``, by tomli_w.
-
-    Patterns are literal strings, which tomli_w cannot write: '\d+' reads better than "\\d+".
-    """
+    """Return ``key = value``, by tomli_w."""
+    # tomli_w cannot write literal strings: '\d+' reads better than "\\d+".
     if key == "tensors" and _LITERAL.fullmatch(value):
         return f"{key} = '{value}'"
     plain = list(value) if isinstance(value, tuple) else value

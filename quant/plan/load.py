@@ -102,8 +102,10 @@ def read_type_file(path: Path) -> Variant:
     rules = []
     for number, line in enumerate(read_recipe_text(path).splitlines(), 1):
         if text := line.split("#")[0].strip():
+            # The last "=": an expression may contain one, a type does not.
             pattern, _, ggml_type = text.rpartition("=")
             whole = pattern.removeprefix("^").removesuffix("$")
+            # Optional, because llama-quantize accepts expressions that match no tensor.
             rules.append(Rule(whole, ggml_type.upper(), f"line {number}", optional=True))
     rules = list(_correct_case(rules))
     variant = Variant(name=path.stem, summary="", file_type="Q8_0", rules=tuple(rules))
@@ -226,6 +228,7 @@ def _find_imatrix_problems(imatrix: ImatrixRecipe, where: str) -> Iterator[str]:
     if imatrix.chunks is not None:
         least["chunks"] = (imatrix.chunks, 1)
     if imatrix.coverage.budget is not None:
+        # The budget includes the first pass.
         least["coverage.budget"] = (imatrix.coverage.budget, imatrix.chunks or 1)
     yield from _find_small_values(least, where)
     floor = imatrix.coverage.floor
@@ -276,6 +279,7 @@ def _find_rule_problems(rule: Rule, where: str) -> Iterator[str]:
         depth = list(rule.depth)
         yield f"{where}.depth: expected two shares, the smaller first, found {depth}"
     for key, name in (("type", rule.type), ("narrow", rule.narrow or "")):
+        # TQ1_0 and TQ2_0 store -d, 0 or d: made for BitNet and TriLM, which were trained so.
         if name.startswith("TQ"):
             yield (
                 f"{where}.{key}: {name} ruins weights that were not trained ternary;"

@@ -51,6 +51,7 @@ class CoveragePolicy:
     def find_floor(self, tensor: TensorSpec) -> GGMLType:
         """Return the floor, or the next larger plain type whose blocks fill the tensor's rows."""
         floor = TYPES[self.floor]
+        # Types with blocks of 32 weights, then BF16 without blocks. None needs an imatrix.
         plain = (TYPES[name] for name in ("Q4_1", "Q5_1", "Q8_0", "BF16"))
         return next(
             t
@@ -193,6 +194,7 @@ def find_plan_problems(
 
 def is_quantizable(tensor: TensorSpec) -> bool:
     """Return whether llama-quantize would change the tensor's type."""
+    # ggml_n_dims ignores trailing dimensions of 1.
     matrix = any(n > 1 for n in tensor.shape[1:])
     return matrix and tensor.name.endswith("weight") and not NOT_QUANTIZED.search(tensor.name)
 
@@ -210,6 +212,7 @@ def compute_depths(tensors: Collection[TensorSpec]) -> dict[str, float]:
     """
     blocks = {t.name: n for t in tensors if (n := split_block(t.name)[0]) is not None}
     mtp = {blocks[name] for name in blocks if ".nextn." in name}
+    # At least 1: the converter's --mtp writes a file of MTP blocks alone.
     trunk = max(len(set(blocks.values()) - mtp), 1)
     return {name: n / trunk for name, n in blocks.items()}
 

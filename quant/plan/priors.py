@@ -69,6 +69,7 @@ GLM_KLD_PER_GIGA = {
 """KLD in nats for 10^9 weights of a class at 1.75 bits per weight."""
 UNKNOWN_CLASS = "attn_q"
 """A class that nobody measured counts like this one."""
+# Averaged over the depth, both factors of a class are about 1, so its sum stays the public one.
 PEAKS = {"attn_output": (0.31, 0.49, 3.0, 0.55), "ffn_down_exps": (0.45, 0.66, 1.5, 0.87)}
 """Classes that matter more at some depth: from, to, factor there, factor elsewhere."""
 MTP_FACTOR = 1e-3
@@ -95,6 +96,7 @@ def make_typical_errors(
         for t in tensors
         if is_quantizable(t)
     }
+    # Σ h w² needs weights. Predictions use relative errors only.
     return ErrorTable(base=NO_BASE, imatrix=None, errors=errors, squares=dict.fromkeys(errors, 1.0))
 
 
@@ -102,6 +104,7 @@ def make_prior_sensitivities(tensors: Sequence[TensorSpec]) -> Sensitivities:
     """Return sensitivities by class and size, from the figures of GLM-4.6."""
     depths = compute_depths(tensors)
     scales = {
+        # KLD = s · e with power 1: figures of classes do not show how errors amplify each other.
         t.name: _estimate_kld(t, depths.get(t.name)) / RELATIVE_MSE[REFERENCE_TYPE]
         for t in tensors
         if is_quantizable(t)

@@ -54,8 +54,10 @@ class Rule(Strict):
         """
         if self.only and self.only != ("moe" if moe else "dense"):
             return False
+        # Half-open, so that adjacent ranges share no block and omit none.
         if self.depth and (depth is None or not self.depth[0] <= depth < self.depth[1]):
             return False
+        # llama-quantize's --tensor-type searches within names; there attn_v also means attn_v_b.
         return re.fullmatch(self.tensors, name) is not None
 
 
@@ -228,6 +230,7 @@ class EvaluationRecipe(Strict):
 
     chunks: int = 8
     """Maximum number of chunks of each domain; 0 skips the evaluation."""
+    # llama-perplexity's convention: every predicted token has at least context / 2 before it.
     context: int = 512
     """Tokens in a chunk; the second half of them is predicted."""
     top: int = 4096
@@ -258,6 +261,7 @@ class ModelRecipe(Strict):
     scenarios: str = "glm"
     """recipes/scenarios/NAME.toml: the smoke-test scenarios beside that conversation."""
     waivers: tuple[Waiver, ...] = ()
+    # huggingface_hub refuses larger files without Xet (constants.MAX_HTTP_DOWNLOAD_SIZE).
     max_shard_size: str = "50G"
     """Largest shard, as llama-gguf-split reads a size: 50G or 500M."""
     pre_tokenizer: str | None = None

@@ -94,6 +94,7 @@ class Sensitivities:
     def predict_kld(self, types: Mapping[str, str], table: ErrorTable) -> float:
         """Return the predicted mean KLD of a file in nats; arguments as ``sum_errors``."""
         amplified, additive = self.sum_errors(types, table)
+        # The difference may be just below zero, and a power of that is a complex number.
         return float(max(amplified, 0.0) ** self.power) + additive
 
     def linearize(self, table: ErrorTable, amplified: float) -> dict[str, dict[str, float]]:
@@ -120,6 +121,7 @@ class Sensitivities:
                 "name": r.probe.name,
                 "types": dict(r.probe.types),
                 "kld": r.kld,
+                # An older name: existing files have this key.
                 "deviation": r.standard_error,
             }
             for r in self.probes

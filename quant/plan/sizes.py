@@ -14,6 +14,8 @@ MATRIX_NAME, TEXT_NAME = "imatrix.gguf", "calibration.txt"
 
 They are published, so they hold no path of the machine.
 """
+# GGUF (docs/gguf.md of ggml): a string is its length in 8 bytes and its text. An entry is a string,
+# a type in 4 bytes, and the value.
 U32_BYTES, STRING_BYTES = 4, 8
 F16_BYTES = 2
 
@@ -139,6 +141,7 @@ def read_kv_cache(metadata: Mapping[str, Any]) -> KVCache:
         latent = rank + keys.get("rope.dimension_count", 0)
         return KVCache(layers=layers, kv_heads=1, key_length=latent, value_length=0)
     heads = keys.get("attention.head_count", 0)
+    # llama.cpp's default for models without key_length: n_embd / n_head.
     head_width = keys.get("embedding_length", 0) // heads if heads else 0
     kv_heads = keys.get("attention.head_count_kv", heads)
     if isinstance(kv_heads, Sequence):  # one number a layer: as one layer with all of them
@@ -166,7 +169,9 @@ def forecast_file_bytes(plan: Plan, base: Header, imatrix: Header | None = None)
     """
     if plan.is_base:
         return base.data_start + plan.bytes
+    # Numbers have one width, so 0 stands for any.
     added = {"general.quantization_version": 0, "general.file_type": 0} | _imatrix_keys(imatrix)
+    # A key that the base has already is overwritten in its place, not added.
     replaced = {k: v for k, v in base.metadata.items() if k in added}
     head = (
         base.head_bytes

@@ -25,7 +25,7 @@ Sizes are rounded up to bins of at least 32 bytes, so that a solution never exce
 counts of 10^11 as coefficients would be beyond the solver's tolerances.
 """
 SECONDS = 8.0
-"""Time limit of one solution; the best one until then is used_bytes, with its gap."""
+"""Time limit of one solution. The best one until then is used, with its gap."""
 GAP = 1e-4
 """Relative gap at which the solver stops."""
 EPSILON = 1e-12
@@ -70,11 +70,15 @@ def solve(
         # A dominated option may be needed: its type may be one of the few of the class.
         units = [replace(u, keep_dominated=True) for u in units]
     elif all(sum(u.max_bytes for u in units if b.counts(u)) <= b.bytes for b in budgets):
+        # Every unit can have its best type, so there is nothing to solve.
         best = [len(u.undominated) - 1 for u in units]
         return _make_solution(units, best, bound=sum(u.undominated[-1].kld for u in units))
     chosen, dual_bound = _solve_milp(units, budgets, most_types)
+    # Filling heeds bytes only. It could bring a class one type more than allowed.
     if most_types is None:
         _fill_budgets(units, chosen, budgets)
+    # Both are lower bounds. Without the other budgets the Lagrangian one is still valid: fewer
+    # limits allow no more KLD.
     bound = max(dual_bound, _compute_lagrangian_bound(units, budgets[0].bytes))
     return _make_solution(units, chosen, bound)
 
@@ -107,15 +111,13 @@ class _Rows:
 def _solve_milp(
     units: Sequence[Unit], budgets: Sequence[Budget], most_types: int | None
 ) -> tuple[list[int], float]:
-    """Return the chosen option of each unit, and a lower bound of the KLD (0 if bins are coarse).
-
-    Indistinguishable units are one group with integer counts instead of 0/1 variables: the
-    layers of a class are symmetric, and symmetry is what makes branch and bound slow.
-    """
+    """Return the chosen option of each unit, and a lower bound of the KLD; 0 if bins are coarse."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array
 
+    # Indistinguishable units are one group with integer counts instead of 0/1 variables: the layers
+    # of a class are symmetric, and symmetry is what makes branch and bound slow.
     groups = _group_equal_units(units, budgets)
     # One integer column for each option of each group: how many units of the group take it.
     columns = [(n, o) for n, members in enumerate(groups) for o in units[members[0]].undominated]
@@ -123,6 +125,7 @@ def _solve_milp(
     for n, members in enumerate(groups):
         ones = ((i, 1.0) for i, (group, _) in enumerate(columns) if group == n)
         rows.add(ones, len(members), len(members))
+    # Padded sizes are multiples of ALIGNMENT: bins of that width round nothing.
     widths = [max(ALIGNMENT, -(-b.bytes // BINS)) for b in budgets]
     for b, width in zip(budgets, widths, strict=True):
         counted = [(i, o) for i, (n, o) in enumerate(columns) if b.counts(units[groups[n][0]])]
@@ -176,11 +179,14 @@ def _assign_options(
     counts: Sequence[float],
     units: int,
 ) -> list[int]:
-    """Return the option of each unit; a group takes them in order, so a type is a run of layers."""
+    """Return the option of each unit."""
     chosen = [0] * units
     assigned = [0] * len(groups)  # units of each group that have an option
     option = [0] * len(groups)  # index of the option whose count is next
+    # In order, so that each type is one run of layers, which folds into one rule. Behind the
+    # options' counts stand the 0/1 columns, which zip leaves out.
     for (n, _), count in zip(columns, counts, strict=False):
+        # HiGHS's integers are integers within its tolerance.
         for _ in range(round(count)):
             chosen[groups[n][assigned[n]]] = option[n]
             assigned[n] += 1
@@ -197,6 +203,7 @@ def _fill_budgets(units: Sequence[Unit], chosen: list[int], budgets: Sequence[Bu
     }
     while True:
         steps = [
+            # Undominated options grow in bytes, so that no step divides by zero.
             ((u.undominated[c].kld - o.kld) / (o.bytes - u.undominated[c].bytes), n, k)
             for n, (u, c) in enumerate(zip(units, chosen, strict=True))
             for k, o in enumerate(u.undominated[c + 1 :], c + 1)

@@ -44,6 +44,8 @@ class Unit:
             return tuple(by_size)
         best: list[Option] = []
         for option in by_size:
+            # Pareto front in one pass: in order of size, an option has to have less KLD than all
+            # before it.
             if not best or option.kld < best[-1].kld:
                 best.append(option)
         return tuple(best)
@@ -71,6 +73,7 @@ class Budget:
 
     def counts(self, unit: Unit) -> bool:
         """Return whether the unit's bytes count against this budget."""
+        # One name stands for all: budgets tell experts from the rest, never gate from up.
         return fullmatch(self.tensors, unit.names[0]) is not None
 
 
@@ -97,6 +100,7 @@ class Constraints:
 
     def allows(self, kind: str, name: str) -> bool:
         """Return whether a tensor may get a type."""
+        # A pin allows its type whatever the ceiling is, so that no tensor is left without a type.
         if pin := self.find_pin(name):
             return kind == pin
         ceiling = self.ceiling.get(name)
@@ -108,6 +112,7 @@ _LOOKUP_TYPES = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_
 SLOW_TYPES = {
     "apple": _LOOKUP_TYPES,
     "arm": _LOOKUP_TYPES | {"IQ4_XS"},
+    # IQ1_M is no case of ggml_cuda_should_use_mmq (ggml-cuda/mmq.cu), so cuBLAS multiplies it.
     "cuda": frozenset({"IQ1_M"}),
 }
 """Types that are slow on a kind of machine.
@@ -156,6 +161,7 @@ def _group_names(names: Collection[str], constraints: Constraints) -> Iterator[t
     """Yield the names of each unit; gate and up projection of a layer are one."""
     for name in names:
         gate, up = name.replace("ffn_up", "ffn_gate"), name.replace("ffn_gate", "ffn_up")
+        # Equal names have neither part. ffn_gate_inp, the router, has no counterpart.
         if not constraints.gate_up_alike or gate not in names or up not in names or gate == up:
             yield (name,)
         elif name == gate:

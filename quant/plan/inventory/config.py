@@ -99,6 +99,7 @@ def _find_mismatch(name: str, kind: Any, value: Any) -> str | None:
 
 def f32(name: str, *shape: int) -> TensorSpec:
     """Return a tensor that the converter keeps in F32: norms, biases, routers. Row length first."""
+    # conversion/base.py, prepare_tensors: one dimension, _norm.weight, no .weight, or in its list.
     return TensorSpec(name, shape, TYPES["F32"])
 
 

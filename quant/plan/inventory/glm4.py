@@ -56,9 +56,12 @@ class Glm4(ArchitectureConfig):
         for b in (f"blk.{n}" for n in range(self.num_hidden_layers)):
             for norm in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
                 yield f32(f"{b}.{norm}.weight", h)
+            # The output projection has no bias, whatever attention_bias is (transformers,
+            # Glm4Attention).
             yield from linear(f"{b}.attn_q", h, q, bias=bias)
             yield from linear(f"{b}.attn_k", h, kv, bias=bias)
             yield from linear(f"{b}.attn_v", h, kv, bias=bias)
             yield matrix(f"{b}.attn_output.weight", q, h)
+            # The checkpoint's gate_up_proj, whose halves llama.cpp splits at run time.
             yield matrix(f"{b}.ffn_up.weight", h, 2 * self.intermediate_size)
             yield matrix(f"{b}.ffn_down.weight", self.intermediate_size, h)

@@ -17,6 +17,7 @@ class Glm4Moe(MoEConfig):
     """Grouped-query attention, and experts with a bias-corrected sigmoid router."""
 
     num_key_value_heads: int
+    # No default: 4.6 has 96 heads of 128 at a hidden size of 5120.
     head_dim: int
     attention_bias: bool = False
     use_qk_norm: bool = False
@@ -35,6 +36,7 @@ class Glm4Moe(MoEConfig):
         b, h, d, bias = f"blk.{n}", self.hidden_size, self.head_dim, self.attention_bias
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
         yield f32(f"{b}.attn_norm.weight", h)
+        # The norm before the feed-forward part. This architecture has no ffn_norm.
         yield f32(f"{b}.post_attention_norm.weight", h)
         yield from linear(f"{b}.attn_q", h, q, bias=bias)
         yield from linear(f"{b}.attn_k", h, kv, bias=bias)

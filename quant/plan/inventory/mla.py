@@ -47,6 +47,7 @@ class MLAConfig(MoEConfig):
         yield matrix(f"{b}.attn_q_a.weight", h, self.q_lora_rank)
         yield matrix(f"{b}.attn_q_b.weight", self.q_lora_rank, heads * qk_head_dim)
         yield matrix(f"{b}.attn_kv_a_mqa.weight", h, self.kv_lora_rank + self.qk_rope_head_dim)
+        # Rows of 192 in these models, no multiple of 256: types with superblocks do not fit.
         yield matrix(f"{b}.attn_k_b.weight", self.qk_nope_head_dim, self.kv_lora_rank, heads)
         yield matrix(f"{b}.attn_v_b.weight", self.kv_lora_rank, self.v_head_dim, heads)
         yield matrix(f"{b}.attn_output.weight", heads * self.v_head_dim, h)
@@ -80,11 +81,13 @@ class GlmMoeDsa(MLAConfig):
 
     def indexer(self, n: int) -> Iterator[TensorSpec]:
         """Yield the lightning indexer of block ``n``, unless it shares another block's."""
+        # A slice, because the list ends before the MTP block, which has an indexer of its own.
         if self.indexer_types[n : n + 1] == ("shared",):
             return
         b, width = f"blk.{n}", self.index_n_heads * self.index_head_dim
         yield f32(f"{b}.indexer.k_norm.weight", self.index_head_dim)
         yield f32(f"{b}.indexer.k_norm.bias", self.index_head_dim)
+        # F32 by the converter (base.py: INDEXER_PROJ). llama-quantize quantizes it nevertheless.
         yield f32(f"{b}.indexer.proj.weight", self.hidden_size, self.index_n_heads)
         yield matrix(f"{b}.indexer.attn_k.weight", self.hidden_size, self.index_head_dim)
         yield matrix(f"{b}.indexer.attn_q_b.weight", self.q_lora_rank, width)

@@ -56,10 +56,12 @@ class MoEConfig(ArchitectureConfig):
             yield matrix(f"{b}.ffn_{part}_exps.weight", h, m, self.n_routed_experts)
         yield matrix(f"{b}.ffn_down_exps.weight", m, h, self.n_routed_experts)
         if self.n_shared_experts:
+            # All shared experts are one network of their joint width.
             yield from gated_ffn(b, "_shexp", h, m * self.n_shared_experts)
 
     def _mtp(self, b: str) -> Iterator[TensorSpec]:
         """Yield what makes block ``b`` predict the token after the next (MTP)."""
+        # Its input is the token's embedding and the trunk's last hidden state, side by side.
         yield matrix(f"{b}.nextn.eh_proj.weight", 2 * self.hidden_size, self.hidden_size)
         for norm in ("enorm", "hnorm", "shared_head_norm"):
             yield f32(f"{b}.nextn.{norm}.weight", self.hidden_size)

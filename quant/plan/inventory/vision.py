@@ -44,6 +44,7 @@ class Glm4v(ArchitectureConfig):
             yield matrix(f"{b}.ffn_gate.weight", h, out)
             yield matrix(f"{b}.ffn_up.weight", h, out)
             yield matrix(f"{b}.ffn_down.weight", out, h)
+        # A Conv3d over two frames, which the converter splits into two Conv2d.
         yield matrix("v.patch_embd.weight", p, p, 3, h)
         yield matrix("v.patch_embd.weight.1", p, p, 3, h)
         yield f32("v.patch_embd.bias", h)
