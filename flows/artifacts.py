@@ -84,6 +84,7 @@ def publish_figures(key: str, evaluation: ReleaseEvaluation) -> None:
     lines = [
         f"BF16: PPL {evaluation.base['ppl']}",
         describe_short_kinds(evaluation.too_short),
+        # One dominated file a paragraph, since Markdown joins lines.
         *map(str, evaluation.dominated),
     ]
     create_table_artifact(
@@ -126,4 +127,5 @@ def publish_release_summary(built: BuildResult) -> None:
 
 def _key(text: str) -> str:
     """Return a key in Prefect's characters: lower case, digits and dashes."""
+    # Any other character is refused with a ValueError, which would fail a finished stage.
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -25,6 +25,7 @@ from quant.job import BuildRequest, choose_destination, prepare_job
 from quant.release.change import Change
 
 T = TypeVar("T")
+# Prefect's default is no retry. Three, 30 s apart, on top of the client's own retries.
 RETRIES = {"source": 3, "send": 3, "publish": 3}
 """How often a stage is retried after a transient failure. Only the stages that ask the hub."""
 RETRY_SECONDS = 30
@@ -128,9 +129,11 @@ def run_stage(stage: str, subject: str, work: Callable[[], T], approve: bool = F
         approve: Pause the flow after the stage that reports what publishing will change.
     """
 
+    # Defined for each call: a decorator takes name and retries, and they are the stage's.
     @task(
         name=stage,
         task_run_name=f"{stage} {subject}",
+        # Prefect's cache finds the record of a result and never looks at the files that it names.
         cache_policy=NO_CACHE,
         persist_result=False,
         retries=RETRIES.get(stage, 0),
@@ -148,6 +151,8 @@ def run_stage(stage: str, subject: str, work: Callable[[], T], approve: bool = F
 
     result = run()
     if approve and isinstance(result, Change) and not result.is_empty:
+        # Prefect's default timeout is one hour. The process waits and keeps the store locked, so
+        # that nobody changes the files that are being approved.
         pause_flow_run(timeout=APPROVAL_SECONDS)
     return result
 
@@ -162,11 +167,14 @@ def use_token(secret: str | None) -> Iterator[None]:
     Raises:
         InputError: It is a token itself, which is not quoted.
     """
-    if secret and "hf_" in secret:  # the name of a block has no underscore
+    # Prefect's block names have lower-case letters, digits and dashes (prefect/types/names.py): an
+    # underscore means that the token itself was typed.
+    if secret and "hf_" in secret:
         raise InputError(
             "token_secret: expected the name of a secret block, found a token; Prefect has stored"
             " it with this run's parameters: revoke it, and save a new one in a block"
         )
+    # Put back at the end: a caller in the same process keeps its environment.
     before = os.environ.get(TOKEN)
     if secret:
         # load() is a coroutine only in async code.
@@ -182,4 +190,6 @@ def use_token(secret: str | None) -> Iterator[None]:
 
 def is_retryable(_task: Any, _run: Any, state: State[Any]) -> bool:
     """Return whether a retry may help: the hub did not answer, or sent wrong bytes."""
+    # CheckError: a wrong file was removed, so the retry fetches it again. Other stages that raise
+    # it are not in RETRIES.
     return isinstance(state.result(raise_on_failure=False), (Unreachable, CheckError))

@@ -1,8 +1,8 @@
-"""Build a release: the stages in their order. The command line and the Prefect flow both call this.
+"""Build a release: the stages in their order, for the command line and for the Prefect flow.
 
-Every stage runs through a ``StageRunner``: the command line shows progress around it, the flow makes
-a Prefect task of it. Each stage keeps its result in the store under a digest of its inputs, so a
-build that was interrupted continues where it stopped.
+Every stage runs through a ``StageRunner``: the command line shows progress around it, the flow
+makes a Prefect task of it. Each stage keeps its result in the store under a digest of its inputs,
+so a build that was interrupted continues where it stopped.
 """
 
 import platform
@@ -56,13 +56,13 @@ class StageRunner(Protocol):
 
 
 def run_now(stage: str, subject: str, work: Callable[[], T]) -> T:
-    """Run a stage and say nothing about it."""
+    """Run a stage without reporting it."""
     return work()
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished release, and what its stages gave."""
+    """A finished release, and the results of its stages."""
 
     folder: Path
     release: Release
@@ -98,17 +98,21 @@ def build_release(job: ReleaseJob, run: StageRunner = run_now) -> BuildResult:
         >>> build_release(job).folder  # doctest: +SKIP
         PosixPath('/home/me/release/tiny-glm')
     """
+    # Here and not in prepare_job: the folders may fill up between the two, as in a queued flow.
     raise_problems(find_disk_problems(job.model, job.variants, job.store.root, job.out))
     began = time.time()
     stages = _Stages(job, run)
     with job.store.lock():
         checkpoint = stages.pull()
+        # Before the conversion, which writes the template into the file; a broken one ends the
+        # build after the download and before hours of work.
         template = stages.patch_template(checkpoint)
         base = stages.convert(checkpoint, template)
         vision = stages.convert_vision(checkpoint)
         text = stages.build_calibration_text(template, base)
         imatrix = stages.compute_imatrix(base, text)
         hessians = stages.compute_hessians(base, text)
+        # After the imatrix: tensors with insufficient coverage get a fallback type.
         plans = stages.plan(base, imatrix)
         variants = stages.quantize(base, imatrix, hessians, plans)
         results = stages.smoke_test(variants, base, vision)
@@ -129,6 +133,7 @@ def build_release(job: ReleaseJob, run: StageRunner = run_now) -> BuildResult:
         )
         release = stages.package(inputs)
         delivery = stages.deliver(release)
+        # A repeated call must not replace the record of the run that made the release.
         if delivery.fresh:
             _write_run_record(job, delivery.folder, began, results)
         stages.sign(delivery.folder)
@@ -162,6 +167,7 @@ class _Stages:
 
     def patch_template(self, checkpoint: Checkpoint) -> ChatTemplate | None:
         model = self.job.model
+        # A waiver of a smoke scenario also waives the test conversation of that name.
         waivers = {w.scenario: w.why for w in model.waivers}
         patch = self.job.template or model.template
         work = partial(check_patched_template, patch, checkpoint, waivers, self.job.store)
@@ -198,6 +204,7 @@ class _Stages:
         if not model.imatrix.feedback:
             return None
         work = partial(compute_hessians, base, text, model, self.job.store)
+        # The store's and Prefect's name for this stage, from before it was called Hessians.
         return self.run("moments", model.title, work)
 
     def plan(self, base: ModelFile, imatrix: ImportanceMatrix) -> list[Plan]:
@@ -214,9 +221,11 @@ class _Stages:
         hessians: HessianResult | None,
         plans: Sequence[Plan],
     ) -> list[VariantFile]:
-        """Write all quantized variants in one pass, and cut the BF16 file itself, in the plans' order."""
+        """Write the variants, in the plans' order: the quantized ones, and the BF16 file itself."""
         job, title, max_size = self.job, self.job.model.title, self.job.model.max_shard_size
         variants: list[VariantFile] = []
+        # One pass for all: the weights are read once, which is what a build of hundreds of
+        # gigabytes waits for.
         if quantized := [p for p in plans if not p.is_base]:
             request = StageRequest(
                 base=base,
@@ -235,14 +244,15 @@ class _Stages:
             if p.is_base:
                 cut = partial(shard_base, base, p, title, max_size, job.tools, job.store)
                 variants.append(self.run("shard", p.variant.name, cut))
+        # Results are matched with plans by position, and the quantized ones came first.
         return sorted(variants, key=lambda v: plans.index(v.plan))
 
     def smoke_test(
         self, variants: Sequence[VariantFile], base: ModelFile, vision: ModelFile | None
     ) -> list[SmokeResult]:
-        """Talk to every variant; upload each at once if the job says so."""
+        """Run the smoke test of every variant; upload each at once if the job says so."""
         job, scenarios = self.job, self.scenarios
-        # The BF16 variant has the base's weights: asking both would ask the same twice.
+        # The BF16 variant has the base's weights: testing both would run the same test twice.
         reference = next((v.file for v in variants if v.plan.is_base), base)
         results: list[SmokeResult] = []
         for v in variants:
@@ -321,7 +331,8 @@ def apply_template_patch(patch: str | TemplatePatch, checkpoint: Checkpoint) -> 
     if original is None:
         if chosen is not None:
             raise InputError(
-                f"{checkpoint.folder}: expected a chat template to patch ({chosen.name}), found none"
+                f"{checkpoint.folder}: expected a chat template to patch ({chosen.name}),"
+                " found none"
             )
         return None
     text, path = original
@@ -353,7 +364,8 @@ def _name_or_count(names: Sequence[str], noun: str) -> str:
 def _write_run_record(
     job: ReleaseJob, folder: Path, began: float, results: Sequence[SmokeResult]
 ) -> None:
-    """Write NAME.run.json beside the release: all that may differ between two runs of the same inputs."""
+    """Write NAME.run.json beside the release: what may differ between runs of the same inputs."""
+    # Beside and not inside: times, paths and sampled answers would change the release's bytes.
     record = {
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
         "seconds": round(time.time() - began, 1),

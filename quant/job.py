@@ -86,9 +86,9 @@ class ReleaseJob:
     key: Path | None = None
     """A private key to sign the release with."""
     template: TemplatePatch | None = None
-    """A template patch that replaces the one that the recipe names; a rebuild has it in its manifest."""
+    """A template patch that replaces the one that the recipe names. Set by a rebuild only."""
     scenarios: Scenarios | None = None
-    """Smoke scenarios that replace those that the recipe names, likewise."""
+    """Smoke scenarios that replace those that the recipe names. Set by a rebuild only."""
 
     @property
     def uploads_early(self) -> bool:
@@ -100,6 +100,7 @@ class ReleaseJob:
         """How many times a stage runs, for a progress bar."""
         bases = sum(v.is_base for v in self.variants)
         quantizes = bases < len(self.variants)
+        # Publishing runs twice: once to list the change, once to make it.
         publishing = ((2 - self.dry_run) if self.destination else 0) + (self.key is not None)
         model = self.model
         optional = [
@@ -134,19 +135,25 @@ def prepare_job(request: BuildRequest) -> ReleaseJob:
         >>> job.model.title, [v.name for v in job.variants]
         ('tiny-glm', ['UD-TQ1_0'])
     """
+    # From cheap to dear: recipes, then tools on this machine, then requests to the hub.
     model, recipe, lock = load_pinned_model(request.model, request.revision)
     scenarios = merge_scenarios(model, has_vision=model.has_vision)
     waivers = collect_waivers(model.waivers, scenarios, request.waive)
     model = replace(model, waivers=tuple(Waiver(*w) for w in waivers.items()))
     if not request.evaluate:
+        # The manifest records the model as it was built, so options that change it go into the
+        # recipe, and a rebuild needs no options.
         model = replace(model, evaluation=replace(model.evaluation, chunks=0))
     variants = _load_variants(request.variants or model.variants)
     if model.template != "none":
+        # For its errors only. The stage that applies it comes after the download.
         load_template_patch(model.template)
     check_set(model.imatrix.calibration)
     tools = toolchain.find_toolchain(request.llama_cpp)
+    # Only this base is written by llama-quantize; variants are written by the own engine.
     small_base = ["llama-quantize"] if model.imatrix.base == SMALL_BASE else []
     tools.require(*REQUIRED_TOOLS, *small_base)
+    # The engine calls ggml's kernels from the shared library beside the tools.
     ggml.find_library(tools.bin)
     if request.as_ready and not request.destination:
         raise InputError("as ready: expected a repo to send to, found none; name one with --repo")
@@ -243,18 +250,21 @@ def _load_variants(names: Sequence[str]) -> tuple[Variant, ...]:
 def find_disk_problems(
     model: ModelRecipe, variants: Sequence[Variant], work: Path, out: Path
 ) -> Iterator[str]:
-    """The folders whose disk is too small; what stands in ``work`` already is not needed again.
+    """Yield a line for each folder whose disk is too small for a build.
 
-    Nothing is said of a model whose recipe does not tell its numbers.
+    What ``work`` holds already is not needed again.
     """
+    # Without [architecture] the sizes are unknown until the checkpoint is there.
     if not model.architecture:
         return
     tensors = inventory.read_architecture(model.architecture).tensors()
     plans = [make_plan(v, tensors) for v in variants]
     needed = estimate_build_bytes(tensors, plans, model)
+    # Bytes in `work` may be of other variants: then too little is asked for, never too much.
     if problem := _space_problem(work, needed - measure_folder(work), "--work"):
         yield problem
     release = sum(p.bytes for p in plans)
+    # On one disk a release is made of hard links and takes nothing more.
     disks = {find_existing_folder(folder).stat().st_dev for folder in (work, out)}
     if len(disks) > 1 and (problem := _space_problem(out, release, "--out")):
         yield problem

@@ -78,12 +78,14 @@ def prepare_rebuild(
     model = manifest.recipe
     recipe = _locate_recipe(model, source)
     target = out.resolve() / model.title
+    # Before the build: each of these would only show after hours, as differing bytes.
     raise_problems(_find_problems(path, manifest, tools, recipe, target))
     store = Store(work.resolve() if work else out.resolve() / WORK)
     template = manifest.chat_template
     job = ReleaseJob(
         model=model,
         recipe=recipe,
+        # From the manifest, not from recipes/: those may have changed since.
         variants=tuple(v.recipe for v in manifest.variants),
         out=out.resolve(),
         store=Store(store.root / model.name),
@@ -108,6 +110,7 @@ def rebuild_release(
     Raises:
         CheckError: With every file of the source or the release that differs.
     """
+    # First, because a changed source explains every later difference.
     _check_source(job, manifest)
     built = builds.build_release(job, do)
     old = path if path.is_dir() else path.parent
@@ -141,7 +144,8 @@ def compare_releases(
     reworded: tuple[str, ...] = ()
     if old_versions and old_versions.get(PROJECT) != new_versions.get(PROJECT):
         reworded = tuple(sorted(prose))
-    if figures:  # the manifest has them, so whatever shows or lists them differs too
+    # The manifest has the figures, so every file that shows or lists them differs too.
+    if figures:
         excused |= {MANIFEST, *LISTS, *prose}
     excused |= set(reworded)
     if faults := [name for name in differing if name not in excused]:
@@ -198,6 +202,8 @@ def _locate_recipe(model: ModelRecipe, source: Path | None) -> Path:
     """Return the recipe that relative paths start at: the project's, or one beside ``source``."""
     if source is None or model.source.folder is None:
         return RECIPES / "models" / f"{model.name}.toml"
+    # `source.folder` is relative to the recipe, so the recipe is that many levels above the
+    # checkpoint. It need not exist: the manifest has its content.
     levels = len(Path(model.source.folder).parts)
     return source.resolve().parents[levels - 1] / f"{model.name}.toml"
 
@@ -238,6 +244,7 @@ def _check_source(job: ReleaseJob, manifest: Manifest) -> None:
 
 def _read_old_digests(old: Path, manifest: Manifest) -> dict[str, str]:
     """Return the old release's digests: its list's if that is there, else the manifest's."""
+    # The list has every file; the manifest cannot have the digests of files made from itself.
     if (old / CHECKSUMS).is_file() and (old / MANIFEST).is_file():
         return read_checksums(old) | {CHECKSUMS: files.hash_file(old / CHECKSUMS)}
     return manifest.known_digests
