@@ -63,23 +63,28 @@ def main() -> NoReturn:
         signal.signal(number, _interrupt)
     code = _run()
     if code == INTERRUPTED:
+        # os._exit writes no buffers.
         sys.stdout.flush()
-        os._exit(code)  # the hub client's threads would first finish every file they began
+        # The hub client's threads would first finish every file they began.
+        os._exit(code)
     sys.exit(code)
 
 
 def _run() -> int:
     try:
         # Returns what the command returned, or the code that it passed to click's exit.
+        # Not standalone: there click exits by itself, with 1 for an interrupt.
         code = quant.main(standalone_mode=False)
     except click.ClickException as e:
         e.show()
+        # Every error of click is wrong input, also those with another exit_code of their own.
         return 2
     except (KeyboardInterrupt, click.Abort):
         progress.print_line("interrupted; run the same command again to continue")
         return INTERRUPTED
     except QuantError as e:
         for problem in e.problems:
+            # Problems quote logs of other programs, which may have printed their environment.
             progress.print_line(f"error: {redact_token(problem)}")
         return e.exit_code
     return code if isinstance(code, int) else 0

@@ -63,11 +63,13 @@ class AllocateOptions:
 
         if any("=" not in pin for pin in self.pins):
             raise click.UsageError("--pin: expected REGEX=TYPE")
+        # Several machines: a type is left out if it is slow on one of them.
         slow = (SLOW_TYPES[machine] for machine in self.friendly)
         return Constraints(
             gate_up_alike=self.gate_up_alike,
             most_types=self.most_types,
             mtp_pinned=self.mtp_pinned,
+            # From the right: a regex may contain `=`, a type does not.
             pinned=dict(pin.rsplit("=", 1) for pin in self.pins),
             excluded=frozenset(self.exclude).union(*slow),
         )
@@ -77,6 +79,7 @@ class AllocateOptions:
         from quant.evaluate.allocation import AllocationRequest
         from quant.plan.error_table import CANDIDATES
 
+        # Each of them fixes the bytes, so two would contradict each other.
         if sum(map(bool, (self.sizes, self.bpw, self.memory, self.as_ladder))) != 1:
             raise click.UsageError("expected one of --size, --bpw, --fits and --ladder")
         return AllocationRequest(
@@ -98,6 +101,8 @@ class AllocateOptions:
             chunks=self.chunks,
             threads=self.threads,
             measured=self.measured,
+            # Beside OUT and kept: measuring takes hours, and the next call reads what it finds
+            # there.
             work=self.work or self.out.with_name(f"{self.out.name}.work"),
             llama_cpp=self.llama_cpp,
         )
@@ -237,6 +242,7 @@ def _show(allocations: "tuple[Allocation, ...]") -> None:
 
 
 def _format_gap(allocation: "Allocation") -> str:
+    # The gap is one of the predicted KLD. A candidate that was measured has no bound.
     if allocation.measured_kld is not None:
         return f"measured {allocation.measured_kld:.5f}"
     return f"{100 * allocation.solution.gap:.3f} %"

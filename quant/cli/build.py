@@ -1,4 +1,4 @@
-"""The commands that make whole releases. Each imports late, so `quant --help` stays quick."""
+"""The commands that make whole releases, and verify one."""
 
 import time
 from dataclasses import dataclass
@@ -87,7 +87,8 @@ class BuildOptions(DestinationOptions):
 @work_option
 @tools_option
 def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Path | None) -> None:
-    """Build the release of the tiny model that comes along: a few minutes, no download."""
+    """Build the release of the included tiny model: a few minutes, no download."""
+    # Inside the function, as in all commands: `quant --help` need not load numpy or the client.
     from quant.job import BuildRequest
 
     _build(BuildRequest("tiny-glm", out, variants, work=work, llama_cpp=llama_cpp))
@@ -101,7 +102,7 @@ def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Pat
     "--waive",
     multiple=True,
     metavar="NAME",
-    help="Let this check of the smoke test fail; the card names it. Repeatable.",
+    help="Allow this check of the smoke test to fail; the card names it. Repeatable.",
 )
 @click.option(
     "--evaluate/--no-evaluate",
@@ -153,6 +154,7 @@ def lock(model: str, revision: str | None) -> None:
 @quant.command()
 @click.argument("model")
 @revision_option
+# The work folder of `quant build -o release`, so that a build finds what was pulled.
 @click.option(
     "--work", type=FOLDER, envvar="QUANT_WORK", default=Path("release/.work"), show_default=True
 )
@@ -164,6 +166,7 @@ def pull(model: str, revision: str | None, work: Path) -> None:
 
     recipe, path, locked = load_pinned_model(model, revision)
     store = Store(work.expanduser().resolve() / recipe.name)
+    # A build with the same --work would download into the same folder.
     with store.lock():
         checkpoint = pull_locked(recipe, path, locked, store)
     size = sum(r.bytes for r in checkpoint.receipts)
@@ -201,6 +204,7 @@ def _build(request: "BuildRequest") -> None:
     from quant.release.texts import list_warnings, variants_table
 
     began = time.monotonic()
+    # Outside of the bar: wrong input is reported before any stage is shown.
     job = prepare_job(request)
     with progress.show_progress(job.steps) as run:
         result = build_release(job, run)
@@ -208,6 +212,7 @@ def _build(request: "BuildRequest") -> None:
     for line in list_warnings(result.release.manifest):
         click.echo(f"warning: {line}")
     click.echo(f"{result.folder}")
+    # A dry run: the list of changes is its result, so it goes to standard output.
     if result.change and not result.publication:
         click.echo("\n".join(result.change.lines))
     if result.publication:

@@ -57,7 +57,7 @@ def lock(name: str) -> None:
 def show(
     name: str, gguf: Path | None, examples: int, as_json: bool, llama_cpp: Path | None
 ) -> None:
-    """Show what is in SET: sources, licenses, documents, shares, and texts as the model reads them."""
+    """Show what is in SET: sources, licenses, documents, shares, and rendered texts."""
     from quant.calibration import datasets, sets
     from quant.calibration.text import render_set
     from quant.chat.template import patch_template
@@ -69,10 +69,12 @@ def show(
     lock = datasets.read_dataset_lock(calibration_set, folder)
     documents = datasets.read_documents(calibration_set, folder, lock)
     template = None
+    # Without a model there is no tokenizer. Shares by characters still show what a set is made of.
     counter: Tokenizer | CharacterCounter = CharacterCounter()
     if gguf:
         counter = Tokenizer(ModelFile.open(gguf), toolchain.find_toolchain(llama_cpp))
         if text := counter.file.metadata.get("tokenizer.chat_template"):
+            # A finished GGUF has its template, with any patch applied already.
             template = patch_template(text, None, str(gguf))
     rendered = render_set(calibration_set, documents, template, counter)
     facts = rendered.json()

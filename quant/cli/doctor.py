@@ -58,6 +58,8 @@ def _tools(tools: Toolchain) -> Iterator[Finding]:
         version, sound = str(tools.version), True
     except ToolError as e:
         version, sound = "unknown", False
+        # Without the program, its own line below says so; this one is for a build whose version
+        # cannot be read.
         if (tools.bin / "llama-server").exists():
             yield Finding(False, "llama.cpp", "", str(e))
     for tool in TOOLS:
@@ -71,6 +73,7 @@ def _tools(tools: Toolchain) -> Iterator[Finding]:
 
 
 def _converter() -> Finding:
+    # find_spec does not run the package, which imports torch.
     spec = find_spec("conversion")
     where = str(Path(spec.origin).parent) if spec and spec.origin else toolchain.BRING_TOOLS
     return Finding(spec is not None, "llama.cpp's converter", _version("llama-cpp-python"), where)
@@ -103,6 +106,7 @@ def _kernels(tools: Toolchain) -> Iterator[Finding]:
     try:
         kernels = Kernels(ggml.load_ggml(ggml.find_library(tools.bin)))
     except ToolError as e:
+        # Not a fault: without own kernels ggml's are used, only more slowly.
         yield Finding(True, "kernels", "ggml", f"not tried: {e}")
         return
     if kernels.native.problem:
@@ -110,6 +114,7 @@ def _kernels(tools: Toolchain) -> Iterator[Finding]:
     native = [
         t for t in TYPES.values() if any(kernels.native.has(i, t) for i in kernels.native.sets)
     ]
+    # A trial of these types takes seconds each; doctor shall answer at once.
     waiting = [t.name for t in native if kernels.needs_slow_trial(t)]
     served = {t.name: kernels.choice(t) for t in native if t.name not in waiting}
     for by in kernels.native.sets:

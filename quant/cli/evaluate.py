@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quant.evaluate.request import Comparison
     from quant.evaluate.scores import Evaluation
 
+# An underscore stands for a blank, and `>` for alignment to the right.
 COLUMNS = "file >size domain >chunks >PPL >KLD >95_% >median >99_% >99.9_% >max >top-1"
 
 text_option = click.option(
@@ -122,6 +123,8 @@ def _show(comparison: "Comparison") -> None:
     rows = [row for e in comparison.evaluations for row in _list_rows(e)]
     tables.print_table([c.replace("_", " ") for c in COLUMNS.split()], rows)
     if gap := comparison.difference:
+        # The 95 % interval of the paired difference: if it contains 0, the choice of chunks alone
+        # can explain the difference.
         verdict = "clearly" if gap.low > 0 or gap.high < 0 else "not clearly"
         first, second = (e.file.name for e in comparison.evaluations)
         click.echo(
@@ -133,6 +136,7 @@ def _show(comparison: "Comparison") -> None:
 def _list_rows(evaluation: "Evaluation") -> "list[tuple[str, ...]]":
     """Return a row for all domains together, and one for each if there are several."""
     figures = evaluation.figures()
+    # With one domain its row would repeat the first.
     domains = figures["domains"] if len(figures["domains"]) > 1 else {}
     rows: list[tuple[str, ...]] = []
     for name, f in {"all": figures, **domains}.items():

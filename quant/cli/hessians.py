@@ -74,6 +74,7 @@ def hessians(request: HessiansRequest) -> None:
     out = require_absent(request.out)
     work = partial(collect_hessians, request.base, request.text, out, settings)
     with progress.show_progress(1) as do:
+        # The stage's name in stores and logs, older than the command's.
         result = do("moments", out.name, work)
     few = sum(int((counts < FEWEST_ROWS).sum()) for counts in result.counts.values())
     if few:
@@ -87,6 +88,7 @@ def hessians(request: HessiansRequest) -> None:
 
 def _add_hidden_alias() -> None:
     """Add `quant moments`, the command's former name, which scripts may still call."""
+    # A copy, because only the alias is hidden.
     alias = copy.copy(hessians)
     alias.name, alias.hidden = "moments", True
     quant.add_command(alias)

@@ -39,6 +39,7 @@ class WithDefault(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the default in front of anything that is no command of the group."""
+        # A file that is called like a command needs `./` or the long form.
         if args and args[0] not in (*self.commands, *ctx.help_option_names):
             args = ["compute", *args]
         return super().parse_args(ctx, args)
@@ -129,14 +130,18 @@ def compute(request: ComputeRequest) -> None:
     base = ModelFile.open(request.base.resolve())
     source = base.metadata.get("tokenizer.chat_template")
     template = patch_template(source, None, str(request.base)) if source else None
+    # Named after OUT, so the same command finds what an interrupted run left.
     root = (request.work or out.with_name(out.name + ".work")).expanduser().resolve()
     store = Store(root)
     with progress.show_progress(2) as do, store.lock():
         build = partial(build_set_text, settings, template, base, tools, store)
         text = do("calibrate", request.calibration, build)
         if span:
+            # A range is one machine's part, so no text is added for coverage: only the whole shows
+            # which experts lack tokens.
             matrices.check_span(span, text, settings)
             with files.temp_folder(out) as folder:
+                # llama-imatrix saves while it runs (--output-frequency); OUT is complete.
                 part = folder / out.name
                 run = matrices.ImatrixRun(base.path, text.path, part, settings, span)
                 do("imatrix", out.name, partial(matrices.run_llama_imatrix, run, tools))
@@ -147,8 +152,10 @@ def compute(request: ComputeRequest) -> None:
             )
             files.link_or_copy(do("imatrix", out.name, work).path, out)
     if not request.work:
+        # Only here: after an error or an interrupt the next run needs it.
         shutil.rmtree(root)
     matrix = matrices.read_imatrix(out)
+    # --expert-tokens 0 reads no more text, but an expert without any token is still reported.
     for line in coverage.list_undercovered(matrix.counts, max(request.expert_tokens, 1)):
         progress.print_line(line)
     progress.print_line(
@@ -188,12 +195,14 @@ def show(matrix: Path, svg: Path | None, least: int, as_json: bool) -> None:
             "missed": undercovered,
         }
         click.echo(json.dumps(document))
+        # Not a CheckError: the document is complete, and the exit code alone is the verdict.
         raise SystemExit(1 if undercovered else 0)
     title = f"{matrix.name}: tokens by expert, {data.chunks} chunks"
     tables.print_table(COLUMNS, coverage.make_table_rows(counts), title=title)
     for line in undercovered:
         click.echo(line)
     if data.legacy:
+        # It counts chunks for a whole matrix, not tokens by expert.
         click.echo("the older form (.dat) has no counts by expert: its numbers are chunks")
     if svg:
         progress.print_line(str(svg))
@@ -221,6 +230,8 @@ def convert(old: Path, out: Path, context: int) -> None:
 def _merge(parts: Sequence[Path], out: Path, context: int) -> None:
     from quant.calibration import imatrix_file
 
+    # Sums are of 32 bits, so the order of the parts decides the last bits; they are read one after
+    # the other.
     merged = imatrix_file.merge_imatrices((imatrix_file.load_imatrix(p) for p in parts), context)
     imatrix_file.save_imatrix(merged, out)
     progress.print_line(f"{out}: {len(merged.entries)} matrices, {merged.chunks} chunks")

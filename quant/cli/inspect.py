@@ -37,6 +37,7 @@ def inspect(gguf: Path, as_json: bool) -> None:
     )
     elements = sum(t.elements for t in tensors)
     size = sum(t.bytes for t in tensors)
+    # A file with a vocabulary only has no tensors.
     bpw = 8 * size / max(elements, 1)
     click.echo(
         f"{len(tensors)} tensors, {elements:,} weights, {human_bytes(size)},"
@@ -46,9 +47,11 @@ def inspect(gguf: Path, as_json: bool) -> None:
 
 
 def _short(value: Any) -> Any:
-    """Return a metadata value for JSON: the length of a list, and text for NaN and infinity."""
+    """Return a metadata value for JSON."""
+    # A vocabulary has hundreds of thousands of entries.
     if isinstance(value, list):
         return f"[{len(value)} values]"
+    # JSON has no NaN and no infinity, and Python's json would write them all the same.
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -62,4 +65,5 @@ def doctor(llama_cpp: Path | None) -> None:
     tables.print_table(
         ("", "what", "version", "where, or how to get it"), [f.row for f in findings]
     )
+    # 2, as for any other error of the machine.
     raise SystemExit(0 if all(f.ok for f in findings) else 2)

@@ -32,6 +32,8 @@ def merge(
     from quant.quantize.shard import merge_shards
 
     path = out.with_name("Modelfile")
+    # Before the merge, which takes minutes: whatever is wrong with the Modelfile ends the command
+    # here.
     text = _render_modelfile(first_shard, out, model) if modelfile else None
     if text and path.exists():
         raise InputError(f"{path}: exists already; remove it, or name a file in another folder")
@@ -68,6 +70,7 @@ def check(release: Path, repo: str | None, as_json: bool) -> None:
     result = check_release(release.expanduser().resolve(), repo)
     if as_json:
         click.echo(json.dumps(result.json(), ensure_ascii=False))
+        # Faults are in the document; lines on standard error would repeat them.
         raise SystemExit(1 if result.all_faults else 0)
     place = repo or "OWNER/NAME"
     rows = [
@@ -90,6 +93,7 @@ def _render_modelfile(first_shard: Path, out: Path, model: str | None) -> str:
     from quant.release.ollama import read_params, render_modelfile
 
     if model is None:
+        # Shards lie in a folder of their own inside the release, single files at its root.
         for folder in first_shard.resolve().parents[:2]:
             if (folder / "params").is_file():
                 system = folder / "system"

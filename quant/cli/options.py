@@ -32,6 +32,7 @@ class AliasedOption(click.Option):
         """Return the option's row in the help text, without the aliases."""
         every = self.opts
         try:
+            # click builds the row from `opts` and offers no hook for a part of them.
             self.opts = [name for name in every if name not in self.aliases]
             return super().get_help_record(ctx)
         finally:
@@ -124,6 +125,7 @@ class DestinationOptions:
 
 def destination_options(command: Any) -> Any:
     """Give a command the options of :class:`DestinationOptions`."""
+    # Decorators apply from the bottom up, so --help lists them in the order of the tuple.
     for option in reversed(_DESTINATION):
         command = option(command)
     return command
@@ -144,6 +146,7 @@ def collect_options(request: type[T]) -> Callable[[Callable[[T], None]], Callabl
     """
 
     def decorate(command: Callable[[T], None]) -> Callable[..., None]:
+        # click takes the name and the help text from the function that it gets.
         @wraps(command)
         def run(**options: Any) -> None:
             command(request(**options))
@@ -165,6 +168,7 @@ def parse_size_option(text: str | None) -> int | None:
 
     if text is None:
         return None
+    # Here, for a usage error that names the option; the library would name a recipe's field.
     if not re.fullmatch(SIZE, text):
         raise click.BadParameter(f"expected a number with M or G behind it, found {text!r}")
     return parse_size(text)
@@ -174,6 +178,7 @@ def make_engine_settings(jobs: int | None, memory: int | None) -> "EngineSetting
     """Return the engine's settings from --jobs and --memory; None keeps a default."""
     from quant.quantize.engine.job import EngineSettings
 
+    # None would replace the default of the class, not choose it.
     return EngineSettings(jobs, memory) if memory else EngineSettings(jobs)
 
 

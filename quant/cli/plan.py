@@ -76,6 +76,7 @@ def _show_variants(release: ReleasePlan, context: int) -> None:
     rows = []
     for p in release.plans:
         memory, size = release.estimate_memory(p, context), release.forecast_bytes(p)
+        # Experts may stay in main memory (llama.cpp's --n-cpu-moe), so their part is shown apart.
         split = f"{memory.without_experts / GIB:.1f} + {memory.experts / GIB:.1f}"
         rows.append(
             (
@@ -136,6 +137,7 @@ def _explain_variant(
 
 def _suggest_tensor(name: str, tensors: Sequence[TensorSpec]) -> str:
     """Suggest a tensor's name; for an unknown class, names of one block, as there are thousands."""
+    # Reversed: of each class the first block's name stays.
     by_class = {tensor_class(t.name): t.name for t in reversed(tensors)}
     if tensor_class(name) in by_class:
         return suggest_name(name, [t.name for t in tensors])

@@ -100,11 +100,13 @@ def probe(options: ProbeOptions) -> None:
         cheap=options.cheap,
         part=options.part,
         merge=options.parts,
+        # Kept after the run: the next call measures only what is missing.
         work=options.work or options.out.with_name(f"{options.out.name}.work"),
         llama_cpp=options.llama_cpp,
     )
     with progress.show_log():
         sensitivities = measure_sensitivities(request, forecast_only=options.forecast_only)
+    # None after --forecast, which has only logged.
     if sensitivities:
         write_sensitivities(options.out, sensitivities)
         note = "; a part, to be merged" if options.part else ""

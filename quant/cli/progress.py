@@ -47,6 +47,7 @@ class LineProgress:
             if (now := time.monotonic()) - last_line >= SECONDS_BETWEEN_LINES:
                 last_line = now
                 left = format_fraction(fraction, now - began)
+                # Nine letters: `calibrate`, the longest name of a stage.
                 print_line(f"{'':>{2 * width + 3}} {stage:<9} {subject}  {left}")
 
         with listen_to_progress(show):
@@ -86,6 +87,7 @@ def format_fraction(fraction: float, seconds: float) -> str:
     """Return a fraction as percent, and the time left, after so many seconds: "25 %, 1:30 left"."""
     if not fraction:
         return "0 %"
+    # As if the rest went on at the mean speed so far.
     left = round(seconds / fraction - seconds)
     hours, minutes = divmod(left // 60, 60)
     clock = f"{hours}:{minutes:02}:{left % 60:02}" if hours else f"{minutes}:{left % 60:02}"
@@ -100,6 +102,7 @@ def show_progress(total: int) -> Iterator[LineProgress | BarProgress]:
     """
     console = Console(stderr=True)
     if not console.is_terminal:
+        # A log file or CI gets one line for each event: a bar is redrawn with control characters.
         with show_log():
             yield LineProgress(total)
         return
@@ -111,6 +114,7 @@ def show_progress(total: int) -> Iterator[LineProgress | BarProgress]:
         TimeElapsedColumn(),
     )
     with (
+        # Lines of the log go through the bar's console, which redraws the bar below them.
         Progress(*columns, console=console, transient=True) as progress,
         show_log(progress.console.print),
     ):
@@ -123,6 +127,7 @@ def show_log(write: Callable[[str], object] = print_line) -> Iterator[None]:
     log, handler = logging.getLogger("quant"), _LogPrinter(write)
     level = log.level
     log.addHandler(handler)
+    # Python's default level is WARNING: without this the handler gets no INFO.
     log.setLevel(logging.INFO)
     try:
         yield

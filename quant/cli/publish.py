@@ -1,4 +1,4 @@
-"""The commands for a finished release: publish, sign, rebuild. Each imports late."""
+"""The commands for a finished release: publish, sign, rebuild."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ def publish(options: PublishOptions) -> None:
 
     folder = options.release.expanduser().resolve()
     repo, name = options.repo, options.owner_name
+    # Both spellings are accepted, and two that agree are no mistake.
     if repo and name and repo != name:
         raise InputError(
             f"expected one repo to publish to, found {name} and {repo}: quant publish RELEASE"
@@ -62,6 +63,7 @@ def publish(options: PublishOptions) -> None:
     if options.dry_run:
         click.echo("\n".join(change.lines))
         return
+    # Before the upload, which may take hours: the line names repo and size.
     progress.print_line(change.lines[0])
     publication = publish_release(change)
     click.echo(publication.url)
@@ -112,6 +114,7 @@ def rebuild(
     from quant.llama.toolchain import find_toolchain
     from quant.rebuild import prepare_rebuild, rebuild_release
 
+    # Before the bar: another llama.cpp or a missing checkpoint is wrong input, not a failed stage.
     job, old = prepare_rebuild(manifest, out, find_toolchain(llama_cpp), work, source)
     with progress.show_progress(job.steps) as run:
         result = rebuild_release(job, old, manifest, run)

@@ -110,12 +110,14 @@ def smoke(options: SmokeOptions) -> None:
     )
     result = outcome.result
     if options.out:
+        # Also of a file that failed; that is when they are read.
         texts = _format_files(result, time.monotonic() - began, outcome.server_log)
         _write_files(options.out, texts)
     if options.as_json:
         click.echo(json.dumps(result.json(), ensure_ascii=False))
     else:
         _show(result)
+    # Not a CheckError: the table has said what failed, and --json must stay one document.
     raise SystemExit(0 if result.passed else 1)
 
 
@@ -145,6 +147,7 @@ def _show(result: "SmokeResult") -> None:
         click.echo(f"{mode} {shorten(exchange.question)}\n    {shorten(answer)}")
     rows = []
     for s in result.scenarios:
+        # A waived check still failed; the table shows why it does not count.
         state = "passed" if s.passed else f"waived: {s.waived}" if s.waived else "FAILED"
         rows.append(
             (s.name, s.kind, state if s.detail == "ok" else f"{state}: {shorten(s.detail)}")

@@ -45,6 +45,7 @@ def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vis
     from quant.release.metadata import make_file_metadata
 
     recipe = load_model(model)[0] if model else None
+    # Without a recipe the file's name is the title, less what the converter's names add to it.
     stem = out.stem.removeprefix("mmproj-").removesuffix("-F16").removesuffix("-BF16")
     metadata = make_file_metadata(recipe) if recipe else FileMetadata(stem, {})
     metadata = replace(metadata, pre_tokenizer=pre or metadata.pre_tokenizer)
@@ -54,6 +55,7 @@ def convert(checkpoint: Path, out: Path, model: str | None, pre: str | None, vis
             f"{checkpoint}/config.json: vision_config: missing; this model has no vision part"
         )
     template = apply_template_patch(recipe.template if recipe else "none", source)
+    # A conversion of hundreds of gigabytes takes hours; OUT appears when it is complete.
     with files.temp_folder(require_absent(out)) as folder:
         partial_file = folder / out.name
         if vision:
@@ -112,7 +114,9 @@ def quantize(options: QuantizeOptions) -> None:
     from quant.plan.load import load_variant, read_type_file
     from quant.quantize.standalone import QuantizeRequest, quantize_model
 
+    # For its usage error only: the request takes the text.
     parse_size_option(options.max_size)
+    # Both choose a type for every tensor, and neither can be a default.
     if bool(options.tensor_types) == bool(options.variants):
         raise click.UsageError("expected --variant or --tensor-types, and not both")
     variants = [load_variant(v) for v in options.variants]
@@ -161,6 +165,7 @@ def shard(gguf: Path, out: Path, max_size: str, llama_cpp: Path | None) -> None:
     with files.temp_folder(out / gguf.stem) as folder:
         split_file(gguf.resolve(), max_size, find_toolchain(llama_cpp), folder / gguf.stem)
         for partial_file in sorted(folder.glob("*.gguf")):
+            # The names are known only now: they contain the number of shards.
             final = require_absent(out / partial_file.name)
             files.replace_atomically(partial_file, final)
             progress.print_line(str(final))

@@ -29,5 +29,7 @@ def print_table(
     # No markup: metadata of a file may contain [/INST], which rich would take for a style.
     console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console.width = 10_000  # cut nothing in a file or a pipe; a table is as wide as its cells
+        # rich takes 80 columns for a file or a pipe and would cut cells. A table is only as wide as
+        # its cells need.
+        console.width = 10_000
     console.print(table)

@@ -81,8 +81,11 @@ def render(options: RenderOptions) -> None:
     request = RenderRequest(
         conversation=Conversation(str(options.conversation), tuple(messages), tuple(tools)),
         mode="off" if options.no_thinking else "default",
+        # After the assistant's answer there is nothing to generate, so no generation prompt is
+        # added.
         kind="past" if messages[-1].get("role") == "assistant" else "prompt",
         upto=len(messages),
+        # None sets no variable: the template's own default applies, which differs by model.
         thinking=False if options.no_thinking else None,
     )
     renderings = render_in_sandbox(chosen.text, [request], tokens=chosen.tokens)
@@ -90,6 +93,7 @@ def render(options: RenderOptions) -> None:
     progress.print_line(_describe(chosen))
     if rendering.text is None:
         raise InputError(f"{chosen.source}: {rendering.error}")
+    # Exactly the prompt, to be compared or piped; the description went to standard error.
     click.echo(rendering.text, nl=False)
 
 
@@ -137,6 +141,7 @@ def _show(report: "TemplateReport") -> None:
         for line in fault.diff.splitlines():
             click.echo(f"    {line}")
     engines = ", ".join(f"{name} {count}" for name, count in report.engines.items())
+    # A conversation can break several rules in several engines and counts once.
     failed = len(dict.fromkeys(f.conversation for f in report.faults))
     click.echo(
         f"\n{report.conversations} conversations; texts compared: {engines};"
@@ -145,7 +150,7 @@ def _show(report: "TemplateReport") -> None:
 
 
 def _read_objects(path: Path, what: str) -> list[dict[str, Any]]:
-    """A list of JSON objects, bare or under its name. Raises InputError."""
+    """Read a list of JSON objects. Raise InputError if the file has none."""
     from quant.core.errors import InputError
 
     try:
@@ -154,6 +159,7 @@ def _read_objects(path: Path, what: str) -> list[dict[str, Any]]:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
     except ValueError as e:
         raise InputError(f"{path}: expected JSON, found something else ({e})") from e
+    # Bare, or under its name as in the body of a request to OpenAI's API.
     value = value.get(what) if isinstance(value, dict) else value
     if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value):
         raise InputError(f"{path}: expected a list of {what}, each an object")
