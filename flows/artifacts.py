@@ -74,9 +74,9 @@ def publish_coverage(key: str, matrix: ImportanceMatrix) -> None:
     )
 
 
-def publish_conversation(key: str, verdict: SmokeResult) -> None:
+def publish_conversation(key: str, result: SmokeResult) -> None:
     """Publish a smoke test: its scenarios, and every question and answer."""
-    create_markdown_artifact(key=_key(key), markdown=format_transcript(verdict))
+    create_markdown_artifact(key=_key(key), markdown=format_transcript(result))
 
 
 def publish_figures(key: str, evaluation: ReleaseEvaluation) -> None:
@@ -111,16 +111,16 @@ def publish_change(key: str, change: Change) -> None:
     create_markdown_artifact(key=_key(key), markdown="\n".join(["```", *change.lines, "```"]))
 
 
-def publish_release_summary(built: BuildResult) -> None:
+def publish_release_summary(result: BuildResult) -> None:
     """Publish the table of a finished release."""
     columns = ("variant", "bytes", "bits per weight", "files", "KLD", "top-1", "smoke test")
     create_table_artifact(
-        key=_key(f"release-{built.release.name}"),
+        key=_key(f"release-{result.release.name}"),
         table=[
-            dict(zip(columns, row, strict=True)) for row in variants_table(built.release.manifest)
+            dict(zip(columns, row, strict=True)) for row in variants_table(result.release.manifest)
         ],
         description="\n\n".join(
-            [f"Release in {built.folder}", *list_warnings(built.release.manifest)]
+            [f"Release in {result.folder}", *list_warnings(result.release.manifest)]
         ),
     )
 

@@ -112,9 +112,9 @@ def quantize(
             as_ready=as_ready,
         )
         job = prepare_job(request)
-        built = builds.build_release(job, partial(run_stage, approve=approve and not dry_run))
-    publish_release_summary(built)
-    return str(built.folder)
+        result = builds.build_release(job, partial(run_stage, approve=approve and not dry_run))
+    publish_release_summary(result)
+    return str(result.folder)
 
 
 def run_stage(stage: str, subject: str, work: Callable[[], T], approve: bool = False) -> T:

@@ -1,12 +1,12 @@
 """Build a release again from its manifest alone, in another folder, and compare every byte.
 
-The manifest has every recipe that went in, so it does not matter what ``recipes/`` says by now.
-What decides the bytes must be the same: the source's files, the calibration texts, and llama.cpp.
+The manifest has every recipe of the release, so a later change of ``recipes/`` has no effect. What
+decides the bytes must be the same: the source's files, the calibration texts, and llama.cpp.
 
 Three kinds of difference are excused, and named in the result. All others are faults.
 
 - *Packages*: provenance names the versions that made a release, so it and SHA256SUMS differ.
-- *Prose*: another version of this project may word the card, the report and the charts otherwise.
+- *Prose*: another version of this project may have another text in card, report and charts.
 - *Figures*: two processors add up in another order, so KLD and perplexity may differ a little, and
   with them every file that shows them. See :func:`quant.evaluate.figures.figures_close`.
 """
@@ -47,7 +47,7 @@ class RebuildResult:
     uncompared: tuple[str, ...]
     """Files of the new release whose old digest is unknown, because only the manifest was given."""
     reworded: tuple[str, ...]
-    """Card, report and charts that this version of the project words otherwise."""
+    """Card, report and charts whose text differs in this version of the project."""
     packages: tuple[str, ...]
     """Packages of another version, which changed no byte but in the lists."""
     figures: tuple[str, ...]
@@ -97,7 +97,7 @@ def prepare_rebuild(
 
 
 def rebuild_release(
-    job: ReleaseJob, manifest: Manifest, path: Path, do: StageRunner
+    job: ReleaseJob, manifest: Manifest, path: Path, run: StageRunner
 ) -> RebuildResult:
     """Build a release again and compare it with the old one.
 
@@ -105,19 +105,19 @@ def rebuild_release(
         job: What :func:`prepare_rebuild` returned.
         manifest: The same.
         path: The manifest, or the folder of the release.
-        do: Runs a stage.
+        run: Runs a stage.
 
     Raises:
         CheckError: With every file of the source or the release that differs.
     """
     # First, because a changed source explains every later difference.
     _check_source(job, manifest)
-    built = builds.build_release(job, do)
+    result = builds.build_release(job, run)
     old = path if path.is_dir() else path.parent
     manifest_path = old / MANIFEST if path.is_dir() else path
     before = _read_old_digests(old, manifest) | {MANIFEST: files.hash_file(manifest_path)}
     return compare_releases(
-        old, before, built.folder, find_changed_figures(manifest, built.release.manifest)
+        old, before, result.folder, find_changed_figures(manifest, result.release.manifest)
     )
 
 

@@ -73,9 +73,9 @@ def hessians(request: HessiansRequest) -> None:
     )
     out = require_absent(request.out)
     work = partial(collect_hessians, request.base, request.text, out, settings)
-    with progress.show_progress(1) as do:
+    with progress.show_progress(1) as run_stage:
         # The stage's name in stores and logs, older than the command's.
-        result = do("moments", out.name, work)
+        result = run_stage("moments", out.name, work)
     few = sum(int((counts < FEWEST_ROWS).sum()) for counts in result.counts.values())
     if few:
         progress.print_line(

@@ -133,9 +133,9 @@ def compute(request: ComputeRequest) -> None:
     # Named after OUT, so the same command finds what an interrupted run left.
     root = (request.work or out.with_name(out.name + ".work")).expanduser().resolve()
     store = Store(root)
-    with progress.show_progress(2) as do, store.lock():
+    with progress.show_progress(2) as run_stage, store.lock():
         build = partial(build_set_text, settings, template, base, tools, store)
-        text = do("calibrate", request.calibration, build)
+        text = run_stage("calibrate", request.calibration, build)
         if span:
             # A range is one machine's part, so no text is added for coverage: only the whole shows
             # which experts lack tokens.
@@ -144,13 +144,13 @@ def compute(request: ComputeRequest) -> None:
                 # llama-imatrix saves while it runs (--output-frequency); OUT is complete.
                 part = folder / out.name
                 run = matrices.ImatrixRun(base.path, text.path, part, settings, span)
-                do("imatrix", out.name, partial(matrices.run_llama_imatrix, run, tools))
+                run_stage("imatrix", out.name, partial(matrices.run_llama_imatrix, run, tools))
                 files.replace_atomically(part, out)
         else:
             work = partial(
                 matrices.compute_covering_imatrix, base, text, settings, out.name, tools, store
             )
-            files.link_or_copy(do("imatrix", out.name, work).path, out)
+            files.link_or_copy(run_stage("imatrix", out.name, work).path, out)
     if not request.work:
         # Only here: after an error or an interrupt the next run needs it.
         shutil.rmtree(root)

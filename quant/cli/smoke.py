@@ -117,7 +117,7 @@ def smoke(options: SmokeOptions) -> None:
         click.echo(json.dumps(result.json(), ensure_ascii=False))
     else:
         _show(result)
-    # Not a CheckError: the table has said what failed, and --json must stay one document.
+    # Not a CheckError: the table lists what failed, and --json must stay one document.
     raise SystemExit(0 if result.passed else 1)
 
 

@@ -1,10 +1,10 @@
-"""The machine: files, the store, processes, progress, disk and memory. It knows nothing of models.
+"""Files, the store, processes, progress, disk and memory: nothing here is about models.
 
 ```
 files         the one module that gives files their final names: atomic writes, flushes, digests
 store         finished work under the digest of its inputs; the only cache of a build
 digest_cache  digests of large files, remembered by length, inode and times
-process       the one door to other programs: run one to its end, quote its log
+process       run another program to its end, with a log that errors quote
 child         the one protocol for this project's own child programs
 disk, memory  free disk space and free memory, each asked in one place
 progress      the fraction done, from the code that works to the code that shows it

@@ -1,4 +1,4 @@
-"""Run other programs: the one door to child processes.
+"""Run other programs with a log, and end them when this process ends.
 
 Every command goes to a log in a form that can be pasted into a shell. A program dies with the
 process that started it, so a killed run leaves nothing behind that still writes.

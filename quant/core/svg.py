@@ -2,7 +2,7 @@
 
 Charts are drawn by hand and not by a plotting library: the same input gives the same bytes on every
 machine, and no font or library version changes them. What a chart looks like is decided by its
-module; this one knows only elements, attributes and escaping.
+module; this one has elements, attributes and escaping only.
 """
 
 from collections.abc import Iterable, Sequence

@@ -10,7 +10,7 @@ upload      send files to the hub's storage before a commit names them
 ```
 
 Other packages call ``pull_checkpoint``, ``read_lock``, ``upload_variant`` and, around every request
-of their own, ``client.convert_errors``. What a release is, ``quant.release`` knows.
+of their own, ``client.convert_errors``. Releases are defined in ``quant.release``.
 Two rules hold everywhere: the token comes from HF_TOKEN only and is in no error and no log, and
 nothing is read before its digest was compared with the hub's list.
 """

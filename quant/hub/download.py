@@ -91,19 +91,19 @@ def download_files(repo: str, revision: str, wanted: Sequence[HubFile], folder: 
     }
     stall_seconds = float(os.environ.get("QUANT_STALL_SECONDS", STALL_SECONDS))
     total = sum(f.bytes for f in wanted)
-    stalled = f"{repo}@{revision}: nothing moved for {stall_seconds:.0f} s"
+    problem = f"{repo}@{revision}: nothing moved for {stall_seconds:.0f} s"
     try:
         _run_downloader(job, work, TransferWatch(folder, total, stall_seconds), {})
     except TransferStallError:
         if max((f.bytes for f in wanted), default=0) > MAX_PLAIN_BYTES:
-            raise Unreachable(f"{stalled}; run again to continue") from None
+            raise Unreachable(f"{problem}; run again to continue") from None
         log.info("%s: nothing moved for %.0f s; going on without Xet", repo, stall_seconds)
         # By the environment of a new process: the client reads it once, when it is imported.
         plain = {"HF_HUB_DISABLE_XET": "1"}
         try:
             _run_downloader(job, work, TransferWatch(folder, total, stall_seconds), plain)
         except TransferStallError:
-            raise Unreachable(f"{stalled}, without Xet either; run again to continue") from None
+            raise Unreachable(f"{problem}, without Xet either; run again to continue") from None
     for name in (DIGEST_CACHE, child.LOG):
         files.remove(work / name)
 

@@ -50,14 +50,14 @@ class Upload:
 
 
 def upload_variant(
-    placed: Mapping[str, Path], receipts: Iterable[Receipt], target: Destination
+    paths: Mapping[str, Path], receipts: Iterable[Receipt], target: Destination
 ) -> Upload:
     """Send the files of one variant to the storage, before the release is published.
 
     The repo is made if it does not exist. The same call continues after an interruption.
 
     Args:
-        placed: The files, by their names in the repo.
+        paths: The files, by their names in the repo.
         receipts: Their receipts, in the same order.
         target: The repo, and how to send.
 
@@ -65,7 +65,7 @@ def upload_variant(
         InputError: The hub refuses.
         Unreachable: The hub does not answer.
     """
-    variant = {name: (path, r) for (name, path), r in zip(placed.items(), receipts, strict=True)}
+    variant = {name: (path, r) for (name, path), r in zip(paths.items(), receipts, strict=True)}
     digests = {name: (path, r.sha256) for name, (path, r) in variant.items()}
     with (
         hub_client.convert_errors(target.repo),
@@ -133,7 +133,7 @@ class RateLimiter:
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = lambda seconds: time.sleep(seconds)
     free_at: float = 0.0
-    """When all bytes that were taken before have had their time."""
+    """The time, by ``clock``, from which the next bytes may be sent."""
     lock: Lock = field(default_factory=Lock)
 
     def take(self, count: int) -> None:
