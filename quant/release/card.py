@@ -57,6 +57,7 @@ def render_card(model: ModelRecipe, manifest: Manifest) -> str:
 
     front_matter = ModelCardData(
         **model.card.front_matter,
+        # The hub then lists the release below its base model, among the quantizations.
         base_model_relation="quantized" if model.card.base else None,
         library_name="gguf",
         pipeline_tag=find_pipeline_tag(model),
@@ -87,6 +88,7 @@ def _load_template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        # Markdown, not HTML.
         autoescape=False,
     )
     return environment.get_template("card.md.jinja")
@@ -197,6 +199,7 @@ def _choose_by_memory(variants: Variants, cache_bytes: int) -> Iterator[tuple[in
     candidates = ladder or [v for v in variants if not v.is_base]
     last = None
     for memory in MEMORIES:
+        # Memory is sold in GiB. Counting 10^9 bytes for each errs on the safe side.
         usable = USABLE * memory * 10**9
         fitting = [v for v in candidates if v.memory.weights + cache_bytes <= usable]
         best = max(fitting, key=lambda v: v.bytes, default=None)
@@ -269,6 +272,7 @@ def _format_halves(memory: MemoryRecord, cache_bytes: int) -> str:
 def _format_types(variant: VariantRecord) -> str:
     total = sum(variant.bytes_by_type.values())
     shares = {name: 100 * size / total for name, size in variant.bytes_by_type.items()}
+    # A smaller fraction would read 0 %.
     return ", ".join(
         f"{name} {percent:.0f} %" for name, percent in shares.items() if percent >= 0.5
     )
@@ -287,6 +291,7 @@ def _escape_cell(text: str) -> str:
 def _squeeze(text: str) -> str:
     """Return the text with at most one empty line in a row and none at the end."""
     kept: list[str] = []
+    # Blocks of the template that do not apply leave their empty lines behind.
     for line in text.splitlines():
         if line.strip() or (kept and kept[-1]):
             kept.append(line.rstrip())

@@ -138,6 +138,7 @@ def read_head(api: "HfApi", target: Destination) -> str | None:
 
     try:
         info = hub_client.retry(lambda: api.repo_info(target.repo))
+    # A subclass of RepositoryNotFoundError, although the repo exists.
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:
@@ -157,6 +158,7 @@ def list_hub_files(api: "HfApi", repo: str, revision: str) -> "HubFiles":
     from huggingface_hub.hf_api import RepoFile
 
     def list_tree() -> list[object]:
+        # The tree comes page by page. list() makes the retry cover every page.
         return list(api.list_repo_tree(repo, revision=revision, recursive=True))
 
     return {e.path: e for e in hub_client.retry(list_tree) if isinstance(e, RepoFile)}
@@ -191,6 +193,7 @@ def _find_target_problems(target: Destination) -> Iterator[str]:
     if target.parent and not COMMIT.fullmatch(target.parent):
         yield f"parent: expected a commit (40 letters of hex), found {target.parent!r}"
     tag = target.tag
+    # The characters that git check-ref-format forbids. The hub would refuse them after the upload.
     if tag is not None and (not tag.strip() or any(c in tag for c in " ~^:?*[\\\n")):
         yield f"tag: expected a name that git accepts, found {tag!r}"
     if hub_client.read_token() is None:
@@ -218,11 +221,12 @@ def _compare(
 
 
 def _is_same_file(receipt: Receipt, folder: Path, entry: "RepoFile | None") -> bool:
-    """Return whether the hub's file has the same bytes: by sha256, or git's digest if small."""
+    """Return whether the hub's file has the same bytes."""
     if entry is None or entry.size != receipt.bytes:
         return False
     if entry.lfs:
         return bool(entry.lfs.sha256 == receipt.sha256)
+    # Files outside LFS are small; the hub knows only git's SHA-1 of them.
     return bool(entry.blob_id == hash_git_blob(folder / receipt.path))
 
 
@@ -234,14 +238,18 @@ def _list_earlier_release(api: "HfApi", repo: str, head: str, remote: "HubFiles"
         path = hub_client.retry(
             lambda: api.hf_hub_download(repo, CHECKSUMS, revision=head, local_dir=temp)
         )
+        # The list does not name the signature. List and manifest are in every release, so neither
+        # is ever removed.
         return {SIGNATURE, *parse_checksums(Path(path).read_text(), f"{repo}@{head}: {CHECKSUMS}")}
 
 
 def _find_tag_problems(api: "HfApi", change: Change) -> Iterator[str]:
-    """Yield that a tag exists already. It may not move, because others may have built on it."""
+    """Yield that a tag exists already."""
     if change.head is None or change.target.pull_request:
         return
     at = list_tags(api, change.target.repo).get(change.tag)
+    # A tag may not move, because others may have built on it. At the head of a repo that has the
+    # release already, it is the tag of an earlier run.
     if at is not None and not (change.is_empty and at == change.head):
         yield (
             f"{change.target.repo}: tag {change.tag}: expected a name that is free, found it at"

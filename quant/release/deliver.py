@@ -36,9 +36,11 @@ def deliver_release(release: Release, out: Path) -> Delivery:
         )
     with convert_disk_errors(out):
         partial = target.with_name(target.name + files.PARTIAL)
+        # A killed run may have left one.
         files.remove(partial)
         for receipt in release.receipts:
             files.link_or_copy(release.folder / receipt.path, partial / receipt.path)
+        # Links share their bytes with the store: what changed there since packaging shows here.
         changed = [
             r.path for r in release.receipts if files.make_receipt(partial / r.path, partial) != r
         ]
@@ -52,6 +54,7 @@ def deliver_release(release: Release, out: Path) -> Delivery:
                 )
             )
         _replace_folder(partial, target)
+        # By the final paths, so that publishing does not read the files once more.
         digest_cache.save_digests(
             {target / r.path: r.sha256 for r in release.receipts}, digest_cache_path(target)
         )
@@ -61,6 +64,8 @@ def deliver_release(release: Release, out: Path) -> Delivery:
 def is_delivered(release: Release, target: Path) -> bool:
     """Return whether a release is there: the same manifest, and every file in its full length."""
     try:
+        # Lengths are enough: the manifest has every digest, and the folder got its name after all
+        # files were compared. `quant verify` reads the bytes.
         same = (target / MANIFEST).read_bytes() == (release.folder / MANIFEST).read_bytes()
         return same and all((target / r.path).stat().st_size == r.bytes for r in release.receipts)
     except OSError:
@@ -68,9 +73,11 @@ def is_delivered(release: Release, target: Path) -> bool:
 
 
 def _replace_folder(partial: Path, target: Path) -> None:
-    """Give a folder its final name. An older one is renamed first: folders cannot be replaced."""
+    """Give a folder its final name, in place of an older one."""
     older = target.with_name(target.name + ".replaced")
     files.remove(older)
+    # rename(2) replaces no folder that has content. A kill between the two renames leaves none at
+    # the final name; the next run delivers it.
     if target.exists():
         target.rename(older)
     files.commit_folder(partial, target)
@@ -78,12 +85,11 @@ def _replace_folder(partial: Path, target: Path) -> None:
 
 
 def _is_release(folder: Path) -> bool:
-    """Return whether a folder is a release, of any format, which may be replaced.
-
-    A file called manifest.json is not enough: many programs write one.
-    """
+    """Return whether a folder is a release, which may be replaced."""
     try:
         name = json.loads((folder / MANIFEST).read_text())["format"]
+        # Of any version of the format. A manifest.json alone is not enough: many programs write
+        # one.
         return bool(name.rpartition(" ")[0] == FORMAT.rpartition(" ")[0])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -60,6 +60,7 @@ def open_release(folder: Path) -> ReleaseFolder:
     if problems:
         raise CheckError(*problems)
     receipts = [Receipt(name, listed[name], (folder / name).stat().st_size) for name in both]
+    # No list names these, and they are small, so they are hashed here.
     lists = [name for name in LISTS if (folder / name).is_file()]
     receipts += [files.make_receipt(folder / name, folder) for name in lists]
     return ReleaseFolder(folder, manifest, tuple(sorted(receipts, key=lambda r: r.path)))
@@ -89,9 +90,12 @@ def parse_checksums(text: str, where: str) -> dict[str, str]:
     Raises:
         InputError: If a name leads out of the release.
     """
+    # The first two blanks end the digest; a name may contain others.
     lines = (line.partition("  ") for line in text.splitlines())
     listed = {name: digest for digest, _, name in lines}
     for name in listed:
+        # The list may be a stranger's: `quant verify` reads it from any folder, publishing from the
+        # hub.
         if not name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"{where}: expected names inside the release, found {name!r}")
     return listed

@@ -83,6 +83,7 @@ def make_manifest(inputs: ReleaseInputs) -> Manifest:
 
 def record_plan(plan: Plan, files: tuple[Receipt, ...]) -> VariantRecord:
     """Return the record of a planned variant: recipe, sizes and files, and no results."""
+    # Without a KV cache: it depends on the context, and the manifest has its bytes per token.
     memory = estimate_memory(plan, 0, 0)
     return VariantRecord(
         name=plan.variant.name,
@@ -143,6 +144,7 @@ def _record_variant(
             for t in file.plan.tensors
         },
         smoke=tuple(
+            # None instead of "": the manifest leaves None out.
             ScenarioRecord(name=s.name, kind=s.kind, passed=s.passed, waived=s.waived or None)
             for s in smoke.scenarios
         ),

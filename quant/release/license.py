@@ -7,6 +7,7 @@ from quant.plan.recipe import CardRecipe
 
 OTHER = "other"
 """The hub's value for a license that it has no name for. It needs a name and a link."""
+# The hub's names are like cc-by-nc-nd-4.0. The name of another license is free text.
 NO_DERIVATIVES = re.compile(r"\bnd\b|no[-_ ]?deriv", re.IGNORECASE)
 """In the name of a license. A quantized model is a derivative and may not be passed on under it."""
 
@@ -20,6 +21,7 @@ def find_license_problems(card: CardRecipe, where: str) -> Iterator[str]:
     """
     name = (card.license or "").strip()
     own_name, link = (card.license_name or "").strip(), (card.license_link or "").strip()
+    # "unknown" is one of the hub's license names.
     if name.lower() in ("", "unknown"):
         yield (
             f"{where}.license: expected a license, found {name or 'none'!r}; name it in the recipe"

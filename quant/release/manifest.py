@@ -498,14 +498,14 @@ def make_schema() -> dict[str, Any]:
     # The fields' docstrings become descriptions. Only here: to find them takes half a second.
     Record.__pydantic_config__ = ConfigDict(**config, use_attribute_docstrings=True)
     try:
-        made = TypeAdapter(Manifest).json_schema()
+        schema = TypeAdapter(Manifest).json_schema()
     finally:
         Record.__pydantic_config__ = config
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **made,
+        **schema,
         "title": f"manifest.json of a release, format {FORMAT!r}",
-        "required": ["format", *made["required"]],
+        "required": ["format", *schema["required"]],
     }
 
 

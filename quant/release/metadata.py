@@ -29,6 +29,8 @@ def make_file_metadata(model: ModelRecipe) -> FileMetadata:
         "general.repo_url": f"https://huggingface.co/{repo}" if repo else None,
     }
     metadata = {
+        # Without these, gguf-py derives both from the folder's name (metadata.py,
+        # apply_metadata_heuristic).
         "general.name": model.title,
         "general.basename": model.title,
         "general.sampling.temp": sampling.temperature,

@@ -37,12 +37,12 @@ def format_modelfile(file: str, params: Mapping[str, Any], system: str | None = 
     return "\n".join(lines) + "\n"
 
 
-def parse_modelfile(written: str) -> str | None:
+def parse_modelfile(text: str) -> str | None:
     """Return the value that Ollama reads at the start of a text, or None if more follows.
 
     The value ends at the first line end where its quotes are closed.
     """
-    lines = written.split("\n")
+    lines = text.split("\n")
     for n in range(1, len(lines) + 1):
         value = _strip_quotes("\n".join(lines[:n]).strip())
         if value is not None:
@@ -58,9 +58,10 @@ def _format_path(path: str) -> str:
 
 def _quote(text: str, name: str, quotes: tuple[str, ...]) -> str:
     """Return the text in the first quotes that Ollama reads back as it is."""
+    # Read back and compared, which is simpler than rules for the texts that can be written.
     for marks in quotes:
-        if parse_modelfile(written := f"{marks}{text}{marks}") == text:
-            return written
+        if parse_modelfile(quoted := f"{marks}{text}{marks}") == text:
+            return quoted
     raise InputError(
         f"{name}: expected a text that a Modelfile can hold, found {text[:80]!r}, whose quotes"
         " would end it"

@@ -73,6 +73,7 @@ def _is_accepted(key: str, value: Any) -> bool:
         return False
     if key in INTEGERS:
         return isinstance(value, int)
+    # Python's json accepts Infinity and NaN, Go's does not.
     return isinstance(value, int | float) and abs(value) < float("inf")
 
 

@@ -121,6 +121,7 @@ def check_release(folder: Path, repo: str | None = None) -> OllamaCheck:
 
 def resolve_tags(variants: Sequence[VariantRecord]) -> Iterator[OllamaResolution]:
     """Yield what Ollama makes of each variant by the hub's rules, without asking the hub."""
+    # Split variants have no tag, so they make none ambiguous.
     labels = [read_quant_label(v.files[0].path) for v in variants if len(v.files) == 1]
     for variant in variants:
         file = variant.files[0]
@@ -161,10 +162,12 @@ def fetch_registry(repo: str, tag: str) -> tuple[int, dict[str, Any]]:
 
     address = f"{hub_client.make_client().endpoint}/v2/{repo}/manifests/{tag}"
     token = hub_client.read_token()
+    # Unlike HfApi, a session of the hub's client sends no token by itself.
     headers = {"Accept": ACCEPT} | ({"Authorization": f"Bearer {token}"} if token else {})
 
     def ask() -> tuple[int, dict[str, Any]]:
         answer = get_session().get(address, headers=headers, timeout=30)
+        # Only these are raised, for the retry. Any other status is the answer: 400 refuses a tag.
         if answer.status_code in hub_client.TRANSIENT_STATUS:
             answer.raise_for_status()
         try:
@@ -233,6 +236,7 @@ def _ask_registry(
     repo: str, local: OllamaResolution, variant: VariantRecord, companions: Mapping[str, str]
 ) -> OllamaResolution:
     """Return what the hub's registry makes of a file, with the faults found before."""
+    # A split variant is asked for by its label, for which the hub should refuse it.
     tag = local.tag or read_quant_label(local.file) or variant.name
     code, body = fetch_registry(repo, tag)
     if code != 200:

@@ -43,6 +43,7 @@ def package_release(inputs: ReleaseInputs, store: Store) -> Release:
     raise_problems(find_params_problems(make_params(model)))
     render_modelfile(model, model.title)  # raises before any work if it cannot be written
     manifest, versions = make_manifest(inputs), read_package_versions()
+    # Versions of packages and tools are no part of the manifest, but of the provenance.
     key = {**manifest.to_document(), "packages": versions, "tools": dict(inputs.tools)}
 
     def write(partial: Path) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def _write_lists(
     sums = {name: known.get(name) or files.hash_file(path) for name, path in paths.items()}
     text = manifest.to_json()
     packages = {name: version for name, version in versions.items() if name != PROJECT}
+    # Provenance covers the manifest, whose text is known already; SHA256SUMS covers provenance.
     subjects = {**sums, MANIFEST: hash_text(text)}
     statement = to_pretty_json(
         make_statement(manifest, subjects, packages, versions[PROJECT], build)

@@ -95,6 +95,8 @@ def _list_dependencies(manifest: Manifest, packages: Mapping[str, str]) -> Itera
     """Yield source, calibration text, imatrix, recipes, template patch and packages."""
     source, template = manifest.source, manifest.chat_template
     if source.repo:
+        # A package URL (purl-spec, type huggingface): the version is the commit. gitCommit is
+        # in-toto's name for its digest.
         uri = f"pkg:huggingface/{source.repo}@{source.revision}"
         yield {"uri": uri, "digest": {"gitCommit": source.revision}}
     yield from (_name_digest(f"{source.name}/{f.path}", f.sha256) for f in source.files)

@@ -67,8 +67,10 @@ def publish_release(change: Change) -> Publication:
         api = hub_client.make_client()
         if change.head is None:
             hub_client.retry(
+                # exist_ok: the repo may be that of a run that was killed.
                 lambda: api.create_repo(target.repo, private=target.private, exist_ok=True)
             )
+            # The hub itself makes the first commit, with .gitattributes. Ours follows it.
             change = replace(change, head=read_head(api, target))
         if change.is_empty:
             commit, pull_request, fresh = str(change.head), None, False
@@ -94,10 +96,9 @@ def publish_release(change: Change) -> Publication:
 
 
 def _check_parent(change: Change) -> None:
-    """Raise InputError if the repo is no longer at the commit that the publication began on.
-
-    The commit is kept in a record beside the release until the publication is done.
-    """
+    """Raise InputError if the repo is no longer at the commit that the publication began on."""
+    # After a kill, the next run sees only the present head, which may be somebody else's commit. So
+    # the first run keeps its parent in a record beside the release until the publication is done.
     path = _record_path(change)
     record: dict[str, Any] = {}
     with suppress(OSError, ValueError, TypeError):
@@ -138,11 +139,7 @@ def _send(api: "HfApi", change: Change) -> tuple[str, str | None, bool]:
 
 
 def _commit(api: "HfApi", change: Change, operations: Sequence[Any]) -> tuple[str, str | None]:
-    """Make the one commit. Return it, and its pull request.
-
-    An answer that does not come is no refusal: the commit may have been made, so look for it before
-    asking again.
-    """
+    """Make the one commit. Return it, and its pull request."""
     from httpx2 import HTTPError
 
     target = change.target
@@ -161,9 +158,12 @@ def _commit(api: "HfApi", change: Change, operations: Sequence[Any]) -> tuple[st
             # 412: the parent is no longer the head, perhaps because our commit is.
             if not hub_client.is_transient(e) and hub_client.read_status(e) != 412:
                 raise
+            # Python deletes e at the end of this block.
             failure = e
-        if unanswered := _find_commit(api, change):
-            return unanswered
+        # An answer that does not come is no refusal: the commit may have been made, so it is looked
+        # for before the hub is asked again.
+        if own_commit := _find_commit(api, change):
+            return own_commit
     raise Unreachable(
         f"{target.repo}: the hub did not take the commit ({hub_client.read_error_text(failure)});"
         " run again to continue"
@@ -190,6 +190,8 @@ def _find_pull_request(api: "HfApi", change: Change) -> tuple[str, str] | None:
         api.get_repo_discussions, repo, discussion_type="pull_request", discussion_status="open"
     )
     for pull in hub_client.retry(lambda: list(list_open())):
+        # The title has the release's digest. Files are compared too: others may push to a pull
+        # request.
         if pull.title == change.title:
             revision = f"refs/pr/{pull.num}"
             remote = list_hub_files(api, repo, revision)
@@ -203,6 +205,7 @@ def _create_tag(api: "HfApi", change: Change, commit: str) -> None:
     """Tag the commit, if it has not that tag already."""
     repo = change.target.repo
     hub_client.retry(lambda: api.create_tag(repo, tag=change.tag, revision=commit, exist_ok=True))
+    # With exist_ok the client keeps an existing tag wherever it is, and reports nothing.
     at = list_tags(api, repo).get(change.tag)
     if at != commit:
         raise CheckError(f"{repo}: tag {change.tag}: expected commit {commit}, found {at}")

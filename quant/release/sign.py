@@ -50,12 +50,14 @@ def sign_opened(release: ReleaseFolder, key: Path) -> bool:
     with TemporaryDirectory() as temp:
         public, signature = Path(temp) / "public.pem", Path(temp) / SIGNATURE
         public.write_bytes(_export_public_key(key))
+        # ECDSA signatures differ each time: signing again would change the release's bytes.
         if not list(find_signature_problems(release.folder, digests, public)):
             return False
         with _convert_key_errors(key, KEYS):
             config = Config()
             config.use_elliptic_key_signer(private_key=key, password=_read_password())
         config.set_hashing_config(_make_hashing(digests)).sign(release.folder, signature)
+        # The package writes in place. From here the file appears whole or not at all.
         files.write_text(release.folder / SIGNATURE, signature.read_text())
     return True
 
@@ -110,6 +112,7 @@ def _make_hashing(digests: Mapping[str, str]) -> "HashingConfig":
     from model_signing.hashing import Config
     from model_signing.manifest import Manifest, SerializationType
 
+    # Part of the signature: model_signing learns from it which files to hash, and how.
     settings = {
         "method": "files",
         "hash_type": "sha256",
@@ -157,13 +160,15 @@ def _convert_import_errors() -> Iterator[None]:
 
 @contextmanager
 def _convert_key_errors(key: Path, expected: str) -> Iterator[None]:
-    """Say in one line what is wrong with a key file, and nothing of its content."""
+    """Convert what cryptography raises for a key file to one line."""
     from cryptography.exceptions import UnsupportedAlgorithm
 
+    # "from None" everywhere: a cause may quote what is in the key file.
     try:
         yield
     except OSError as e:
         raise InputError(f"{key}: expected {expected}, found none ({e.strerror})") from None
+    # What cryptography raises for a password that is missing, or that the key does not have.
     except TypeError:
         raise InputError(
             f"{key}: locked with a password, or not locked with one; set or unset {PASSWORD}"

@@ -24,6 +24,7 @@ def render_texts(inputs: ReleaseInputs, manifest: Manifest) -> dict[str, str]:
         "chat_template.jinja": inputs.template.text if inputs.template else None,
         "template": manifest.ollama_template or None,
     }
+    # FROM names one file, so a release without an unsplit variant has no Modelfile.
     if single := manifest.single_file:
         texts["Modelfile"] = render_modelfile(model, single.files[0].path)
     return {name: text for name, text in texts.items() if text is not None}

@@ -92,6 +92,7 @@ def _find_file_problems(folder: Path, listed: Mapping[str, str]) -> Iterator[str
     present = list_names(folder)
     yield from find_list_problems(folder, present, listed)
     for name in sorted(present & listed.keys()):
+        # Not by the digest cache: this check reads the bytes.
         if (actual := files.hash_file(folder / name)) != listed[name]:
             yield f"{folder / name}: expected sha256 {listed[name]}, found {actual}"
 
@@ -171,6 +172,7 @@ def _find_provenance_problems(folder: Path) -> Iterator[str]:
         yield f"{path}: expected an in-toto statement, found something else ({e!r})"
         return
     listed = {name: sha for name, sha in read_checksums(folder).items() if name != PROVENANCE}
+    # SHA256SUMS cannot list the manifest, which is written after it; provenance does.
     listed[MANIFEST] = files.hash_file(folder / MANIFEST)
     for name in sorted(subjects.keys() | listed.keys()):
         if subjects.get(name) != listed.get(name):
@@ -184,6 +186,7 @@ def _find_card_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{path}: missing; it is the model card"
         return
     text = path.read_text()
+    # Relative links only: a check of a folder needs no network.
     links = {link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
     for link in sorted(links):
         if not (folder / link).exists():
