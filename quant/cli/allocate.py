@@ -108,7 +108,7 @@ class AllocateOptions:
         )
 
 
-@quant.command()
+@quant.command(short_help="Choose tensor types for a file size.")
 @click.argument("what")
 @click.option("--imatrix", "matrix", type=FILE, help="Importance matrix of the GGUF.")
 @click.option(

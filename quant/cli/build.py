@@ -74,7 +74,7 @@ class BuildOptions(DestinationOptions):
         )
 
 
-@quant.command()
+@quant.command(short_help="Build a release of the tiny model.")
 @click.option(
     "--out",
     "-o",
@@ -94,7 +94,7 @@ def demo(out: Path, variants: tuple[str, ...], work: Path | None, llama_cpp: Pat
     _build(BuildRequest("tiny-glm", out, variants, work=work, llama_cpp=llama_cpp))
 
 
-@quant.command()
+@quant.command(short_help="Build the release of a model.")
 @click.argument("model")
 @click.option("--out", "-o", type=FOLDER, required=True, help="Folder for the release.")
 @revision_option
@@ -136,7 +136,7 @@ def build(options: BuildOptions) -> None:
     _build(options.make_request())
 
 
-@quant.command()
+@quant.command(short_help="Pin the commit and digests of a model.")
 @click.argument("model")
 @click.option("--revision", help="A branch, tag or commit.  [the recipe's]")
 def lock(model: str, revision: str | None) -> None:
@@ -151,7 +151,7 @@ def lock(model: str, revision: str | None) -> None:
     )
 
 
-@quant.command()
+@quant.command(short_help="Download and verify a checkpoint.")
 @click.argument("model")
 @revision_option
 # The work folder of `quant build -o release`, so that a build finds what was pulled.
@@ -174,7 +174,7 @@ def pull(model: str, revision: str | None, work: Path) -> None:
     click.echo(checkpoint.folder)
 
 
-@quant.command()
+@quant.command(short_help="Check every byte of a release.")
 @click.argument("release", type=FOLDER)
 @click.option(
     "--public-key", type=FILE, help="Check that the owner of this key signed the release."

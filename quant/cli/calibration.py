@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from quant.calibration.text import RenderedSet
 
 
-@quant.group()
+@quant.group(short_help="Calibration sets: lock one, show one.")
 def calibration() -> None:
     """Calibration sets: the texts that importance matrices are computed on."""
 

@@ -51,7 +51,7 @@ class EvaluateOptions:
     as_json: bool
 
 
-@quant.command()
+@quant.command(short_help="Measure files against BF16: KLD, PPL, top-1.")
 @click.argument("base", type=FILE)
 @click.argument("paths", type=FILE, nargs=-1, required=True)
 @click.option(

@@ -25,7 +25,7 @@ class HessiansRequest:
     gradients: bool | None
 
 
-@quant.command()
+@quant.command(short_help="Compute Hessians, for error compensation.")
 @click.argument("base", type=FILE)
 @click.option(
     "--text",

@@ -45,7 +45,7 @@ class WithDefault(click.Group):
         return super().parse_args(ctx, args)
 
 
-@quant.group(cls=WithDefault)
+@quant.group(cls=WithDefault, short_help="Compute, show or merge importance matrices.")
 def imatrix() -> None:
     """Importance matrices: `quant imatrix BASE -o OUT` computes one.
 

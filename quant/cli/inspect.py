@@ -11,7 +11,7 @@ from quant.cli import tables
 from quant.cli.options import FILE, json_option, quant, shorten, tools_option
 
 
-@quant.command()
+@quant.command(short_help="Show metadata and tensors of a GGUF.")
 @click.argument("gguf", type=FILE)
 @json_option
 def inspect(gguf: Path, as_json: bool) -> None:
@@ -55,7 +55,7 @@ def _short(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@quant.command()
+@quant.command(short_help="Show what is installed and what is missing.")
 @tools_option
 def doctor(llama_cpp: Path | None) -> None:
     """Show what is needed and installed, and how to get the rest; exit 2 if any is missing."""

@@ -9,7 +9,7 @@ from quant.cli import progress, tables
 from quant.cli.options import FILE, FOLDER, json_option, quant, tools_option
 
 
-@quant.command()
+@quant.command(short_help="Merge shards into one file, for Ollama.")
 @click.argument("first_shard", type=FILE)
 @click.argument("out", type=FILE)
 @click.option(
@@ -46,7 +46,7 @@ def merge(
         progress.print_line(f"{path}: ollama create {out.stem.lower()} -f {path}")
 
 
-@quant.group()
+@quant.group(short_help="Check what Ollama makes of a release.")
 def ollama() -> None:
     """Ollama: what it makes of a release."""
 

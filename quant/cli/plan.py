@@ -31,7 +31,7 @@ class PlanOptions:
     as_json: bool
 
 
-@quant.command()
+@quant.command(short_help="Show types and sizes of a release.")
 @click.argument("model")
 @variants_option
 @click.option(

@@ -30,7 +30,7 @@ class ProbeOptions:
     llama_cpp: Path | None
 
 
-@quant.command()
+@quant.command(short_help="Measure sensitivities, for allocate.")
 @click.argument("base", type=FILE)
 @click.option("--imatrix", "matrix", type=FILE, help="Importance matrix of BASE.")
 @click.option(

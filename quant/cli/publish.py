@@ -28,7 +28,7 @@ class PublishOptions(DestinationOptions):
     dry_run: bool
 
 
-@quant.command()
+@quant.command(short_help="Publish a release on the hub.")
 @click.argument("release", type=FOLDER)
 @click.argument("owner_name", metavar="[OWNER/NAME]", required=False)
 @destination_options
@@ -71,7 +71,7 @@ def publish(options: PublishOptions) -> None:
         progress.print_line("nothing to do: this release is there already")
 
 
-@quant.command()
+@quant.command(short_help="Sign a release.")
 @click.argument("release", type=FOLDER)
 @click.option(
     "--key",
@@ -95,7 +95,7 @@ def sign(release: Path, key: Path) -> None:
         progress.print_line("nothing to do: this key has signed these files already")
 
 
-@quant.command()
+@quant.command(short_help="Build a release again and compare.")
 @click.argument("manifest", type=click.Path(path_type=Path))
 @click.option("--out", "-o", type=FOLDER, required=True, help="Folder for the new release.")
 @click.option(

@@ -42,7 +42,7 @@ class SmokeOptions:
     llama_cpp: Path | None
 
 
-@quant.command()
+@quant.command(short_help="Run conversations with a file.")
 @click.argument("path", type=FILE)
 @click.option(
     "--model",

@@ -23,7 +23,7 @@ from quant.cli.options import (
 )
 
 
-@quant.command()
+@quant.command(short_help="Convert a checkpoint to a BF16 GGUF.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", "-o", type=FILE, required=True, help="The GGUF to write.")
 @click.option(
@@ -82,7 +82,7 @@ class QuantizeOptions:
     llama_cpp: Path | None
 
 
-@quant.command()
+@quant.command(short_help="Quantize a BF16 GGUF into variants.")
 @click.argument("base", type=FILE)
 @click.option(
     "--imatrix", type=FILE, help="The importance matrix of BASE.  [none: types that need none]"
@@ -143,7 +143,7 @@ def quantize(options: QuantizeOptions) -> None:
         )
 
 
-@quant.command()
+@quant.command(short_help="Split a GGUF into shards.")
 @click.argument("gguf", type=FILE)
 @click.option("--out", "-o", type=FOLDER, required=True, help="The folder for the shards.")
 @click.option(

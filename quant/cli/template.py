@@ -32,7 +32,7 @@ class RenderOptions:
     patch_name: str | None
 
 
-@quant.group()
+@quant.group(short_help="Patch, render or check chat templates.")
 def template() -> None:
     """Chat templates: patch one, render a conversation with one, check one."""
 
