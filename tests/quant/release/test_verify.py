@@ -102,6 +102,18 @@ def test_types_other_than_the_recipes_are_found(release: Path) -> None:
     assert wrong and all(any(t.name in p for t in header.tensors) for p in wrong)
 
 
+def test_a_tensor_that_the_coverage_policy_raised_is_as_its_rule_and_the_manifest_say(
+    release: Path,
+) -> None:
+    names = [t.name for t in read_header(release / "a.gguf").tensors]
+    recipe = replace(RECIPE, rules=(Rule(tensors=".*", type="Q2_K", why="It is so."),))
+    variant = replace(describe_variant(release), recipe=recipe)
+    write_lists(release, variants=(replace(variant, raised=dict.fromkeys(names, "Q2_K")),))
+    assert not [p for p in problems(release) if "of its recipe says" in p]
+    write_lists(release, variants=(replace(variant, raised=dict.fromkeys(names, "IQ1_S")),))
+    assert any("says Q2_K, found IQ1_S" in p for p in problems(release))
+
+
 def test_shards_other_than_the_manifests_are_found(release: Path) -> None:
     files = (Receipt("a.gguf", "0" * 64, 1), Receipt("b.gguf", "0" * 64, 1))
     write_lists(release, variants=(replace(describe_variant(release), files=files),))
