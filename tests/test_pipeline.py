@@ -258,7 +258,7 @@ def test_a_template_that_breaks_at_the_second_turn_stops_a_build_before_anything
         "conversation 'raw reasoning, two turns' (jinja), thinking default, prompt 3: past stays"
         in stopped.stderr
     )
-    assert "found 12 that do not" in stopped.stderr
+    assert "found 12 that fail" in stopped.stderr
     assert not list((tmp_path / "out").rglob("*.gguf"))
 
 
