@@ -34,6 +34,7 @@ ORDER = (
     "rebuild",
     "cli",
 )  # a package imports only those before it; flows/ imports quant, and nothing imports flows
+MAX_COLUMNS = 100
 FLAT_FILES = 8
 """Files that may lie flat in quant/."""
 
@@ -335,6 +336,13 @@ def formatter_skips(texts: Mapping[str, str]) -> Iterator[str]:
     yield from (f"{file} has {skip}" for file, text in texts.items() if skip in text)
 
 
+def long_lines(texts: Mapping[str, str]) -> Iterator[str]:
+    for file, text in texts.items():
+        for number, line in enumerate(text.splitlines(), 1):
+            if len(line) > MAX_COLUMNS:
+                yield f"{file}:{number} has {len(line)} columns"
+
+
 def double_names(trees: Trees) -> Iterator[str]:
     """A class name stands once, a public function's name at most three times."""
     nodes = [(file, n) for file, tree in trees.items() for n in ast.walk(tree)]
@@ -410,6 +418,10 @@ def test_the_formatter_is_never_skipped() -> None:
     assert not list(formatter_skips(sources("quant", "flows", "tests")))
 
 
+def test_lines_fit_the_page() -> None:
+    assert not list(long_lines(SOURCES))
+
+
 def test_one_name_is_one_thing() -> None:
     assert not list(double_names({f: t for f, t in TREES.items() if f.startswith("quant/")}))
 
@@ -435,6 +447,7 @@ PLANTED = {
     "a circle": lambda: circles(
         {"a.py": ast.parse("import b"), "b.py": ast.parse("def f():\n    from a import x")}
     ),
+    "a long line": lambda: long_lines({"quant/plan/plan.py": "#" * 101}),
     "a door": lambda: open_doors(
         {"quant/plan/plan.py": ast.parse("from prefect import flow")}, "prefect", DOORS["prefect"]
     ),

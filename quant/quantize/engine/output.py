@@ -68,7 +68,7 @@ class VariantOutput:
         # Without O_TRUNC: the chunks that the journal names are in these files.
         self.fds = [os.open(p, os.O_RDWR | os.O_CREAT, 0o644) for p in self.partials]
         for fd, size in zip(self.fds, layout.sizes, strict=True):
-            # Sparse: allocating all blocks now was no faster or slower (tests/benchmarks/README.md).
+            # Sparse: allocating all blocks now made no difference (tests/benchmarks/README.md).
             os.ftruncate(fd, size)
             os.fdatasync(fd)  # The new journal marks the older chunks as being on the disk.
         self.journal: Journal = journal.start_journal(

@@ -39,7 +39,7 @@ from quant.quantize.gptq.layouts import Bytes
 from quant.quantize.gptq.rounding import Codebook, choose_signs, find_nearest
 
 ROUNDS = 3
-"""Rounds of coordinate descent after GPTQ's pass. The third still lowers the loss by a few percent."""
+"""Rounds of coordinate descent after GPTQ's pass. The third still gains some percent."""
 PANEL = 64
 """Columns whose updates are applied to later columns as one product of matrices.
 
