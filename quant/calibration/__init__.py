@@ -1,15 +1,23 @@
-"""Calibration: which texts a model reads, and what is learned while it reads them.
+"""Calibration: the texts that a model reads, and what is computed from its activations.
 
-From a set to a text: ``sets`` reads a set's TOML, ``datasets`` finds and locks its files, ``rows``
-and ``forms`` turn their rows into the ``documents``; ``dedupe`` drops near duplicates, ``packing``
-decides order and cuts, and ``text`` renders everything with the model's chat template. ``held_out``
-writes the part that evaluation uses.
+```
+sets          the TOML of a calibration set
+datasets      find, download and lock the files of a set
+rows, forms   rows of a file, and documents from rows
+documents     one text or conversation
+dedupe        drop near duplicates
+packing       order documents, hold some out, fill chunks
+text          render everything with the model's chat template
+held_out      the part that evaluation reads
 
-From a text to importance: ``imatrix`` runs llama-imatrix range by range; ``imatrix_file`` and
-``imatrix_dat`` read its files, and ``coverage`` finds the experts that saw too few tokens.
-``hessians`` computes the Hessians for error compensation, in one of two child programs
-(``hessian_collector``, ``gradients``); ``hessian_sums`` is what both add up, and ``hessian_file``
-is the file.
+imatrix            run llama-imatrix, range by range
+imatrix_file       the importance matrix as a file; imatrix_dat: the older form
+coverage           experts that saw too few tokens
+hessians           Hessians for error compensation, by one of two child programs:
+                   hessian_collector (llama.cpp) or gradients/ (torch)
+hessian_sums       what both programs add up
+hessian_file       the Hessians as a file
+```
 
 Other packages call ``text.build_calibration_text``, ``imatrix.compute_imatrix``,
 ``hessians.compute_hessians``, ``held_out.split_by_domain``, and the readers of both files. The

@@ -34,9 +34,9 @@ Other packages call ``check.require_template`` and ``smoke.smoke_test`` (the sta
 ``template.patch_template`` and ``render_template`` (the calibration text), and read
 ``verdict.SmokeResult``.
 
-To change: a fact of a family is a line in recipes/families, a new demand on templates is a function
-in ``rules`` (and increases ``check.RULES``), a new demand on replies one in ``reply_checks`` (and
-increases ``smoke.CHECKS``). What must stay: names of conversations and checks, because recipes
-waive them by name; the keys of ``SmokeRun.json`` and ``SmokeResult.json``; the renderings of
+To change: a fact of a family is a line in recipes/families. A new demand on templates is a function
+in ``rules``, and increases ``check.RULES``. A new demand on replies is one in ``reply_checks``, and
+increases ``smoke.CHECKS``. Must stay: the names of conversations and checks, because recipes waive
+them by name; the keys of ``SmokeRun.json`` and ``SmokeResult.json``; the renderings of
 tests/golden/templates. Only ``sandbox`` runs a template that is not this project's own.
 """

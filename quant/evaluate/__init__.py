@@ -21,9 +21,9 @@ html               the report page, which fills templates/report.html.jinja; pur
 A build calls :func:`release.evaluate_release`. The release's card and page call ``figures`` and
 ``html``. ``allocation`` measures, and lets :mod:`quant.plan.allocate` decide.
 
-Some things stay as they are, because published releases and finished work are compared with them:
-the keys of figures, the seed of the bootstrap, and the names in the store's keys (with others, a
-large model is measured for days again). The page's text and look may change.
+Must stay, because published releases and finished work are compared with them: the keys of
+figures, the seed of the bootstrap, and the names in the store's keys. With other names, a large
+model is measured again, for days. The page's text and look may change.
 """
 
 from importlib import import_module

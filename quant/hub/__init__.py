@@ -1,4 +1,4 @@
-"""The Hugging Face hub, both ways: checkpoints come from it, files of a release go to its storage.
+"""The Hugging Face hub: download checkpoints, upload the files of a release.
 
 ```
 client      the hub's client, the token, retries, and the hub's errors as our own
@@ -11,6 +11,6 @@ upload      send files to the hub's storage before a commit names them
 
 Other packages call ``pull_checkpoint``, ``read_lock``, ``upload_variant`` and, around every request
 of their own, ``client.convert_errors``. Releases are defined in ``quant.release``.
-Two rules hold everywhere: the token comes from HF_TOKEN only and is in no error and no log, and
-nothing is read before its digest was compared with the hub's list.
+Two rules hold everywhere. The token comes from HF_TOKEN only, and is in no error and no log.
+Nothing is read before its digest was compared with the hub's list.
 """

@@ -1,13 +1,14 @@
 """Decide what a release will be before a weight is read: recipes, types of tensors, sizes.
 
-Everything here is pure or reads and writes small text files; measuring is ``quant.evaluate``'s, and
-the error table and sensitivities come from there as data.
+Everything here is pure, or reads and writes small text files. ``quant.evaluate`` measures. The
+error table and the sensitivities come from there as data.
 
 ```
 recipe, load      nouns of recipes, and loading them with every problem at once
 inventory/        a model's tensors from config.json
 plan              the type of every tensor: the first rule that matches decides
 sizes             bytes of files, shards, KV cache, memory and disk
+forecast          a whole release planned: what `quant plan` shows
 
 error_table       quantization error (relative weighted MSE) of each type on each tensor
 sensitivity, fit  predict a file's KLD; estimate sensitivities from probes

@@ -12,7 +12,7 @@ provenance       the in-toto statement of every input
 package          lays all of that out in a folder of the store
 folder           a release folder: its lists, and whether its files are the listed ones
 deliver          puts the folder at its final name
-verify           a stranger's check of a folder, without network
+verify           an independent check of a folder, without network
 sign             a signature by the maker's key
 license          whether it may be published
 change           what publishing would change on the hub
@@ -24,9 +24,9 @@ Packaging reads from top to bottom: ``package_release`` calls ``make_manifest``,
 ``render_texts``. Others call ``package_release``, ``deliver_release``, ``verify_release``,
 ``sign_release``, ``plan_change`` and ``publish_release``, and read a release by ``Manifest.read``.
 
-The prose of the card may be changed freely: edit the template, run ``pytest --update-golden``, read
-the diff, and raise the project's version, so that ``quant rebuild`` excuses the new words. The
-manifest's keys and values must stay: people verify and rebuild releases that were made before. A
-new key needs a default, a line in docs/release-format.md, and ``pytest --update-golden`` for the
-schema; anything else needs a new name of the format.
+The prose of the card may change: edit the template, run ``pytest --update-golden``, read the diff,
+and raise the project's version. Then ``quant rebuild`` excuses the new words. The manifest's keys
+and values must stay: people verify and rebuild releases that were made before. A new key needs a
+default, a line in docs/release-format.md, and ``pytest --update-golden`` for the schema. Any other
+change needs a new name of the format.
 """
