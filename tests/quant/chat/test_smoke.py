@@ -446,7 +446,7 @@ def test_a_server_that_never_becomes_ready_is_ended_with_its_children(
     with pytest.raises(ToolError) as caught:
         run_smoke_test(make_settings(model), tools, tmp_path, start_seconds=1)
     assert str(caught.value).startswith(
-        "llama-server: expected it to be ready within 1 s, found it still loading; its last"
+        "llama-server: expected it to be ready within 1 s, found it still loading; end of"
     )
     assert "    loading" in str(caught.value)
     wait_for(
