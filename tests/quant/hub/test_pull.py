@@ -27,6 +27,8 @@ from tests.quant.hub.test_checkpoint import (
     safetensors,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
