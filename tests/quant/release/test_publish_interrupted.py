@@ -30,7 +30,7 @@ from tests.quant.release.publishing import (
     write_release,
 )
 
-pytestmark = quiet_client
+pytestmark = [quiet_client, pytest.mark.slow]
 
 
 @pytest.fixture
